@@ -1,0 +1,34 @@
+"""Checkpoint surgery for T5X and Orbax: fuse trained models into a wider one, stream it, prove it.
+
+The library's verbs, imported on first use so that the command line starts at once:
+
+    plan_fusion, plan_noise_fill, carry_out     surgery.py
+    open_checkpoint                             formats/
+    verify                                      verify/
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+__version__ = "0.1.0"
+
+_VERBS = {
+    "Options": "fusectl.surgery",
+    "carry_out": "fusectl.surgery",
+    "plan_fusion": "fusectl.surgery",
+    "plan_noise_fill": "fusectl.surgery",
+    "open_checkpoint": "fusectl.formats",
+    "verify": "fusectl.verify",
+}
+
+__all__ = ["__version__", *_VERBS]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _VERBS:
+        raise AttributeError(f"module 'fusectl' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_VERBS[name]), name)

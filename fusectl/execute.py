@@ -1,0 +1,295 @@
+"""Carrying out a plan: tile by tile, on threads, within a budget of bytes in flight. The one place where bytes move.
+
+    for every output tensor, for every tile of whole chunks:
+        read the source regions that meet the tile  →  place, scale, add noise  →  write the tile
+
+Sums are computed in float64 and rounded once. Nothing depends on the order in which tiles are worked on.
+"""
+
+from __future__ import annotations
+
+import threading
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from fusectl.errors import Corrupt, Incompatible
+from fusectl.fill import Moments, unit_noise
+from fusectl.formats.sink import NewTensor, Sink
+from fusectl.formats.tree import Checkpoint
+from fusectl.formats.zarr import nonfinite_at, np_dtype
+from fusectl.layout import Block, Noise, Region, Term, intersect, shifted, size, tiles
+from fusectl.plan import COMPUTED_COPIES, Output, Plan, is_computed
+from fusectl.record import Checksums, Fill
+
+
+Array = npt.NDArray[Any]
+
+
+class Progress(Protocol):
+    """What the executor tells while it works."""
+
+    def start(self, what: str, total_bytes: int) -> None: ...
+
+    def advance(self, tensor: str, done_bytes: int) -> None: ...
+
+
+class Silent:
+    """A Progress that nobody watches."""
+
+    def start(self, what: str, total_bytes: int) -> None:
+        pass
+
+    def advance(self, tensor: str, done_bytes: int) -> None:
+        pass
+
+
+class Budget:
+    """Bytes in flight: `taken` blocks until so many are free. A request beyond the whole budget waits for all of it."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit = limit_bytes
+        self._free = limit_bytes
+        self._changed = threading.Condition()
+
+    def take(self, wanted_bytes: int) -> int:
+        granted = min(wanted_bytes, self._limit)
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= granted)
+            self._free -= granted
+        return granted
+
+    def give_back(self, granted_bytes: int) -> None:
+        with self._changed:
+            self._free += granted_bytes
+            self._changed.notify_all()
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every tile needs: the sources, the measured kernels, the fill, and whether NaN and Inf may pass."""
+
+    sources: Sequence[Checkpoint]
+    fill: Fill
+    allow_nonfinite: bool = False
+    stds: Mapping[tuple[Term, int | None], Array] = field(default_factory=dict)
+
+
+def execute(plan: Plan, work: Work, sink: Sink, *, jobs: int, progress: Progress) -> dict[str, Checksums]:
+    """Writes every tensor of the plan to the sink; the checksums of what was written."""
+    work = Work(work.sources, work.fill, work.allow_nonfinite, measure_kernels(plan, work, jobs=jobs, progress=progress))
+    sink.create(NewTensor(o.name, o.keys, o.layout.shape, o.layout.dtype, o.chunks) for o in plan.outputs)
+    sums: dict[str, dict[Region, int]] = {output.name: {} for output in plan.outputs}
+
+    def one(output: Output, tile: Region) -> None:
+        values = compute(output, tile, work)
+        sink.write(output.name, tile, values)
+        sums[output.name].update(chunk_sums(output, tile, values))
+        progress.advance(output.name, values.nbytes)
+
+    progress.start("writing", plan.nbytes)
+    in_parallel(
+        (
+            (output.cost_bytes, lambda output=output, tile=tile: one(output, tile))
+            for output in plan.outputs
+            for tile in tiles(output.layout.shape, output.tile)
+        ),
+        budget_bytes=plan.budget_bytes,
+        jobs=jobs,
+    )
+    return {output.name: _checksums(output, sums[output.name]) for output in plan.outputs}
+
+
+def in_parallel(tasks: Iterable[tuple[int, Callable[[], None]]], *, budget_bytes: int, jobs: int) -> None:
+    """Runs tasks, each with the bytes it holds, on `jobs` threads within the budget. The first failure ends it."""
+    budget = Budget(budget_bytes)
+    failures: list[BaseException] = []
+
+    def run(task: Callable[[], None], granted: int) -> None:
+        try:
+            if not failures:
+                task()
+        except BaseException as error:  # noqa: BLE001
+            failures.append(error)
+        finally:
+            budget.give_back(granted)
+
+    with _pool(jobs) as pool:
+        for cost, task in tasks:
+            granted = budget.take(cost)
+            if failures:
+                break
+            pool.submit(run, task, granted)
+    if failures:
+        raise failures[0]
+
+
+@contextmanager
+def _pool(jobs: int) -> Iterator[ThreadPoolExecutor]:
+    pool = ThreadPoolExecutor(jobs, thread_name_prefix="fusectl")
+    try:
+        yield pool
+        pool.shutdown(wait=True)
+    except BaseException:
+        # An interrupt must not wait for the queue, only for what is being written.
+        pool.shutdown(wait=True, cancel_futures=True)
+        raise
+
+
+def compute(output: Output, tile: Region, work: Work) -> Array:
+    """The values of one tile of an output tensor, in its dtype and C order."""
+    layout = output.layout
+    dtype = np_dtype(layout.dtype)
+    shape = tuple(map(len, tile))
+    met = [(block, part) for block in layout.blocks if (part := intersect(block.at, tile)) is not None]
+    if len(met) == 1 and met[0][1] == tile and not is_computed(met[0][0].terms):
+        values = _source_values(met[0][0], met[0][1], work)
+        return np.asarray(values, dtype, order="C")
+    out = np.zeros(shape, dtype)
+    for block, part in met:
+        at = tuple(slice(p.start - t.start, p.stop - t.start) for p, t in zip(part, tile, strict=True))
+        out[at] = _sum(output, block, part, work) if is_computed(block.terms) else _source_values(block, part, work)
+    return out
+
+
+def _sum(output: Output, block: Block, part: Region, work: Work) -> Array:
+    dtype = np_dtype(output.layout.dtype)
+    total = np.zeros(tuple(map(len, part)), np.float64)
+    for term in block.terms:
+        region = shifted(part, block.at, term.region)
+        if isinstance(term, Noise):
+            total += np.sign(term.scale) * _noise(output, term, region, work)
+            continue
+        values = _read(term, region, work)
+        if term.must_be_zero:
+            _require_zero(values, term, region, work)
+        else:
+            total += values.astype(np.float64) * term.scale
+    return total.astype(dtype)
+
+
+def _noise(output: Output, noise: Noise, region: Region, work: Work) -> Array:
+    """The magnitude of a noise term, rounded to the output's dtype: what is taken off is exactly what is added."""
+    std = work.stds[noise.like, noise.stacked_axis] * abs(noise.scale)
+    if noise.stacked_axis is not None:
+        own = region[noise.stacked_axis]
+        std = std[own.start : own.stop].reshape([-1 if a == noise.stacked_axis else 1 for a in range(len(region))])
+    field = unit_noise(work.fill.seed, output.noise_name, output.layout.shape, region)
+    return (field * std).astype(np_dtype(output.layout.dtype)).astype(np.float64)
+
+
+def _source_values(block: Block, part: Region, work: Work) -> Array:
+    term = block.terms[0]
+    assert isinstance(term, Term)
+    return _read(term, shifted(part, block.at, term.region), work)
+
+
+def _read(term: Term, region: Region, work: Work) -> Array:
+    source = work.sources[term.source]
+    values = source.read(term.tensor, region)
+    if not work.allow_nonfinite:
+        at = nonfinite_at(values)
+        if at is not None:
+            index = [r.start + i for r, i in zip(region, at, strict=True)]
+            raise Corrupt(
+                f"{source.path}: {term.tensor}{index} is {values[at]}",
+                details=("a NaN or Inf spreads through the zero blocks (0 * NaN is NaN) into every other source",),
+                hint="--allow-nonfinite fuses it all the same",
+            )
+    return values
+
+
+def _require_zero(values: Array, term: Term, region: Region, work: Work) -> None:
+    if values.any():
+        index = [r.start + int(i) for r, i in zip(region, np.argwhere(values)[0], strict=True)]
+        raise Incompatible(
+            f"{work.sources[term.source].path}: {term.tensor}{index} is not zero",
+            details=("noise fills blocks of zeros; this one has been filled or trained already",),
+        )
+
+
+def chunk_sums(output: Output, tile: Region, values: Array) -> dict[Region, int]:
+    """The CRC-32 of every chunk in a tile, by the chunk's region."""
+    sums = {}
+    for inner in tiles(values.shape, output.chunks):
+        chunk = values[tuple(slice(r.start, r.stop) for r in inner)]
+        at = tuple(range(t.start + r.start, t.start + r.stop) for t, r in zip(tile, inner, strict=True))
+        sums[at] = zlib.crc32(np.ascontiguousarray(chunk).reshape(-1).view(np.uint8))
+    return sums
+
+
+def _checksums(output: Output, sums: Mapping[Region, int]) -> Checksums:
+    layout = output.layout
+    crc32 = tuple(f"{sums[chunk]:08x}" for chunk in tiles(layout.shape, output.chunks))
+    return Checksums(layout.shape, layout.dtype, output.chunks, crc32)
+
+
+def measure_kernels(plan: Plan, work: Work, *, jobs: int, progress: Progress) -> dict[tuple[Term, int | None], Array]:
+    """The standard deviation of every kernel that noise is relative to: one value, or one per stacked kernel."""
+    wanted = {
+        (term.like, term.stacked_axis): None
+        for output in plan.outputs
+        for block in output.layout.blocks
+        for term in block.terms
+        if isinstance(term, Noise)
+    }
+    if not wanted:
+        return {}
+    total = sum(2 * size(kernel.region) * _itemsize(work.sources[kernel.source], kernel) for kernel, _ in wanted)
+    progress.start("measuring kernels", total)
+    return {
+        (kernel, stacked): _kernel_std(kernel, stacked, plan, work, jobs=jobs, progress=progress) for kernel, stacked in wanted
+    }
+
+
+def _kernel_std(kernel: Term, stacked: int | None, plan: Plan, work: Work, *, jobs: int, progress: Progress) -> Array:
+    leaf = work.sources[kernel.source].leaves[kernel.tensor]
+    count = 1 if stacked is None else len(kernel.region[stacked])
+    largest = np.zeros(count)
+    moments: list[Moments] = []
+    lock = threading.Lock()
+    shape = tuple(map(len, kernel.region))
+
+    def pieces(tile: Region) -> Iterator[tuple[int, Array]]:
+        region = tuple(range(k.start + t.start, k.start + t.stop) for k, t in zip(kernel.region, tile, strict=True))
+        values = _read(kernel, region, work).astype(np.float64)
+        progress.advance(kernel.tensor, values.size * _itemsize(work.sources[kernel.source], kernel))
+        if stacked is None:
+            yield 0, values
+        else:
+            for i in range(values.shape[stacked]):
+                yield tile[stacked].start + i, values.take(i, axis=stacked)
+
+    def find_largest(tile: Region) -> None:
+        for i, values in pieces(tile):
+            magnitude = float(max(values.max(), -values.min()))
+            with lock:
+                largest[i] = max(largest[i], magnitude)
+
+    def add(tile: Region) -> None:
+        for i, values in pieces(tile):
+            own = Moments(float(largest[i]))
+            own.add(values)
+            with lock:
+                moments[i].merge(own)
+
+    def over_tiles(visit: Callable[[Region], None]) -> None:
+        edge = tuple(min(c, n) for c, n in zip(leaf.chunks, shape, strict=True))
+        cost = int(np.prod(edge)) * 8 * COMPUTED_COPIES
+        tasks = ((cost, lambda tile=tile: visit(tile)) for tile in tiles(shape, edge))
+        in_parallel(tasks, budget_bytes=plan.budget_bytes, jobs=jobs)
+
+    over_tiles(find_largest)
+    moments = [Moments(float(value)) for value in largest]
+    over_tiles(add)
+    return np.array([m.std for m in moments])
+
+
+def _itemsize(source: Checkpoint, kernel: Term) -> int:
+    return np_dtype(source.leaves[kernel.tensor].dtype).itemsize

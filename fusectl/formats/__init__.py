@@ -1,0 +1,66 @@
+"""Checkpoints on disk: opening those that T5X and Orbax wrote, and the layouts that fusectl writes.
+
+    locate.py   which directory is meant           tree.py   keys, leaves, Checkpoint
+    t5x.py      msgpack index + zarr v2            zarr.py   what array metadata says
+    orbax.py    JSON index + zarr, OCDBT or not    store.py  files through tensorstore
+    sink.py     writing: staging, arrays, commit
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+from fusectl.errors import UsageError
+from fusectl.formats.locate import locate
+from fusectl.formats.orbax import open_orbax
+from fusectl.formats.t5x import open_t5x
+from fusectl.formats.tree import Checkpoint
+from fusectl.record import FILE_NAME, Record
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """A layout on disk that fusectl writes."""
+
+    name: str
+    says: str
+    zarr: int
+    ocdbt: bool
+
+
+FORMATS = {
+    format.name: format
+    for format in (
+        Format("t5x", "T5X legacy: msgpack index + zarr v2", 2, ocdbt=False),
+        Format("orbax", "Orbax: OCDBT + zarr v3", 3, ocdbt=True),
+        Format("orbax-ocdbt-zarr2", "Orbax: OCDBT + zarr v2, as T5X writes", 2, ocdbt=True),
+        Format("orbax-zarr2", "Orbax: zarr v2 in plain directories", 2, ocdbt=False),
+        Format("orbax-zarr3", "Orbax: zarr v3 in plain directories", 3, ocdbt=False),
+    )
+}
+
+
+def format_named(name: str) -> Format:
+    """The Format of this name; raises UsageError with the known ones."""
+    if name not in FORMATS:
+        raise UsageError(f"no format is called {name!r}", hint=f"formats: {', '.join(FORMATS)}")
+    return FORMATS[name]
+
+
+def open_checkpoint(path: str) -> Checkpoint:
+    """The checkpoint at a path (a step, an item, a root of steps, `root/latest`), its metadata read and nothing else."""
+    location = locate(path)
+    file = location.home / FILE_NAME
+    record = Record.from_json(file.read_bytes(), str(file)) if file.is_file() else None
+    return (open_t5x if location.kind == "t5x" else open_orbax)(location, record)
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """A digest of a checkpoint's tree: names, shapes, dtypes, chunks, and the values that its index holds."""
+    digest = hashlib.sha256()
+    for name, leaf in sorted(checkpoint.leaves.items()):
+        digest.update(f"{name} {leaf.shape} {leaf.dtype} {leaf.chunks}\n".encode())
+        if leaf.value is not None:
+            digest.update(leaf.value.tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,194 @@
+"""From a path that somebody typed to the checkpoint that is meant: a step, an item of one, or a root of steps.
+
+    runs/a/                      root      the newest committed step, as with runs/a/latest
+    runs/a/checkpoint_1000/      step      legacy T5X: its index is `checkpoint`
+    runs/b/1000/                 step      Orbax: `_CHECKPOINT_METADATA` beside one directory per item
+    runs/b/1000/state/           item      Orbax: `_METADATA` beside the arrays
+
+Paths that are one level too high or too deep are answered with the path to use.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from fusectl.errors import Corrupt, FusectlError, NotFound, StorageError, UsageError
+from fusectl.formats.tree import Location
+
+
+T5X_INDEX = "checkpoint"
+ORBAX_INDEX = "_METADATA"
+STEP_METADATA = "_CHECKPOINT_METADATA"
+COMMITTED = "commit_success.txt"
+TEMPORARY_SUFFIX = ".fusectl-tmp"
+
+_TEMPORARY = re.compile(rf"\.orbax-checkpoint-tmp|\.tmp-\d+$|{re.escape(TEMPORARY_SUFFIX)}$")
+_STEP = re.compile(r"(?:checkpoint_)?(\d+)$")
+# Of several items in a step, the ones that hold the model, best first.
+_ITEMS = ("state", "default", "items", "params")
+
+
+def local(path: str) -> Path:
+    """An absolute Path for what a user typed: `~`, `file://`, relative paths and trailing slashes are fine."""
+    if re.match(r"(?!file:)[a-z0-9]+://", path):
+        raise UsageError(f"{path}: only local paths so far", hint="copy the checkpoint, or mount the bucket")
+    if not path:
+        raise UsageError("the path of the checkpoint is empty")
+    return Path(os.path.abspath(os.path.expanduser(path.removeprefix("file://"))))  # noqa: PTH100, PTH111
+
+
+def locate(path: str) -> Location:
+    """The Location of the checkpoint that `path` means.
+
+    Raises NotFound for paths that hold no checkpoint, with the nearest one that does; Corrupt for temporary,
+    uncommitted and half-written ones.
+    """
+    at = local(path)
+    try:
+        if at.name == "latest" and not at.exists():
+            return _newest(at.parent)
+        if not at.exists():
+            raise NotFound(f"{at}: no such directory", hint=_similar(at))
+        if not at.is_dir():
+            raise NotFound(f"{at}: a file; a checkpoint is a directory", hint=_checkpoint_above(at))
+        return _at_directory(at)
+    except PermissionError as error:
+        raise StorageError(f"{at}: permission denied", details=(str(error),)) from error
+    except OSError as error:
+        raise NotFound(f"{at}: cannot be opened", details=(str(error),)) from error
+
+
+def _at_directory(at: Path) -> Location:
+    names = set(os.listdir(at))
+    _refuse_uncommitted(at, names)
+    if ORBAX_INDEX in names:
+        return _item(at)
+    if T5X_INDEX in names and (at / T5X_INDEX).is_file():
+        return Location(at, at, "t5x", step=_step_of(at))
+    items = [n for n in sorted(names) if (at / n / ORBAX_INDEX).is_file()]
+    if items:
+        return _step_directory(at, items)
+    if STEP_METADATA in names or _half_written(at, names):
+        raise Corrupt(f"{at}: a checkpoint without its index", details=(_what_lacks(at, names),))
+    if any(_STEP.fullmatch(n) for n in names):
+        return _newest(at)
+    raise NotFound(f"{at}: no checkpoint", hint=_checkpoint_above(at) or _checkpoints_below(at))
+
+
+def _refuse_uncommitted(at: Path, names: set[str]) -> None:
+    if _TEMPORARY.search(at.name):
+        raise Corrupt(f"{at}: the temporary directory of a write that did not finish", hint="use a committed step")
+    if STEP_METADATA in names:
+        try:
+            times = json.loads((at / STEP_METADATA).read_bytes())
+        except ValueError as error:
+            raise Corrupt(f"{at / STEP_METADATA}: not JSON", details=(str(error),)) from error
+        if isinstance(times, dict) and times.get("init_timestamp_nsecs") and not times.get("commit_timestamp_nsecs"):
+            raise Corrupt(f"{at}: never committed", details=(f"{STEP_METADATA} has no commit timestamp",))
+    items = [n for n in names if (at / n / ORBAX_INDEX).is_file()]
+    if COMMITTED not in names and any((at / n / COMMITTED).is_file() for n in items):
+        # Orbax >= 0.12.3 marks items first and the step last.
+        raise Corrupt(f"{at}: never committed", details=(f"its items have {COMMITTED}, the step has not",))
+    if "manifest.ocdbt" not in names and any(n.startswith("ocdbt.process_") for n in names):
+        raise Corrupt(f"{at}: never committed", details=("the OCDBT databases of its writers were not merged",))
+
+
+def _item(at: Path) -> Location:
+    home = at.parent
+    in_step = (home / STEP_METADATA).is_file() or (_STEP.fullmatch(home.name) and not (at / STEP_METADATA).is_file())
+    if not in_step:
+        return Location(at, at, "orbax", step=_step_of(at))
+    _refuse_uncommitted(home, set(os.listdir(home)))
+    return Location(at, home, "orbax", item=at.name, step=_step_of(home))
+
+
+def _step_directory(at: Path, items: list[str]) -> Location:
+    chosen = next((name for name in _ITEMS if name in items), items[0] if len(items) == 1 else None)
+    if chosen is None:
+        raise NotFound(f"{at}: several items: {', '.join(items)}", hint=f"name one, such as {at / items[0]}")
+    _refuse_uncommitted(at / chosen, set(os.listdir(at / chosen)))
+    return Location(at / chosen, at, "orbax", item=chosen, step=_step_of(at))
+
+
+def _newest(root: Path) -> Location:
+    if not root.is_dir():
+        raise NotFound(f"{root}: no such directory")
+    steps = sorted(((_step_of(p) or 0, p) for p in root.iterdir() if p.is_dir() and _STEP.fullmatch(p.name)), reverse=True)
+    notes: list[str] = []
+    for _, step in steps:
+        try:
+            found = _at_directory(step)
+        except FusectlError as error:
+            notes.append(f"skipped {step.name}: {'; '.join(error.details) or error.message}")
+            continue
+        notes.append(f"{root}: using {step.name}, the newest committed step")
+        return Location(found.index, found.home, found.kind, found.item, found.step, tuple(notes))
+    raise NotFound(f"{root}: no committed step", details=tuple(notes), hint=_checkpoints_below(root))
+
+
+def _step_of(at: Path) -> int | None:
+    found = _STEP.fullmatch(at.name)
+    return int(found.group(1)) if found else None
+
+
+def _half_written(at: Path, names: set[str]) -> bool:
+    arrays = {".zarray", "zarr.json"}
+    inside_array = bool(names & arrays)
+    return not inside_array and (
+        "manifest.ocdbt" in names
+        or any(n.startswith("target.") for n in names)
+        or any((at / n / "manifest.ocdbt").is_file() for n in names)
+    )
+
+
+def _what_lacks(at: Path, names: set[str]) -> str:
+    if any(n.startswith("target.") for n in names):
+        return f"arrays of T5X, but no file `{T5X_INDEX}`"
+    return f"no `{ORBAX_INDEX}` in {at} or its items"
+
+
+def _is_checkpoint(at: Path) -> bool:
+    return (
+        (at / ORBAX_INDEX).is_file()
+        or ((at / T5X_INDEX).is_file())
+        or (at / STEP_METADATA).is_file()
+        or any(child.is_dir() and (child / ORBAX_INDEX).is_file() for child in at.iterdir())
+    )
+
+
+def _checkpoint_above(at: Path) -> str | None:
+    for parent in list(at.parents)[:3]:
+        if parent.is_dir() and _is_checkpoint(parent):
+            return f"one level too deep? the checkpoint is {parent}"
+    return None
+
+
+def _directories(at: Path) -> list[Path]:
+    try:
+        return sorted(p for p in at.iterdir() if p.is_dir())[:100]
+    except OSError:
+        return []
+
+
+def _below(at: Path) -> Iterator[Path]:
+    for child in _directories(at):
+        yield child
+        yield from _directories(child)
+
+
+def _checkpoints_below(at: Path) -> str | None:
+    found = [str(p) for p in _below(at) if not _TEMPORARY.search(p.name) and _is_checkpoint(p)]
+    return f"one level too high? there is {' and '.join(found[:3])}" if found else None
+
+
+def _similar(at: Path) -> str | None:
+    if not at.parent.is_dir():
+        return None
+    import difflib
+
+    near = difflib.get_close_matches(at.name, os.listdir(at.parent), n=2)
+    return f"did you mean {' or '.join(str(at.parent / n) for n in near)}?" if near else None

@@ -1,0 +1,137 @@
+"""Orbax's item directories: `_METADATA`, a JSON tree, beside arrays in zarr v2 or v3, plain or in an OCDBT database.
+
+    20/                         step: _CHECKPOINT_METADATA, commit_success.txt
+      state/                    item: _METADATA, commit_success.txt, and
+        manifest.ocdbt d/       one OCDBT database, or without OCDBT
+        target.token_embedder.embedding/{.zarray,0.0}
+
+Keys may contain `.` and `/`, so paths come from the metadata's key lists, never from splitting names.
+Source: orbax/checkpoint/_src/metadata/{tree,step}.py; the JSON is what those classes write.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fusectl.errors import Corrupt, StorageError
+from fusectl.formats.locate import COMMITTED, ORBAX_INDEX, STEP_METADATA
+from fusectl.formats.store import Files, directory, ocdbt
+from fusectl.formats.tree import Checkpoint, EmptyNode, Key, Leaf, Location
+from fusectl.formats.zarr import METADATA_FILE, parse_metadata
+from fusectl.record import Record
+
+
+MANIFEST = "manifest.ocdbt"
+HANDLER = "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckpointHandler"
+# With this type a restore without a target gives numpy arrays on any number of devices, without `_sharding`.
+NUMPY = "np.ndarray"
+_ARRAYS = frozenset({NUMPY, "jax.Array", "scalar", "int", "float"})
+
+
+def open_orbax(location: Location, record: Record | None) -> Checkpoint:
+    """The checkpoint at a location of kind `orbax`."""
+    where = str(location.home)
+    meta = _read_metadata(location.index / ORBAX_INDEX)
+    in_ocdbt = (location.index / MANIFEST).is_file()
+    at = str(location.index)
+    files = Files(ocdbt(at) if in_ocdbt else directory(at), where)
+    arrays: dict[str, tuple[tuple[Key, ...], str]] = {}
+    empty: list[EmptyNode] = []
+    for entry in meta["tree_metadata"].values():
+        try:
+            keys = tuple(Key(str(k["key"]), int(k["key_type"])) for k in entry["key_metadata"])
+            value = entry["value_metadata"]
+            value_type = str(value["value_type"])
+            skipped = bool(value.get("skip_deserialize", False))
+        except (KeyError, TypeError, ValueError) as error:
+            raise Corrupt(f"{where}/{ORBAX_INDEX}: an entry that makes no sense", details=(repr(error),)) from error
+        name = "/".join(key.name for key in keys)
+        if skipped:
+            empty.append(EmptyNode(keys, value_type))
+        elif value_type not in _ARRAYS:
+            raise Corrupt(f"{where}: {name}: a leaf of type {value_type}, which fusectl does not know")
+        elif name in arrays:
+            raise Corrupt(f"{where}: two leaves are called {name}", details=("keys that contain slashes collide",))
+        else:
+            arrays[name] = (keys, ".".join(key.name for key in keys))
+    zarr = 3 if any(name.endswith("/" + METADATA_FILE[3]) for name in files.names) else 2
+    metadata = files.read(f"{base}/{METADATA_FILE[zarr]}" for _, base in arrays.values())
+    leaves: dict[str, Leaf] = {}
+    for name, (keys, base) in arrays.items():
+        stored = parse_metadata(metadata[f"{base}/{METADATA_FILE[zarr]}"], f"{where}: {name}")
+        store = ocdbt(at, base + "/") if in_ocdbt else directory(f"{at}/{base}")
+        leaves[name] = Leaf(name, keys, stored.shape, stored.dtype, stored=stored, store=store)
+    layout = ("orbax" if zarr == 3 else "orbax-ocdbt-zarr2") if in_ocdbt else f"orbax-zarr{zarr}"
+    return Checkpoint(
+        location,
+        layout,
+        leaves,
+        files=files,
+        file_of={name: base for name, (_, base) in arrays.items()},
+        empty=tuple(empty),
+        # Without the flag, Orbax before 0.5 or another writer left chunks of zeros out.
+        lenient=not meta.get("store_array_data_equal_to_fill_value", False),
+        record=record,
+    )
+
+
+def write_metadata(at: Path, leaves: Iterable[Leaf], empty: Iterable[EmptyNode], *, zarr: int, in_ocdbt: bool) -> None:
+    """Writes the `_METADATA` of an item whose arrays are in place."""
+    tree = {}
+    for leaf in leaves:
+        tree[_entry_name(leaf.keys)] = _entry(leaf.keys, NUMPY, skip=False)
+    for node in empty:
+        tree[_entry_name(node.keys)] = _entry(node.keys, node.value_type, skip=True)
+    meta = {
+        "tree_metadata": tree,
+        "use_ocdbt": in_ocdbt,
+        "use_zarr3": zarr == 3,
+        "store_array_data_equal_to_fill_value": True,
+        "custom_metadata": None,
+    }
+    (at / ORBAX_INDEX).write_text(json.dumps(meta))
+
+
+def write_step_metadata(home: Path, item: str | None, started_ns: int) -> None:
+    """Writes `_CHECKPOINT_METADATA`, which names the item's handler and says that the step is committed."""
+    meta = {
+        "item_handlers": {item: HANDLER} if item else HANDLER,
+        "metrics": {},
+        "performance_metrics": {},
+        "init_timestamp_nsecs": started_ns,
+        "commit_timestamp_nsecs": time.time_ns(),
+        "custom_metadata": {},
+    }
+    (home / STEP_METADATA).write_text(json.dumps(meta))
+
+
+def mark_committed(at: Path, final: Path) -> None:
+    """Writes the marker without which Orbax >= 0.12.3 may take a directory for a leftover and remove it."""
+    (at / COMMITTED).write_text(f"Checkpoint commit was successful to {final}")
+
+
+def _read_metadata(path: Path) -> dict[str, Any]:
+    try:
+        meta = json.loads(path.read_bytes())
+    except PermissionError as error:
+        raise StorageError(f"{path}: permission denied") from error
+    except (ValueError, RecursionError) as error:
+        raise Corrupt(f"{path}: not JSON", details=(str(error),)) from error
+    if not isinstance(meta, dict) or not isinstance(meta.get("tree_metadata"), dict):
+        raise Corrupt(f"{path}: not the metadata of an Orbax item", details=("it has no `tree_metadata`",))
+    return meta
+
+
+def _entry_name(keys: tuple[Key, ...]) -> str:
+    return str(tuple(key.name for key in keys))
+
+
+def _entry(keys: tuple[Key, ...], value_type: str, *, skip: bool) -> Mapping[str, Any]:
+    return {
+        "key_metadata": [{"key": key.name, "key_type": key.kind} for key in keys],
+        "value_metadata": {"value_type": value_type, "skip_deserialize": skip},
+    }

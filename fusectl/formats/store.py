@@ -1,0 +1,78 @@
+"""Files of a checkpoint through tensorstore's key-value stores, and its error texts turned into fusectl's errors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import tensorstore as ts
+
+from fusectl.errors import Corrupt, FusectlError, NotEnoughSpace, StorageError
+
+
+Spec = dict[str, Any]
+
+# Beyond this a metadata file is no metadata file.
+LARGEST_METADATA_BYTES = 1 << 30
+
+
+def context() -> ts.Context:
+    """The context that all stores share: no chunk cache, since every chunk is read once."""
+    return ts.Context({"cache_pool": {"total_bytes_limit": 0}})
+
+
+CONTEXT = context()
+
+
+def directory(path: str) -> Spec:
+    """The store of a local directory."""
+    return {"driver": "file", "path": path.rstrip("/") + "/"}
+
+
+def ocdbt(path: str, inside: str = "") -> Spec:
+    """The store of an OCDBT database in a local directory, with the settings that Orbax writes with."""
+    return {
+        "driver": "ocdbt",
+        "base": directory(path),
+        "path": inside,
+        "config": {"max_inline_value_bytes": 1024, "max_decoded_node_bytes": 100_000_000},
+    }
+
+
+def translate(error: Exception, where: str) -> FusectlError:
+    """The fusectl error for a tensorstore error met at `where`."""
+    text = str(error).split(" [")[0]
+    status = text.split(":", 1)[0]
+    if "No space left" in text or "File too large" in text or "quota" in text.lower():
+        return NotEnoughSpace(f"{where}: the disk is full", details=(text,))
+    if status in {"PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE_EXCEEDED"} or "Read-only" in text:
+        return StorageError(f"{where}: storage refused", details=(text,))
+    if status == "NOT_FOUND":
+        return Corrupt(f"{where}: data is missing", details=(text,))
+    return Corrupt(f"{where}: cannot be decoded", details=(text,))
+
+
+class Files:
+    """A read-only view of all files under a store: which there are, and their contents."""
+
+    def __init__(self, spec: Spec, where: str) -> None:
+        self.where = where
+        try:
+            self._store = ts.KvStore.open(spec, context=CONTEXT).result()
+            self.names = frozenset(key.decode() for key in self._store.list().result())
+        except ValueError as error:
+            raise translate(error, where) from error
+
+    def read(self, names: Iterable[str]) -> Mapping[str, bytes]:
+        """The contents of these files, read concurrently; a missing one is an error that names it."""
+        futures = {name: self._store.read(name) for name in names}
+        contents: dict[str, bytes] = {}
+        for name, future in futures.items():
+            try:
+                result = future.result()
+            except ValueError as error:
+                raise translate(error, f"{self.where}/{name}") from error
+            if result.state != "value":
+                raise Corrupt(f"{self.where}/{name}: missing", hint="dotfiles get lost in copies; copy it again whole")
+            contents[name] = result.value
+        return contents

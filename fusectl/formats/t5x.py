@@ -1,0 +1,176 @@
+"""T5X's own format: `checkpoint`, a msgpack tree, beside one directory of zarr v2 per large tensor.
+
+    checkpoint_20/
+      checkpoint                                 {"version": 3, "optimizer": {"target": …, "state": …}}
+      target.encoder.layers_0.mlp.wo.kernel/     .zarray 0.0 0.1 …
+
+A leaf of the tree is the tensorstore spec of such a directory, or the values themselves (Flax's msgpack extensions).
+Sources: t5x/checkpoints.py (version 3), flax/serialization.py (`_MsgpackExtType`).
+"""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Iterator, Mapping
+from enum import IntEnum
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import numpy as np
+import numpy.typing as npt
+
+from fusectl.errors import Corrupt, Incompatible, NotFound, StorageError
+from fusectl.formats.locate import T5X_INDEX
+from fusectl.formats.store import Files, directory
+from fusectl.formats.tree import Checkpoint, Leaf, Location, dict_keys
+from fusectl.formats.zarr import METADATA_FILE, ArrayMetadata, np_dtype, parse_metadata
+from fusectl.record import Record
+
+
+VERSION = 3
+_CHUNKED = "__msgpack_chunked_array__"
+# Names that T5X stores in the index whatever their size: nothing partitions them.
+_INLINED_SLOTS = frozenset({"v_row", "v_col", "count", "step"})
+
+
+class _Ext(IntEnum):
+    ndarray = 1
+    complex = 2
+    npscalar = 3
+
+
+def open_t5x(location: Location, record: Record | None) -> Checkpoint:
+    """The checkpoint at a location of kind `t5x`; raises Corrupt for an index that contradicts its arrays."""
+    tree = read_index(location.index / T5X_INDEX)
+    where = str(location.home)
+    files = Files(directory(str(location.index)), where)
+    leaves: dict[str, Leaf] = {}
+    specs: dict[str, Mapping[str, Any]] = {}
+    for name, value in _flatten(tree):
+        if isinstance(value, np.ndarray):
+            leaves[name] = Leaf(name, dict_keys(name), value.shape, value.dtype.name, value=value)
+        else:
+            specs[name] = value
+    file_of = {name: _directory_of(spec, f"{where}: {name}") for name, spec in specs.items()}
+    metadata = files.read(f"{at}/{METADATA_FILE[2]}" for at in file_of.values())
+    for name, spec in specs.items():
+        stored = parse_metadata(metadata[f"{file_of[name]}/{METADATA_FILE[2]}"], f"{where}: {name}")
+        _agree(spec, stored, f"{where}: {name}")
+        store = directory(str(location.index / file_of[name]))
+        leaves[name] = Leaf(name, dict_keys(name), stored.shape, stored.dtype, stored=stored, store=store)
+    return Checkpoint(location, "t5x", leaves, files=files, file_of=file_of, record=record)
+
+
+def read_index(path: Path) -> dict[str, Any]:
+    """The tree below `optimizer` in a `checkpoint` file: dictionaries down to arrays and specs."""
+    try:
+        raw = path.read_bytes()
+    except PermissionError as error:
+        raise StorageError(f"{path}: permission denied") from error
+    try:
+        tree = msgpack.unpackb(raw, ext_hook=_from_ext, strict_map_key=False)
+    except Exception as error:
+        # msgpack documents no common base for what it raises on arbitrary bytes, and the hook below adds numpy's.
+        raise Corrupt(f"{path}: not a msgpack index", details=(f"{type(error).__name__}: {error}",)) from error
+    if not isinstance(tree, dict) or not isinstance(tree.get("optimizer"), dict):
+        raise NotFound(f"{path}: not the index of a T5X checkpoint", details=("it has no tree `optimizer`",))
+    version = tree.get("version")
+    if not isinstance(version, int) or version < VERSION - 1:
+        raise Incompatible(f"{path}: version {version} of T5X's format", hint="re-save it with T5X; 2 and 3 are read")
+    return tree["optimizer"]
+
+
+def write_index(path: Path, values: Mapping[str, Leaf | npt.NDArray[Any]], codec: Mapping[str, Any]) -> None:
+    """Writes a `checkpoint` file for tensors whose arrays are in place; numpy arrays are kept in the index."""
+    tree: dict[str, Any] = {}
+    for name, value in sorted(values.items()):
+        *parents, last = name.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = _spec(value, codec) if isinstance(value, Leaf) else value
+    packed = msgpack.packb({"version": VERSION, "optimizer": tree}, default=_to_ext, strict_types=True)
+    path.write_bytes(packed)
+
+
+def kept_in_index(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether T5X keeps this tensor in its index: optimizer state that is small or that no mesh axis partitions."""
+    if name.startswith("target/"):
+        return False
+    return shape in {(), (1,)} or name.rsplit("/", 1)[-1] in _INLINED_SLOTS
+
+
+def _spec(leaf: Leaf, codec: Mapping[str, Any]) -> dict[str, Any]:
+    # T5X deletes metadata.chunks and metadata.compressor on restore: both keys must be there.
+    return {
+        "driver": "zarr",
+        "dtype": leaf.dtype,
+        "kvstore": {"driver": "file", "path": leaf.name.replace("/", ".") + "/"},
+        "metadata": {"chunks": list(leaf.chunks), "compressor": dict(codec), "shape": list(leaf.shape)},
+    }
+
+
+def _flatten(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, np.ndarray):
+            yield name, value
+        elif not isinstance(value, Mapping):
+            if value is not None:
+                raise Corrupt(f"{name}: a leaf of type {type(value).__name__} in the index")
+        elif _CHUNKED in value:
+            yield name, _unchunk(value, name)
+        elif "driver" in value and "metadata" in value:
+            yield name, value
+        else:
+            yield from _flatten(value, f"{name}/")
+
+
+def _directory_of(spec: Mapping[str, Any], where: str) -> str:
+    """The array's directory relative to the checkpoint: gfile and gcs specs mean the same place as file ones."""
+    kvstore = spec.get("kvstore")
+    # tensorstore < 0.1.14 kept the path at the top.
+    path = kvstore.get("path") if isinstance(kvstore, Mapping) and "path" in kvstore else spec.get("path")
+    if not isinstance(path, str) or not path:
+        raise Corrupt(f"{where}: its spec names no path")
+    path = posixpath.normpath(path)
+    if path.startswith(("/", "..")):
+        raise Corrupt(f"{where}: its path leaves the checkpoint", details=(path,))
+    return path
+
+
+def _agree(spec: Mapping[str, Any], stored: ArrayMetadata, where: str) -> None:
+    shape = spec["metadata"].get("shape")
+    if shape is not None and tuple(shape) != stored.shape:
+        raise Corrupt(f"{where}: shape {shape} in the index, {list(stored.shape)} in its .zarray")
+    dtype = spec.get("dtype")
+    if dtype is not None and dtype != stored.dtype:
+        raise Corrupt(f"{where}: dtype {dtype} in the index, {stored.dtype} in its .zarray")
+
+
+def _from_ext(code: int, data: bytes) -> Any:
+    if code == _Ext.complex:
+        real, imaginary = msgpack.unpackb(data)
+        return np.array(complex(real, imaginary))
+    if code in {_Ext.ndarray, _Ext.npscalar}:
+        shape, dtype, buffer = msgpack.unpackb(data)
+        # A view of the bytes that were read: a lying shape cannot allocate anything.
+        return np.frombuffer(buffer, dtype=np_dtype(dtype)).reshape(shape)
+    raise ValueError(f"msgpack extension {code}")
+
+
+def _to_ext(value: Any) -> msgpack.ExtType:
+    if not isinstance(value, np.ndarray):
+        raise TypeError(f"cannot pack {type(value).__name__}")
+    packed = msgpack.packb((value.shape, value.dtype.name, value.tobytes("C")), use_bin_type=True)
+    return msgpack.ExtType(_Ext.ndarray, packed)
+
+
+def _unchunk(value: Mapping[str, Any], name: str) -> npt.NDArray[Any]:
+    """Flax splits an array of more than 1 GiB: {'shape': {'0': …}, 'chunks': {'0': …}}."""
+    try:
+        shape = tuple(value["shape"][str(i)] for i in range(len(value["shape"])))
+        return np.concatenate([value["chunks"][str(i)] for i in range(len(value["chunks"]))]).reshape(shape)
+    except (KeyError, TypeError, ValueError) as error:
+        raise Corrupt(f"{name}: a chunked array that does not fit together", details=(str(error),)) from error

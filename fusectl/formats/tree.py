@@ -1,0 +1,171 @@
+"""Trees of tensors: keys with their kinds, leaves with shape and dtype, and the checkpoint that holds them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tensorstore as ts
+
+from fusectl.errors import Corrupt
+from fusectl.formats.store import CONTEXT, Files, Spec, translate
+from fusectl.formats.zarr import ArrayMetadata, np_dtype
+from fusectl.layout import Region, whole
+from fusectl.record import Record
+
+
+# The kinds of key in Orbax's tree metadata: a position in a sequence, a key of a dictionary.
+SEQUENCE, DICT = 1, 2
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One step from the root of a tree to a leaf."""
+
+    name: str
+    kind: int = DICT
+
+
+def dict_keys(name: str) -> tuple[Key, ...]:
+    """The keys of a leaf in a tree of dictionaries whose keys hold no slash, as in T5X."""
+    return tuple(Key(part) for part in name.split("/"))
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """A tensor of a checkpoint. `stored` says how it lies on disk; None for one kept inside the index, as `value`."""
+
+    name: str
+    keys: tuple[Key, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    stored: ArrayMetadata | None = None
+    store: Spec | None = field(default=None, repr=False)
+    value: npt.NDArray[Any] | None = field(default=None, repr=False)
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * np_dtype(self.dtype).itemsize
+
+    @property
+    def chunks(self) -> tuple[int, ...]:
+        """The shape of the unit that is decoded at once."""
+        return self.stored.chunks if self.stored else self.shape
+
+
+@dataclass(frozen=True, slots=True)
+class EmptyNode:
+    """A node without tensors that a tree must keep: None, or an empty dict, list or tuple."""
+
+    keys: tuple[Key, ...]
+    value_type: str
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """Where a checkpoint is: the directory of its index, and `home`, which holds it with its markers and record."""
+
+    index: Path
+    home: Path
+    kind: str
+    item: str | None = None
+    step: int | None = None
+    notes: tuple[str, ...] = ()
+
+
+class Checkpoint:
+    """A checkpoint opened for reading: all its metadata, and its tensors' values on demand.
+
+    Reads are strict: a chunk that is missing or cannot be decoded raises Corrupt and names tensor and file.
+    """
+
+    def __init__(
+        self,
+        location: Location,
+        format: str,  # noqa: A002
+        leaves: Mapping[str, Leaf],
+        *,
+        files: Files,
+        file_of: Mapping[str, str],
+        empty: tuple[EmptyNode, ...] = (),
+        lenient: bool = False,
+        record: Record | None = None,
+    ) -> None:
+        self.location = location
+        self.format = format
+        self.leaves = dict(leaves)
+        self.empty = empty
+        self.record = record
+        self.lenient = lenient
+        self._files = files
+        self._file_of = file_of
+        self._open: dict[str, ts.TensorStore] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def path(self) -> str:
+        """The path to pass to find it again."""
+        return str(self.location.home)
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: leaf.shape for name, leaf in self.leaves.items()}
+
+    @cached_property
+    def step(self) -> int | None:
+        """The training step: the tree's own, else the directory's name."""
+        for name in ("state/step", "step"):
+            leaf = self.leaves.get(name)
+            if leaf is not None and not leaf.shape:
+                return int(self.read(name)[()])
+        return self.location.step
+
+    def missing_chunks(self, name: str) -> list[str]:
+        """The chunks of a tensor that should be on disk and are not, as paths inside the checkpoint."""
+        leaf = self.leaves[name]
+        if leaf.stored is None or self._fills(leaf.stored):
+            return []
+        base = self._file_of[name]
+        return [key for chunk in leaf.stored.chunk_keys() if (key := f"{base}/{chunk}") not in self._files.names]
+
+    def read(self, name: str, region: Region | None = None) -> npt.NDArray[Any]:
+        """The values of a tensor's region, in C order and the stored dtype."""
+        leaf = self.leaves[name]
+        wanted = whole(leaf.shape) if region is None else region
+        at = tuple(slice(r.start, r.stop) for r in wanted)
+        if leaf.value is not None:
+            return leaf.value[at]
+        try:
+            store = self._opened(leaf)
+            values = store[at].read(order="C").result()
+        except ValueError as error:
+            raise translate(error, f"{self.path}: {name}") from error
+        return np.asarray(values)
+
+    def _fills(self, stored: ArrayMetadata) -> bool:
+        """Whether a missing chunk may legitimately stand for zeros."""
+        return self.lenient and stored.has_fill_value
+
+    def _opened(self, leaf: Leaf) -> ts.TensorStore:
+        store = self._open.get(leaf.name)
+        if store is None:
+            assert leaf.stored is not None
+            spec = {
+                "driver": "zarr3" if leaf.stored.zarr == 3 else "zarr",
+                "kvstore": leaf.store,
+                "fill_missing_data_reads": self._fills(leaf.stored),
+                "recheck_cached_metadata": False,
+                "recheck_cached_data": False,
+            }
+            store = ts.open(spec, read=True, context=CONTEXT).result()
+            if tuple(store.shape) != leaf.shape:
+                raise Corrupt(f"{self.path}: {leaf.name}: shape {list(leaf.shape)}, now {list(store.shape)}")
+            with self._lock:
+                self._open[leaf.name] = store
+        return store

@@ -1,0 +1,129 @@
+"""What an output tensor is made of: blocks of scaled source regions and noise, and zeros elsewhere.
+
+    out[block.at] = sum of the block's terms          a Term takes a region of a source tensor,
+    out[elsewhere] = 0                                a Noise a region of the output's own noise field
+
+Everything here is integers and names: no arrays, no paths. Regions are tuples of ranges, one per axis:
+
+    fused kernel (embed, mlp) of A (2, 3) and B (4, 5)
+
+             mlp 0..3   mlp 3..8
+    embed   ┌─────────┬────────────┐      Block((range(0, 2), range(0, 3)), (Term(0, name, A's all),))
+     0..2   │    A    │            │      Block((range(2, 6), range(3, 8)), (Term(1, name, B's all),))
+            ├─────────┼────────────┤
+     2..6   │         │     B      │
+            └─────────┴────────────┘
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import combinations
+
+
+Region = tuple[range, ...]
+
+
+def whole(shape: tuple[int, ...]) -> Region:
+    """The region that covers a tensor of this shape."""
+    return tuple(range(n) for n in shape)
+
+
+def size(region: Region) -> int:
+    """The number of elements in a region.
+
+    >>> size((range(2, 5), range(4)))
+    12
+    """
+    return math.prod(len(r) for r in region)
+
+
+def intersect(a: Region, b: Region) -> Region | None:
+    """What two regions share, or None."""
+    both = tuple(range(max(x.start, y.start), min(x.stop, y.stop)) for x, y in zip(a, b, strict=True))
+    return both if all(both) or not both else None
+
+
+def shifted(region: Region, by: Region, to: Region) -> Region:
+    """`region`, which lies in `by`, moved to where `by` is laid onto `to` (equal shapes)."""
+    return tuple(
+        range(r.start - x.start + y.start, r.stop - x.start + y.start) for r, x, y in zip(region, by, to, strict=True)
+    )
+
+
+def tiles(shape: tuple[int, ...], tile: tuple[int, ...]) -> Iterator[Region]:
+    """The regions of a grid of `tile`s over `shape` in C order, the last ones cut at the edge."""
+
+    def along(axis: int) -> Iterator[Region]:
+        if axis == len(shape):
+            yield ()
+            return
+        for start in range(0, shape[axis], tile[axis]):
+            head = range(start, min(start + tile[axis], shape[axis]))
+            for rest in along(axis + 1):
+                yield (head, *rest)
+
+    return along(0)
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """`scale * sources[source][tensor][region]`; with `must_be_zero`, a region that is only checked to hold zeros."""
+
+    source: int
+    tensor: str
+    region: Region
+    scale: float = 1.0
+    must_be_zero: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Noise:
+    """`scale * std(like) * field[region]`, from the output tensor's field of unit normal noise (fill.py).
+
+    `like` is the kernel whose standard deviation the noise is relative to. Where the tensor stacks kernels along an
+    axis, `stacked_axis`, each of them has its own.
+    """
+
+    region: Region
+    like: Term
+    scale: float
+    stacked_axis: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """The rectangle `at` of an output tensor and the terms whose sum stands there."""
+
+    at: Region
+    terms: tuple[Term | Noise, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """One output tensor: its axes' names, shape and dtype, and its disjoint blocks. What no block covers is zero."""
+
+    axes: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    blocks: tuple[Block, ...]
+
+    @property
+    def covered(self) -> int:
+        """The number of elements that some block covers."""
+        return sum(size(block.at) for block in self.blocks)
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong with it: blocks outside the tensor, overlapping blocks, terms of another shape."""
+        edge = whole(self.shape)
+        for block in self.blocks:
+            if len(block.at) != len(edge) or any(r.start < 0 or r.stop > e.stop for r, e in zip(block.at, edge)):  # noqa: B905
+                yield f"block {block.at} leaves the tensor of shape {self.shape}"
+            for term in block.terms:
+                if tuple(map(len, term.region)) != tuple(map(len, block.at)):
+                    yield f"block {block.at} is given a region of another shape: {term.region}"
+        for a, b in combinations(self.blocks, 2):
+            if intersect(a.at, b.at):
+                yield f"blocks {a.at} and {b.at} overlap"

@@ -1,0 +1,364 @@
+"""The library's verbs: plan a fusion or a noise-fill, and carry it out.
+
+    plan, sources = plan_fusion(["a/checkpoint_20", "b/checkpoint_20"], output, Options(...))
+    written = carry_out(plan, sources, output, ...)
+
+Planning opens the sources and reads their metadata only; carrying out moves the bytes.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+
+import fusectl
+from fusectl.archs import Recognized, recognize
+from fusectl.errors import Corrupt, Incompatible, OutputExists, UsageError, shorten
+from fusectl.execute import Progress, Silent, Work, execute
+from fusectl.formats import Format, fingerprint, format_named, open_checkpoint
+from fusectl.formats.sink import Sink, check_space, staged
+from fusectl.formats.tree import Checkpoint, Key, dict_keys
+from fusectl.formats.zarr import np_dtype
+from fusectl.layout import Block, Layout, Term, whole
+from fusectl.plan import Output, Plan, choose_chunks, choose_tile
+from fusectl.record import Fill, Record, SourceRecord
+from fusectl.transforms.grow import Fusion, check_fill, filled, fused, line_up
+from fusectl.transforms.optimizer import STATE, find_state, fresh_slots
+
+
+DEFAULT_MAX_MEMORY_BYTES = 256 << 20
+STEP = "state/step"
+OPTIMIZERS = ("reset", "drop")
+FILLS = ("zeros", "gaussian", "antisymmetric")
+SUM_TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class Options:
+    """What fuse, self-fuse and noise-fill have in common."""
+
+    fill: Fill = Fill()
+    optimizer: str = "reset"
+    format: str | None = None
+    arch: str | None = None
+    drop: tuple[str, ...] = ()
+    dtype: str | None = None
+    max_memory_bytes: int = DEFAULT_MAX_MEMORY_BYTES
+
+
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """A source: the checkpoint, its parameters' tree, and which of its tensors are dropped on purpose."""
+
+    checkpoint: Checkpoint
+    tree: Recognized
+    dropped: tuple[str, ...]
+
+    @property
+    def label(self) -> str:
+        return self.checkpoint.path
+
+    @property
+    def norm_groups(self) -> tuple[int, ...]:
+        """The widths that its norms are to be taken over for the fusion property; its record knows them."""
+        record = self.checkpoint.record
+        return record.norm_groups if record else (self.tree.sizes["embed"],)
+
+    def full(self, parameter: str) -> str:
+        """The full name of a parameter in this checkpoint."""
+        return self.tree.prefix + parameter
+
+
+def open_source(path: str, options: Options) -> Opened:
+    """A source ready for planning; raises Corrupt if a chunk of it is missing, all of them listed."""
+    checkpoint = open_checkpoint(path)
+    dropped = tuple(n for n in checkpoint.leaves if any(fnmatch.fnmatchcase(n, pattern) for pattern in options.drop))
+    shapes = {name: shape for name, shape in checkpoint.shapes.items() if name not in dropped}
+    tree = recognize(shapes, checkpoint.path, options.arch)
+    missing = [chunk for name in shapes for chunk in checkpoint.missing_chunks(name)]
+    if missing:
+        raise Corrupt(
+            f"{checkpoint.path}: {len(missing)} chunks are missing", details=shorten(missing, 5), hint="copy it again whole"
+        )
+    return Opened(checkpoint, tree, dropped)
+
+
+def plan_fusion(
+    paths: Sequence[str], options: Options, *, weights: Sequence[float] | None = None, command: str = "fuse"
+) -> tuple[Plan, list[Checkpoint]]:
+    """The plan that fuses K >= 2 checkpoints block-diagonally, and the opened sources.
+
+    The same path K times is self-fusion. `weights` are those of the mean of the logits, 1/K each by default.
+    """
+    if len(paths) < 2:
+        raise UsageError("fusing takes two checkpoints or more", hint="fusectl self-fuse CKPT --copies 2 for one")
+    shares = _weights(weights, len(paths))
+    by_path = {path: open_source(path, options) for path in dict.fromkeys(paths)}
+    opened = [by_path[path] for path in paths]
+    first = opened[0]
+    fusion = line_up([o.tree for o in opened], shares, [o.label for o in opened])
+    check_fill(fusion, options.fill)
+    out_format, item, prefix = _target(first, options)
+    builder = _Builder(opened, options, out_format)
+    for parameter in first.tree.shapes:
+        tensors = [o.full(parameter) for o in opened]
+        stored = first.checkpoint.leaves[tensors[0]].dtype
+        layout = fused(fusion, parameter, options.dtype or stored, options.fill, tensors)
+        builder.add(prefix + parameter, layout, like=tensors[0], noise_name=parameter)
+    optimizer = _optimizer(builder, first, fusion, options)
+    _step_and_rest(builder, first, out_format)
+    record = Record(
+        version=fusectl.__version__,
+        command=command,
+        family=first.tree.family.name,
+        parameters=prefix,
+        sources=tuple(_source_record(o) for o in opened),
+        weights=shares,
+        widths=fusion.widths,
+        norm_groups=tuple(group for o in opened for group in o.norm_groups),
+        fill=options.fill,
+        optimizer=optimizer,
+    )
+    notes = [*builder.notes, *_notes_on(opened, options, record)]
+    return builder.plan(record, item, notes), [o.checkpoint for o in opened]
+
+
+def plan_noise_fill(path: str, options: Options, *, copies: int | None = None) -> tuple[Plan, list[Checkpoint]]:
+    """The plan that fills the zero blocks of an already fused checkpoint with noise, and the opened checkpoint.
+
+    Its record says how it was fused; `copies` (of equal width) says it for a checkpoint without one.
+    """
+    opened = open_source(path, options)
+    record = opened.checkpoint.record or _record_for(opened, copies)
+    if record.fill.kind != "zeros":
+        raise Incompatible(
+            f"{opened.label}: filled already with {record.fill.kind} noise of scale {record.fill.noise_scale:g}",
+            hint="fill the fusion with zeros instead",
+        )
+    if copies not in {None, len(record.weights)}:
+        raise UsageError(f"--copies {copies}, but {opened.label} is a fusion of {len(record.weights)}")
+    fusion = Fusion(opened.tree, record.weights, record.widths)
+    check_fill(fusion, options.fill)
+    out_format, item, prefix = _target(opened, options)
+    builder = _Builder([opened], options, out_format)
+    for parameter in opened.tree.shapes:
+        tensor = opened.full(parameter)
+        stored = opened.checkpoint.leaves[tensor].dtype
+        layout = filled(fusion, parameter, options.dtype or stored, options.fill, tensor)
+        builder.add(prefix + parameter, layout, like=tensor, noise_name=parameter)
+    for name in opened.checkpoint.leaves:
+        if name not in builder.used and name not in opened.dropped:
+            builder.copy(name)
+    record = replace(record, version=fusectl.__version__, command="noise-fill", fill=options.fill, parameters=prefix, tensors={})
+    return builder.plan(record, item, builder.notes), [opened.checkpoint]
+
+
+def carry_out(
+    plan: Plan,
+    sources: Sequence[Checkpoint],
+    output: Path,
+    *,
+    force: bool = False,
+    jobs: int | None = None,
+    allow_nonfinite: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """Writes the planned checkpoint to `output`, which appears when it is complete, and re-opens it to check its tree."""
+    check_output(output, sources, force=force)
+    check_space(output, plan.nonzero_bytes)
+    work = Work(sources, plan.record.fill, allow_nonfinite)
+    with staged(output, force=force) as temporary:
+        sink = Sink(temporary, output, format_named(plan.format), plan.item)
+        sums = execute(plan, work, sink, jobs=jobs or default_jobs(), progress=progress or Silent())
+        sink.finish(replace(plan.record, tensors=sums), plan.empty)
+    _check_written(plan, open_checkpoint(str(output)))
+    return output
+
+
+def default_output(sources: Sequence[Checkpoint], plan: Plan) -> Path:
+    """A sibling of the first source whose name says what it is: checkpoint_20 becomes checkpoint_20.fused-2x."""
+    home = sources[0].location.home
+    stem, suffix = (home.stem, ".ckpt") if home.suffix == ".ckpt" else (home.name, "")
+    fill = plan.record.fill
+    noise = f".{fill.kind}-{fill.noise_scale:g}" if fill.kind != "zeros" else ""
+    fused_name = {"fuse": f".fused-{len(sources)}x", "self-fuse": f".self-fused-{len(sources)}x"}.get(plan.record.command, "")
+    return home.with_name(f"{stem}{fused_name}{noise}{suffix}")
+
+
+def check_output(output: Path, sources: Sequence[Checkpoint], *, force: bool) -> None:
+    """Raises OutputExists when the output is, contains, or lies inside a source, or exists without `force`."""
+    real = Path(os.path.realpath(output))
+    for source in sources:
+        home = Path(os.path.realpath(source.location.home))
+        if real == home or home in real.parents or real in home.parents:
+            relation = "is" if real == home else "lies inside" if home in real.parents else "contains"
+            raise OutputExists(f"{output}: {relation} the source {source.path}", hint="choose another -o")
+    if output.exists() and not force:
+        raise OutputExists(f"{output}: exists", hint="choose another -o, or --force to replace it")
+
+
+def default_jobs() -> int:
+    """One thread per core that this process may use, two at least: one reads while the other writes."""
+    return max(2, len(os.sched_getaffinity(0)))
+
+
+class _Builder:
+    """Collects the outputs of a plan, and which tensors of the sources they use."""
+
+    def __init__(self, sources: Sequence[Opened], options: Options, out_format: Format) -> None:
+        self._sources = sources
+        self._options = options
+        self._format = out_format
+        self.outputs: list[Output] = []
+        self.used: set[str] = set()
+        self.notes: list[str] = []
+
+    def add(self, name: str, layout: Layout, *, like: str | None, noise_name: str | None = None) -> None:
+        """A tensor of the output; `like` names the tensor of the first source whose keys and chunks it inherits."""
+        leaf = self._sources[0].checkpoint.leaves[like] if like else None
+        chunks_before = leaf.chunks if leaf else None
+        budget = self._options.max_memory_bytes
+        chunks = choose_chunks(layout, chunks_before, budget)
+        tile = choose_tile(layout.shape, chunks, chunks_before, np_dtype(layout.dtype).itemsize, budget)
+        keys: tuple[Key, ...] = leaf.keys if leaf and leaf.name == name else dict_keys(name)
+        self.outputs.append(Output(name, keys, layout, chunks, tile, noise_name or name))
+        self.used |= {t.tensor for block in layout.blocks for t in block.terms if isinstance(t, Term)}
+
+    def copy(self, name: str, to: str | None = None) -> None:
+        """A tensor of the first source as it is."""
+        leaf = self._sources[0].checkpoint.leaves[name]
+        block = Block(whole(leaf.shape), (Term(0, name, whole(leaf.shape)),))
+        axes = tuple(f"axis{i}" for i in range(len(leaf.shape)))
+        self.add(to or name, Layout(axes, leaf.shape, leaf.dtype, (block,)), like=name)
+
+    def plan(self, record: Record, item: str | None, notes: Sequence[str]) -> Plan:
+        """The Plan, checked: every tensor of every source is used or dropped on purpose."""
+        unknown = [
+            f"{o.label}: {name}"
+            for o in dict.fromkeys(self._sources)
+            for name in o.checkpoint.leaves
+            if name not in self.used and name not in o.dropped and not name.startswith(STATE) and name != STEP
+        ]
+        if unknown:
+            raise Incompatible(
+                f"{len(unknown)} tensors that fusectl does not know what to do with",
+                details=shorten(unknown, 5),
+                hint="--drop PATTERN leaves them out",
+            )
+        plan = Plan(
+            outputs=tuple(self.outputs),
+            empty=self._sources[0].checkpoint.empty if self._format.name != "t5x" else (),
+            format=self._format.name,
+            item=item,
+            record=record,
+            dropped=tuple(dict.fromkeys(name for o in self._sources for name in o.dropped)),
+            notes=tuple(notes),
+            budget_bytes=self._options.max_memory_bytes,
+        )
+        plan.check()
+        return plan
+
+
+def _target(first: Opened, options: Options) -> tuple[Format, str | None, str]:
+    """The format of the output, the item that its tree goes into, and the prefix of its parameters."""
+    out_format = format_named(options.format or first.checkpoint.format)
+    if out_format.name == "t5x":
+        return out_format, None, "target/"
+    item = "state" if first.checkpoint.format == "t5x" else first.checkpoint.location.item
+    return out_format, item, first.tree.prefix
+
+
+def _optimizer(builder: _Builder, first: Opened, fusion: Fusion, options: Options) -> str:
+    """Plans the optimizer's slots: zeros of the right shapes, or none. What was done, in a word."""
+    shapes = {n: s for n, s in first.checkpoint.shapes.items() if n not in first.dropped}
+    has_state = any(name.startswith(STATE) for name in shapes)
+    if not has_state or options.optimizer == "drop":
+        return "drop" if has_state else "none"
+    state = find_state(shapes, first.tree, first.label)
+    parameters = {name: fusion.fused_shape(name) for name in first.tree.shapes}
+    for name, shape in fresh_slots(state, first.tree, parameters).items():
+        leaf = first.checkpoint.leaves[name]
+        axes = tuple(f"axis{i}" for i in range(len(shape)))
+        builder.add(name, Layout(axes, shape, leaf.dtype, ()), like=name)
+    builder.notes.append(f"optimizer: {state.kind}, {len(state.names)} slots reset to zeros; the step is kept")
+    return "reset"
+
+
+def _step_and_rest(builder: _Builder, first: Opened, out_format: Format) -> None:
+    """Plans what is neither a parameter nor a slot: the step. T5X needs one even where the source has none."""
+    if STEP in first.checkpoint.leaves:
+        builder.copy(STEP)
+    elif out_format.name == "t5x":
+        builder.notes.append("the source has no step; T5X gets step 0")
+        builder.add(STEP, Layout((), (), "int32", ()), like=None)
+    for name in ("step",):
+        if name in first.checkpoint.leaves and out_format.name != "t5x":
+            builder.copy(name)
+
+
+def _notes_on(opened: Sequence[Opened], options: Options, record: Record) -> list[str]:
+    notes = [note for o in dict.fromkeys(opened) for note in o.checkpoint.location.notes]
+    steps = [o.checkpoint.step for o in opened]
+    if len(set(steps)) > 1:
+        notes.append(f"the sources are at steps {', '.join(map(str, steps))}; the output keeps {steps[0]}")
+    if record.self_fused and options.fill.kind == "zeros":
+        notes.append("zeros keep the copies equal: without dropout nothing separates them; --fill antisymmetric does")
+    if not record.self_fused and options.fill.kind == "antisymmetric":
+        notes.append("antisymmetric noise cancels between equal copies only; these sources' function changes")
+    if not record.self_fused:
+        notes.append("the mean of the logits is exact with a norm per source; one norm over all of them comes near it")
+    return notes
+
+
+def _weights(weights: Sequence[float] | None, count: int) -> tuple[float, ...]:
+    if weights is None:
+        return (1.0 / count,) * count
+    if len(weights) != count:
+        raise UsageError(f"{len(weights)} weights for {count} sources")
+    if not all(math.isfinite(w) for w in weights) or abs(math.fsum(weights) - 1.0) > SUM_TOLERANCE:
+        raise UsageError(f"the weights sum to {math.fsum(weights):g}, not to 1", hint="--weights 0.7,0.3")
+    return tuple(weights)
+
+
+def _source_record(opened: Opened) -> SourceRecord:
+    checkpoint = opened.checkpoint
+    return SourceRecord(checkpoint.path, checkpoint.format, checkpoint.step, fingerprint(checkpoint), opened.norm_groups)
+
+
+def _record_for(opened: Opened, copies: int | None) -> Record:
+    """What fusectl.json would say of a checkpoint that was fused elsewhere from `copies` models of equal width."""
+    if copies is None:
+        raise UsageError(f"{opened.label}: no fusectl.json that says how it was fused", hint="--copies K for K equal widths")
+    grown = {axis: n for axis, n in opened.tree.sizes.items() if axis in opened.tree.family.grown}
+    uneven = [f"axis {axis!r}: {n}" for axis, n in grown.items() if n % copies]
+    if uneven:
+        raise Incompatible(f"{opened.label}: widths that {copies} equal models do not have", details=uneven)
+    widths = {axis: (n // copies,) * copies for axis, n in grown.items()}
+    return Record(
+        version=fusectl.__version__,
+        command="noise-fill",
+        family=opened.tree.family.name,
+        parameters=opened.tree.prefix,
+        sources=(),
+        weights=(1.0 / copies,) * copies,
+        widths=widths,
+        norm_groups=widths["embed"],
+        fill=Fill(),
+        optimizer="kept",
+    )
+
+
+def _check_written(plan: Plan, written: Checkpoint) -> None:
+    """Raises Corrupt unless the output, opened anew, has exactly the planned tensors."""
+    planned: Mapping[str, tuple[tuple[int, ...], str]] = {o.name: (o.layout.shape, o.layout.dtype) for o in plan.outputs}
+    found = {name: (leaf.shape, leaf.dtype) for name, leaf in written.leaves.items()}
+    wrong = sorted(name for name in planned.keys() | found.keys() if planned.get(name) != found.get(name))
+    if wrong:
+        raise Corrupt(f"{written.path}: written, but not as planned", details=shorten(wrong, 5))
+
+

@@ -1,0 +1,190 @@
+"""Block-diagonal fusion (Deep Fusion, section 3): K sources become one model of the sum of their widths.
+
+One rule places every tensor, by the names of its axes:
+
+    no grown axis           the weighted mean of the sources
+    grown axes              source i in cell (i, …, i) of them: one axis concatenates, two make a block diagonal
+    grown on the input side only (the output head)        K streams meet: times the source's weight
+    the norm before a tied head                            times weight * sqrt(D / d), since T5 divides logits by sqrt(D)
+
+and noise goes where an input of one source would meet an output of another.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from fusectl.archs import Recognized
+from fusectl.archs.table import Row
+from fusectl.errors import Incompatible
+from fusectl.layout import Block, Layout, Noise, Region, Term, whole
+from fusectl.record import Fill
+
+
+@dataclass(frozen=True, slots=True)
+class Fusion:
+    """Models of one family side by side: their weights, and per grown axis the sizes that they bring.
+
+    `tree` is the tree of any one of them, or of the fused model: only its rows and shared axes are looked at.
+    """
+
+    tree: Recognized
+    weights: tuple[float, ...]
+    widths: Mapping[str, tuple[int, ...]]
+
+    @property
+    def copies(self) -> int:
+        return len(self.weights)
+
+    def source_shape(self, name: str, source: int) -> tuple[int, ...]:
+        """The shape of a parameter in one of the sources."""
+        return tuple(self.widths[axis][source] if axis in self.widths else n for axis, n in self._axes(name))
+
+    def fused_shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a parameter of the fused model."""
+        return tuple(sum(self.widths[axis]) if axis in self.widths else n for axis, n in self._axes(name))
+
+    def cell(self, name: str, place: Mapping[str, int]) -> Region:
+        """The region of a fused parameter where each grown axis is at the place of the given source."""
+        spans = []
+        for axis, n in self._axes(name):
+            if axis in self.widths:
+                start = sum(self.widths[axis][: place[axis]])
+                spans.append(range(start, start + self.widths[axis][place[axis]]))
+            else:
+                spans.append(range(n))
+        return tuple(spans)
+
+    def cells(self, name: str) -> list[Region]:
+        """For each source, the region of a fused parameter that is its own."""
+        return [self.cell(name, dict.fromkeys(self.widths, i)) for i in range(self.copies)]
+
+    def _axes(self, name: str) -> Iterator[tuple[str, int]]:
+        return zip(self.tree.rows[name].spec.axes, self.tree.shapes[name], strict=True)
+
+
+def line_up(sources: Sequence[Recognized], weights: Sequence[float], labels: Sequence[str]) -> Fusion:
+    """The Fusion of these sources; raises Incompatible with all their differences, if there are any."""
+    first = sources[0]
+    differences = [
+        difference
+        for other, label in zip(sources[1:], labels[1:], strict=True)
+        for difference in _differences(first, other, labels[0], label)
+    ]
+    if differences:
+        raise Incompatible(
+            f"{len(sources)} sources that do not fit together",
+            details=differences,
+            hint="embed, heads and mlp may differ in size; everything else must be equal",
+        )
+    widths = {axis: tuple(s.sizes[axis] for s in sources) for axis in first.sizes if axis in first.family.grown}
+    return Fusion(first, tuple(weights), widths)
+
+
+def _differences(first: Recognized, other: Recognized, a: str, b: str) -> Iterator[str]:
+    if other.family.name != first.family.name:
+        yield f"family: {first.family.name} in {a}, {other.family.name} in {b}"
+    if other.depths != first.depths:
+        for stack, depth in first.depths.items():
+            if other.depths.get(stack) != depth:
+                yield f"depth of the {stack}: {depth} layers in {a}, {other.depths.get(stack)} in {b}"
+    elif other.family.name == first.family.name:
+        for name in sorted(set(first.shapes) ^ set(other.shapes)):
+            yield f"{name}: only in {a if name in first.shapes else b}"
+    for axis, n in first.sizes.items():
+        if axis not in first.family.grown and other.sizes.get(axis, n) != n:
+            yield f"axis {axis!r} is shared but differs: {n} in {a}, {other.sizes[axis]} in {b}"
+    yield from _head_dims_that_differ(first, other, a, b)
+
+
+def _head_dims_that_differ(first: Recognized, other: Recognized, a: str, b: str) -> Iterator[str]:
+    """joined_kv hides head_dim: it is joined_kv / heads."""
+    if "joined_kv" not in first.sizes or "joined_kv" not in other.sizes:
+        return
+    one, two = (s.sizes["joined_kv"] / s.sizes["heads"] for s in (first, other))
+    if one != two:
+        yield f"head_dim (joined_kv / heads) is shared but differs: {one:g} in {a}, {two:g} in {b}"
+
+
+def head_scale(fusion: Fusion, row: Row, source: int) -> float:
+    """The factor of a source's tensor that makes the output the weighted mean of the logits."""
+    if row.tied_head:
+        widths = fusion.widths["embed"]
+        return fusion.weights[source] * math.sqrt(sum(widths) / widths[source])
+    reads_streams = bool(row.spec.inputs & fusion.widths.keys())
+    writes_streams = bool(row.spec.outputs & fusion.widths.keys())
+    return fusion.weights[source] if reads_streams and not writes_streams else 1.0
+
+
+def fused(fusion: Fusion, name: str, dtype: str, fill: Fill, tensors: Sequence[str]) -> Layout:
+    """The Layout of one parameter of the fused model; `tensors[i]` is its full name in source i."""
+    row = fusion.tree.rows[name]
+    axes, shape = row.spec.axes, fusion.fused_shape(name)
+    kernels = [
+        Term(i, tensor, whole(fusion.source_shape(name, i)), head_scale(fusion, row, i)) for i, tensor in enumerate(tensors)
+    ]
+    if not fusion.widths.keys() & set(axes):
+        mean = tuple(replace(term, scale=weight) for term, weight in zip(kernels, fusion.weights, strict=True))
+        return Layout(axes, shape, dtype, (Block(whole(shape), mean),))
+    own = [Block(at, (kernel,)) for at, kernel in zip(fusion.cells(name), kernels, strict=True)]
+    return Layout(axes, shape, dtype, tuple(with_noise(fusion, name, fill, own, kernels)))
+
+
+def filled(fusion: Fusion, name: str, dtype: str, fill: Fill, tensor: str) -> Layout:
+    """The Layout of one parameter of an already fused model after its zero blocks were filled with noise."""
+    row = fusion.tree.rows[name]
+    shape = fusion.fused_shape(name)
+    if not noisy(fusion, row):
+        return Layout(row.spec.axes, shape, dtype, (Block(whole(shape), (Term(0, tensor, whole(shape)),)),))
+    kernels = [Term(0, tensor, cell) for cell in fusion.cells(name)]
+    own = [Block(kernel.region, (kernel,)) for kernel in kernels]
+    blocks = []
+    for block in with_noise(fusion, name, fill, own, kernels):
+        at_zeros = isinstance(block.terms[0], Noise)
+        must_be_zero = (Term(0, tensor, block.at, must_be_zero=True),) if at_zeros else ()
+        blocks.append(Block(block.at, (*must_be_zero, *block.terms)))
+    return Layout(row.spec.axes, shape, dtype, tuple(blocks))
+
+
+def noisy(fusion: Fusion, row: Row) -> bool:
+    """Whether a tensor has zero blocks that noise may fill: where one source's inputs would meet another's outputs."""
+    return bool(row.spec.inputs & fusion.widths.keys() and row.spec.outputs & fusion.widths.keys())
+
+
+def with_noise(
+    fusion: Fusion, name: str, fill: Fill, own: Sequence[Block], kernels: Sequence[Term]
+) -> Iterator[Block]:
+    """The sources' own blocks, and the blocks of noise between them.
+
+    The noise between input j and output i is relative to the kernel of i, whose outputs it disturbs. Antisymmetric:
+    what is added at (j, i) is taken off at (i, i), so that equal inputs leave every output as it was.
+    """
+    row = fusion.tree.rows[name]
+    if fill.kind == "zeros" or not noisy(fusion, row):
+        yield from own
+        return
+    stacked = row.spec.axes.index("layers") if "layers" in row.spec.axes else None
+    for i, (block, kernel) in enumerate(zip(own, kernels, strict=True)):
+        between = [
+            fusion.cell(name, {**dict.fromkeys(row.spec.inputs, j), **dict.fromkeys(row.spec.outputs, i)})
+            for j in range(fusion.copies)
+            if j != i
+        ]
+        taken_off = [Noise(at, kernel, -fill.noise_scale, stacked) for at in between if fill.kind == "antisymmetric"]
+        yield Block(block.at, (*block.terms, *taken_off))
+        for at in between:
+            yield Block(at, (Noise(at, kernel, fill.noise_scale, stacked),))
+
+
+def check_fill(fusion: Fusion, fill: Fill) -> None:
+    """Raises Incompatible where antisymmetric noise is undefined: the blocks of a row must have one shape."""
+    if fill.kind == "antisymmetric":
+        uneven = {axis: sizes for axis, sizes in fusion.widths.items() if len(set(sizes)) > 1}
+        if uneven:
+            raise Incompatible(
+                "antisymmetric noise needs sources of equal widths",
+                details=[f"axis {axis!r}: {', '.join(map(str, sizes))}" for axis, sizes in uneven.items()],
+                hint="--fill gaussian",
+            )

@@ -1,0 +1,141 @@
+"""The optimizer's state: which slots a checkpoint has, and which ones T5X would create for the fused shapes.
+
+    state/param_states/<parameter>/{m,v,v_row,v_col}      T5X's Adafactor: all four exist, unused ones are (1,) zeros
+    state/param_states/<n>/{mu,nu}/<parameter>            optax's Adam inside T5X, with state/param_states/<n>/count
+
+Slot shapes are a function of the parameter's shape and axes, never of the source's slots: growing can turn `v` into
+`v_row` and `v_col`, or swap what they index. Source: t5x/adafactor.py, `HeuristicRule` and `standard_logical_factor_rules`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fusectl.archs import Recognized
+from fusectl.axes import TensorSpec
+from fusectl.errors import Incompatible, shorten
+
+
+STATE = "state/param_states/"
+ADAFACTOR_SLOTS = ("m", "v", "v_row", "v_col")
+UNUSED = (1,)
+
+# T5X factors the second moments of a matrix only if both of its dimensions reach this.
+FACTORED_FROM = 128
+ROW = frozenset({"embed"})
+COLUMN = frozenset({"vocab", "mlp", "heads", "kv", "joined_kv"})
+
+_OPTAX = re.compile(r"(\d+)/(mu|nu)/(.+)")
+_COUNT = re.compile(r"\d+/count")
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerState:
+    """The optimizer whose state a checkpoint holds, as far as its slots tell.
+
+    `kind` is adafactor, adam or none. `factored` and `momentum` are Adafactor's settings; `names` all slots' names.
+    """
+
+    kind: str
+    names: tuple[str, ...]
+    factored: bool = False
+    momentum: bool = False
+
+
+def find_state(shapes: Mapping[str, tuple[int, ...]], tree: Recognized, where: str) -> OptimizerState:
+    """The optimizer state in a tree; raises Incompatible for slots that fusectl does not know or that do not fit."""
+    slots = {name.removeprefix(STATE): shape for name, shape in shapes.items() if name.startswith(STATE)}
+    names = tuple(STATE + name for name in slots)
+    if not slots:
+        return OptimizerState("none", ())
+    if all(_OPTAX.fullmatch(name) or _COUNT.fullmatch(name) for name in slots):
+        wrong = [
+            f"{STATE}{name}: shape {list(shape)}"
+            for name, shape in slots.items()
+            if (found := _OPTAX.fullmatch(name)) and tree.shapes.get(found.group(3)) != shape
+        ]
+        if not wrong:
+            return OptimizerState("adam", names)
+        raise _unknown(where, wrong)
+    momentum = any(name.endswith("/m") and shape != UNUSED for name, shape in slots.items())
+    for factored in (True, False):
+        wrong = list(_contradictions(slots, tree, factored=factored, momentum=momentum))
+        if not wrong:
+            return OptimizerState("adafactor", names, factored=factored, momentum=momentum)
+    raise _unknown(where, wrong)
+
+
+def fresh_slots(state: OptimizerState, tree: Recognized, fused: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of the slots that the optimizer creates for parameters of the fused shapes."""
+    if state.kind == "adam":
+        return {name: _adam_shape(name.removeprefix(STATE), fused) for name in state.names}
+    if state.kind == "none":
+        return {}
+    return {
+        f"{STATE}{parameter}/{slot}": slot_shape
+        for parameter, shape in fused.items()
+        for slot, slot_shape in adafactor_slots(
+            shape, tree.rows[parameter].spec, factored=state.factored, momentum=state.momentum
+        ).items()
+    }
+
+
+def adafactor_slots(
+    shape: tuple[int, ...], spec: TensorSpec, *, factored: bool, momentum: bool
+) -> dict[str, tuple[int, ...]]:
+    """The shapes of m, v, v_row and v_col that T5X's Adafactor creates for a parameter.
+
+    >>> from fusectl.axes import parse_axes
+    >>> adafactor_slots((2048, 768), parse_axes("mlp -> embed"), factored=True, momentum=False)
+    {'m': (1,), 'v': (1,), 'v_row': (768,), 'v_col': (2048,)}
+    """
+    m = shape if momentum else UNUSED
+    axes = _factored_axes(shape, spec) if factored else None
+    if axes is None:
+        return {"m": m, "v": shape, "v_row": UNUSED, "v_col": UNUSED}
+    dropped_by_row, dropped_by_column = axes
+    v_row = tuple(n for axis, n in enumerate(shape) if axis not in dropped_by_row)
+    v_col = tuple(n for axis, n in enumerate(shape) if axis not in dropped_by_column)
+    return {"m": m, "v": UNUSED, "v_row": v_row, "v_col": v_col}
+
+
+def _factored_axes(shape: tuple[int, ...], spec: TensorSpec) -> tuple[set[int], set[int]] | None:
+    """The axes that v_row and v_col average over, or None where the second moments are not factored."""
+    if len(shape) <= 2 and "layers" not in spec.axes:
+        if len(shape) < 2:
+            return None
+        second, largest = sorted(range(len(shape)), key=shape.__getitem__)[-2:]
+        return None if shape[second] < FACTORED_FROM else ({largest}, {second})
+    rows = {axis for axis, name in enumerate(spec.axes) if name in ROW}
+    columns = {axis for axis, name in enumerate(spec.axes) if name in COLUMN}
+    return (columns, rows) if rows and columns else None
+
+
+def _contradictions(
+    slots: Mapping[str, tuple[int, ...]], tree: Recognized, *, factored: bool, momentum: bool
+) -> list[str]:
+    expected = {
+        f"{parameter}/{slot}": shape
+        for parameter, own in tree.shapes.items()
+        for slot, shape in adafactor_slots(own, tree.rows[parameter].spec, factored=factored, momentum=momentum).items()
+    }
+    return [
+        f"{STATE}{name}: shape {list(slots[name]) if name in slots else 'missing'}, expected {expected.get(name, 'nothing')}"
+        for name in sorted(slots.keys() | expected.keys())
+        if slots.get(name) != expected.get(name)
+    ]
+
+
+def _adam_shape(name: str, fused: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    found = _OPTAX.fullmatch(name)
+    return fused[found.group(3)] if found else ()
+
+
+def _unknown(where: str, wrong: list[str]) -> Incompatible:
+    return Incompatible(
+        f"{where}: optimizer state that does not fit its parameters, or of an optimizer that fusectl does not know",
+        details=shorten(wrong, 5),
+        hint="--optimizer drop leaves it out",
+    )
