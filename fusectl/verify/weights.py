@@ -1,0 +1,198 @@
+"""The weights level: every block of the fused tensors against the sources, re-derived with numpy slices.
+
+It knows the family's table (which axis is which) and nothing of plans, layouts and the executor. Blocks that are copies
+must be equal to the bit; scaled ones to the last bit of their dtype; what no source covers must be zero, or noise
+of the mean and standard deviation that the record declares.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fusectl.archs.table import Row
+from fusectl.errors import FusectlError
+from fusectl.formats.zarr import np_dtype
+from fusectl.record import Fill, Record
+from fusectl.transforms.optimizer import STATE, find_state
+
+
+if TYPE_CHECKING:
+    from fusectl.verify import Claim
+
+
+Array = npt.NDArray[Any]
+
+# A sample of n normal values strays this many standard errors once in 500 million times.
+STANDARD_ERRORS = 6.0
+
+
+@dataclass(frozen=True)
+class WeightsResult:
+    """What the weights level found. `noise_blocks` counts the blocks whose noise was measured."""
+
+    passed: bool
+    tensors: int
+    blocks: int
+    noise_blocks: int
+    slots: int
+    problems: tuple[str, ...]
+
+
+def check_weights(claim: Claim) -> WeightsResult:
+    """Compares every parameter, the optimizer's slots and the step with what the sources and the record say."""
+    problems: list[str] = []
+    blocks = noise_blocks = 0
+    for name, row in claim.tree.rows.items():
+        fused = claim.fused.read(claim.tree.prefix + name)
+        sources = [s.read(t.prefix + name) for s, t in zip(claim.sources, claim.trees, strict=True)]
+        view = FusedTensor(name, row, fused, sources, claim.record)
+        problems += view.problems()
+        blocks += len(sources)
+        noise_blocks += len(view.gaps()) if claim.record.fill.kind != "zeros" else 0
+    slots = [name for name in claim.fused.leaves if name.startswith(STATE)]
+    problems += _slot_problems(claim, slots)
+    return WeightsResult(not problems, len(claim.tree.rows), blocks, noise_blocks, len(slots), tuple(problems))
+
+
+@dataclass(frozen=True)
+class FusedTensor:
+    """A fused tensor beside its sources', cut up by the axes' names."""
+
+    name: str
+    row: Row
+    fused: Array
+    sources: list[Array]
+    record: Record
+
+    def own(self, i: int) -> tuple[slice, ...]:
+        """Where source i is."""
+        return self._at({axis: i for axis in self.row.spec.axes})
+
+    def gaps(self) -> list[tuple[int, int, tuple[slice, ...]]]:
+        """The blocks that no source covers: (output's source, input's source, where)."""
+        spec, widths = self.row.spec, self.record.widths
+        reads = [a for a in spec.axes if a in spec.inputs and a in widths]
+        writes = [a for a in spec.axes if a in spec.outputs and a in widths]
+        if not reads or not writes:
+            return []
+        return [
+            (i, j, self._at({**dict.fromkeys(writes, i), **dict.fromkeys(reads, j)}))
+            for i, j in itertools.permutations(range(len(self.sources)), 2)
+        ]
+
+    def scale(self, i: int) -> float:
+        """The factor that source i was stored with, so that the sum of the heads is the weighted mean of the logits."""
+        weight = self.record.weights[i]
+        if self.row.tied_head:
+            embed = self.record.widths["embed"]
+            return weight * math.sqrt(sum(embed) / embed[i])
+        return weight if self.row.spec.inputs == {"embed"} and self.row.spec.outputs == {"vocab"} else 1.0
+
+    def exact(self, i: int) -> Array:
+        """What stands at source i's place before rounding: the scaled source less what antisymmetric noise takes off."""
+        values = self.sources[i].astype(np.float64) * self.scale(i)
+        if self.record.fill.kind == "antisymmetric":
+            for output, _, at in self.gaps():
+                if output == i:
+                    values = values - self.fused[at].astype(np.float64)
+        return values
+
+    def problems(self) -> Iterator[str]:
+        """Everything about the tensor that is not as declared."""
+        for i in range(len(self.sources)):
+            yield from self._own_problems(i)
+        for i, j, at in self.gaps():
+            for layer, block, kernel in self._per_layer(self.fused[at], self.sources[i]):
+                problem = noise_problem(block, kernel, self.record.fill)
+                if problem:
+                    yield f"{self.name}: the block from source {j} to source {i}{layer}: {problem}"
+
+    def _own_problems(self, i: int) -> Iterator[str]:
+        values, exact = self.fused[self.own(i)], self.exact(i)
+        if values.shape != exact.shape:
+            yield f"{self.name}: source {i} is {list(exact.shape)}, its place is {list(values.shape)}"
+            return
+        copied = self.scale(i) == 1.0 and not (self.record.fill.kind == "antisymmetric" and self.gaps())
+        wrong = values != exact.astype(values.dtype) if copied else ~within_rounding(values, exact)
+        if wrong.any():
+            at = tuple(int(k) for k in np.argwhere(wrong)[0])
+            yield (
+                f"{self.name}: source {i} differs in {int(wrong.sum()):,} of {wrong.size:,} values, "
+                f"first at {list(at)}: {values[at]:.9g}, not {exact[at]:.9g}"
+            )
+
+    def _per_layer(self, block: Array, kernel: Array) -> Iterator[tuple[str, Array, Array]]:
+        """Kernels that are stacked along `layers` have noise of their own standard deviation each."""
+        if "layers" not in self.row.spec.axes:
+            yield "", block, kernel
+            return
+        axis = self.row.spec.axes.index("layers")
+        for k in range(block.shape[axis]):
+            yield f", layer {k}", block.take(k, axis=axis), kernel.take(k, axis=axis)
+
+    def _at(self, place: dict[str, int]) -> tuple[slice, ...]:
+        cut = []
+        for axis in self.row.spec.axes:
+            widths = self.record.widths.get(axis)
+            start = sum(widths[: place[axis]]) if widths else 0
+            cut.append(slice(start, start + widths[place[axis]]) if widths else slice(None))
+        return tuple(cut)
+
+
+def within_rounding(values: Array, exact: Array) -> npt.NDArray[np.bool_]:
+    """Where `values` are what their dtype makes of `exact`: at most one unit in the last place away."""
+    spacing = _epsilon(values.dtype.name) * np.maximum(np.abs(values.astype(np.float64)), np.abs(exact))
+    return np.asarray(np.abs(values.astype(np.float64) - exact) <= spacing)
+
+
+def noise_problem(block: Array, kernel: Array, fill: Fill) -> str | None:
+    """What is wrong with a block between two sources, or None."""
+    if fill.kind == "zeros":
+        count = int(np.count_nonzero(block))
+        return f"{count:,} of {block.size:,} values are not zero" if count else None
+    values = block.astype(np.float64)
+    std = fill.noise_scale * float(kernel.astype(np.float64).std())
+    if std == 0.0:
+        return None if not values.any() else "noise beside a constant kernel, which has no standard deviation"
+    mean_off = abs(values.mean()) / (std / math.sqrt(values.size))
+    std_off = abs(values.std() / std - 1.0) * math.sqrt(2.0 * values.size)
+    if mean_off > STANDARD_ERRORS or std_off > STANDARD_ERRORS:
+        return f"noise of mean {values.mean():.3g} and std {values.std():.3g}, declared 0 and {std:.3g}"
+    return None
+
+
+def _epsilon(dtype: str) -> float:
+    import ml_dtypes
+
+    return float(ml_dtypes.finfo(np_dtype(dtype)).eps)
+
+
+def _slot_problems(claim: Claim, slots: list[str]) -> Iterator[str]:
+    for name in ("state/step", "step"):
+        if name in claim.fused.leaves and name in claim.sources[0].leaves:
+            now, then = claim.fused.read(name), claim.sources[0].read(name)
+            if now.dtype != then.dtype or now != then:
+                yield f"{name}: {now} ({now.dtype}), {then} ({then.dtype}) in the first source"
+    if claim.record.optimizer == "drop" and slots:
+        yield f"{slots[0]}: declared as dropped, and there"
+    if claim.record.optimizer != "reset":
+        return
+    if not slots:
+        yield "the optimizer's slots are gone"
+        return
+    try:
+        find_state(claim.fused.shapes, claim.tree, claim.fused.path)
+    except FusectlError as error:
+        yield from (f"slot {detail}" for detail in error.details)
+    for name in slots:
+        if claim.fused.read(name).any():
+            yield f"{name}: declared as reset, and not zero"
+
+
