@@ -35,6 +35,7 @@ DEFAULT_MAX_MEMORY_BYTES = 256 << 20
 STEP = "state/step"
 OPTIMIZERS = ("reset", "drop")
 FILLS = ("zeros", "gaussian", "antisymmetric")
+FLOATS = ("float64", "float32", "bfloat16", "float16")
 SUM_TOLERANCE = 1e-6
 
 

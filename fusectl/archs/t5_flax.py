@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -295,6 +296,12 @@ def _joined(values: npt.NDArray[Any], axes: tuple[str, ...]) -> npt.NDArray[Any]
     return values.reshape(*shape[: at - 1], shape[at - 1] * shape[at], *shape[at + 1 :])
 
 
+@partial(jax.jit, static_argnums=0)
+def _apply(network: Transformer, variables: Any, encoder_tokens: Array, decoder_tokens: Array, targets: Array) -> Array:
+    """One compilation for all models of the same config."""
+    return network.apply(variables, encoder_tokens, decoder_tokens, targets)
+
+
 def build(
     tree: Recognized, parameters: Mapping[str, npt.NDArray[Any]], norm_groups: tuple[int, ...], dtype: npt.DTypeLike
 ) -> Any:
@@ -303,11 +310,10 @@ def build(
     Sums are accumulated in float64 (which must be enabled): widening a model changes the order of summation, and the
     order must not show in the difference of two models.
     """
-    network = Transformer(config_of(tree, norm_groups, dtype, accumulate=jnp.float64))
+    network = Transformer(config_of(tree, norm_groups, np.dtype(dtype), accumulate=np.dtype("float64")))
     variables = {"params": minimal_tree(tree, {name: np.asarray(values, dtype) for name, values in parameters.items()})}
-    apply = jax.jit(network.apply)
 
     def logits(encoder_tokens: Any, decoder_tokens: Any, targets: Any) -> npt.NDArray[Any]:
-        return np.asarray(apply(variables, encoder_tokens, decoder_tokens, targets))
+        return np.asarray(_apply(network, variables, encoder_tokens, decoder_tokens, targets))
 
     return logits

@@ -26,14 +26,14 @@ import numpy.typing as npt
 import tensorstore as ts
 
 from fusectl.errors import FusectlError, NotEnoughSpace, OutputExists, StorageError
-from fusectl.formats import Format
+from fusectl.formats import Format, format_named
 from fusectl.formats.locate import T5X_INDEX, TEMPORARY_SUFFIX
 from fusectl.formats.orbax import mark_committed, write_metadata, write_step_metadata
 from fusectl.formats.store import CONTEXT, Spec, directory, ocdbt, translate
 from fusectl.formats.t5x import kept_in_index, write_index
-from fusectl.formats.tree import EmptyNode, Key, Leaf
+from fusectl.formats.tree import EmptyNode, Key, Leaf, dict_keys
 from fusectl.formats.zarr import new_metadata, np_dtype, parse_metadata
-from fusectl.layout import Region
+from fusectl.layout import Region, whole
 from fusectl.record import FILE_NAME, Record
 
 
@@ -110,14 +110,15 @@ class Sink:
         except ValueError as error:
             raise translate(error, f"{self._final}: {name}") from error
 
-    def finish(self, record: Record, empty: Iterable[EmptyNode]) -> None:
+    def finish(self, record: Record | None = None, empty: Iterable[EmptyNode] = ()) -> None:
         """Commits what is pending, then writes the record, the index and the markers, in this order."""
         if self._commits is not None:
             try:
                 self._commits.finish()
             except ValueError as error:
                 raise translate(error, str(self._final)) from error
-        (self._home / FILE_NAME).write_bytes(record.to_json())
+        if record is not None:
+            (self._home / FILE_NAME).write_bytes(record.to_json())
         if self._format.name == "t5x":
             values: dict[str, Leaf | npt.NDArray[Any]] = {**self._leaves, **self._kept}
             codec = new_metadata(2, (), (), "float32")["compressor"]
@@ -132,6 +133,25 @@ class Sink:
     def _store(self, base: str) -> Spec:
         at = str(self._index)
         return ocdbt(at, base + "/") if self._format.ocdbt else directory(f"{at}/{base}")
+
+
+def save(
+    final: Path,
+    values: Mapping[str, npt.NDArray[Any]],
+    format: str,  # noqa: A002
+    *,
+    item: str | None = "state",
+    chunks: Mapping[str, tuple[int, ...]] | None = None,
+    force: bool = False,
+) -> None:
+    """Writes tensors that are in memory as a checkpoint without a record, as a trainer would. `chunks` by tensor name."""
+    with staged(final, force=force) as temporary:
+        sink = Sink(temporary, final, format_named(format), item)
+        shapes = {name: (chunks or {}).get(name, array.shape) for name, array in values.items()}
+        sink.create(NewTensor(n, dict_keys(n), a.shape, a.dtype.name, shapes[n]) for n, a in values.items())
+        for name, array in values.items():
+            sink.write(name, whole(array.shape), array)
+        sink.finish()
 
 
 class _Commits:

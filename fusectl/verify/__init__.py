@@ -78,10 +78,22 @@ class Report:
     @property
     def passed(self) -> bool:
         """Whether no level that ran failed."""
-        return all(level is None or level.passed is not False for level in self._levels())
+        return all(result is None or result.passed is not False for result in self.levels().values())
 
-    def _levels(self) -> tuple[FilesResult | WeightsResult | FunctionResult | None, ...]:
-        return (self.files, self.weights, self.algebra, self.native)
+    def levels(self) -> dict[str, FilesResult | WeightsResult | FunctionResult | None]:
+        """Every level's result by its name, None for those that were not run."""
+        return {"files": self.files, "weights": self.weights, "algebra": self.algebra, "native": self.native}
+
+    def failures(self) -> tuple[str, ...]:
+        """What failed, a line each, the first level first."""
+        lines: list[str] = []
+        for name, result in self.levels().items():
+            if isinstance(result, FilesResult | WeightsResult):
+                lines += [f"{name}: {problem}" for problem in result.problems]
+            elif result is not None and result.passed is False:
+                limit = "" if result.tolerance is None else f", tolerance {result.tolerance:.1e}"
+                lines.append(f"{name}: logits are off by {result.max_abs:.2e} (rms {result.rms:.2e}){limit}")
+        return tuple(lines)
 
 
 @dataclass(frozen=True)

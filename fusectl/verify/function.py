@@ -185,7 +185,7 @@ class _Comparison:
             passed=None if tolerance is None else bool(max_abs <= tolerance),
             max_abs=max_abs,
             rms=float(np.sqrt(np.mean(off**2))),
-            kl=float(np.mean(_kl(wanted, got))),
+            kl=max(0.0, float(np.mean(_kl(wanted, got)))),
             top1_agreement=float(np.mean(got.argmax(-1) == wanted.argmax(-1))),
             tolerance=tolerance,
             reference_rms=float(np.sqrt(np.mean(wanted**2))),

@@ -1,0 +1,404 @@
+"""The commands: parse, one library call, one render. What they do is in surgery.py and verify/, how it looks in render.py.
+
+Imports that cost time live in the functions: --help and completion must not pay for numpy, tensorstore or JAX.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fusectl.errors import UsageError, VerificationFailed
+from fusectl.render import Screen
+
+
+if TYPE_CHECKING:
+    from fusectl.plan import Plan
+    from fusectl.record import Fill
+    from fusectl.surgery import Options
+
+
+app = typer.Typer(
+    name="fusectl",
+    help="Fuse trained T5X and Orbax checkpoints into one wider model, stream it, prove it.",
+    epilog=(
+        "Exit codes: 0 ok, 1 unexpected, 2 usage, 3 verification failed, 4 not found, 5 corrupt or incomplete, "
+        "6 incompatible inputs, 7 output exists, 8 storage or permission, 9 not enough disk or memory, 130, 143."
+    ),
+    no_args_is_help=True,
+    # Rich's help costs 80 ms and needs a terminal.
+    rich_markup_mode="rich" if sys.stdout.isatty() else None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Source = Annotated[str | None, typer.Argument(metavar="[CKPT]", help="The checkpoint; read from a pipe if left out.")]
+Output = Annotated[Path | None, typer.Option("-o", "--output", help="The checkpoint to write. [default: a sibling of the source]")]
+FillKind = Annotated[str, typer.Option("--fill", help="What stands in the zero blocks: zeros, gaussian, antisymmetric.")]
+NoiseScale = Annotated[
+    float | None,
+    typer.Option("--noise-scale", help="The noise's standard deviation relative to the kernel's own. [default: 0.1]"),
+]
+Seed = Annotated[int, typer.Option(help="The noise's seed.")]
+Optimizer = Annotated[str, typer.Option(help="The optimizer's slots: reset (zeros of the new shapes) or drop.")]
+FormatName = Annotated[
+    str | None,
+    typer.Option(
+        "--format", help="t5x, orbax, orbax-ocdbt-zarr2, orbax-zarr2 or orbax-zarr3. [default: the first source's]"
+    ),
+]
+Arch = Annotated[str | None, typer.Option(help="The model family. [default: recognised from the tree]")]
+Drop = Annotated[list[str], typer.Option(help="Leave out tensors whose names match this pattern; may be repeated.")]
+Dtype = Annotated[str | None, typer.Option(help="Cast the parameters to this dtype. [default: as they are]")]
+MaxMemory = Annotated[str, typer.Option(help="The most bytes in flight, such as 64MiB or 2GB.")]
+Jobs = Annotated[int | None, typer.Option("-j", "--jobs", help="Threads. [default: one per core]")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")]
+AllowNonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Let NaN and Inf in the sources pass.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Nothing on standard error but errors.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+DEFAULT_NOISE_SCALE = 0.1
+DEFAULT_MAX_MEMORY = "256MiB"
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        import fusectl
+
+        print(f"fusectl {fusectl.__version__}")  # noqa: T201
+        raise typer.Exit
+
+
+@app.command(epilog="Example: fusectl fuse a/checkpoint_1000000 b/checkpoint_1000000 -o fused/checkpoint_1000000")
+def fuse(
+    sources: Annotated[list[str], typer.Argument(metavar="A B [C ...]", help="The checkpoints to fuse.")],
+    output: Output = None,
+    weights: Annotated[str | None, typer.Option(help="Weights of the mean, such as 0.7,0.3. [default: equal]")] = None,
+    fill: FillKind = "zeros",
+    noise_scale: NoiseScale = None,
+    seed: Seed = 0,
+    optimizer: Optimizer = "reset",
+    format: FormatName = None,  # noqa: A002
+    arch: Arch = None,
+    drop: Drop = [],  # noqa: B006
+    dtype: Dtype = None,
+    max_memory: MaxMemory = DEFAULT_MAX_MEMORY,
+    jobs: Jobs = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+    allow_nonfinite: AllowNonfinite = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Fuse K checkpoints block-diagonally into one of their summed widths, which computes the mean of their logits."""
+    screen = Screen("fuse", json=json, quiet=quiet, debug=debug)
+    with screen.errors():
+        from fusectl.surgery import plan_fusion
+
+        options = _options(_fill(fill, noise_scale, seed), optimizer, format, arch, drop, dtype, max_memory)
+        plan, opened = plan_fusion(sources, options, weights=_numbers(weights, "--weights"))
+        _write(screen, plan, opened, output, force, jobs, dry_run, allow_nonfinite)
+
+
+@app.command(epilog="Example: fusectl self-fuse small/checkpoint_500000 --copies 2 --fill antisymmetric")
+def self_fuse(
+    source: Source = None,
+    copies: Annotated[int, typer.Option("--copies", "-k", help="How many copies stand side by side.")] = 2,
+    output: Output = None,
+    fill: FillKind = "zeros",
+    noise_scale: NoiseScale = None,
+    seed: Seed = 0,
+    optimizer: Optimizer = "reset",
+    format: FormatName = None,  # noqa: A002
+    arch: Arch = None,
+    drop: Drop = [],  # noqa: B006
+    dtype: Dtype = None,
+    max_memory: MaxMemory = DEFAULT_MAX_MEMORY,
+    jobs: Jobs = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+    allow_nonfinite: AllowNonfinite = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Fuse a checkpoint with itself: K times as wide, the same function."""
+    screen = Screen("self-fuse", json=json, quiet=quiet, debug=debug)
+    with screen.errors():
+        from fusectl.surgery import plan_fusion
+
+        if copies < 2:
+            raise UsageError(f"--copies {copies}: fusing takes two or more")
+        options = _options(_fill(fill, noise_scale, seed), optimizer, format, arch, drop, dtype, max_memory)
+        plan, opened = plan_fusion([_path(source)] * copies, options, command="self-fuse")
+        _write(screen, plan, opened, output, force, jobs, dry_run, allow_nonfinite)
+
+
+@app.command(epilog="Example: fusectl fuse a b | fusectl noise-fill --noise-scale 0.1 | fusectl verify")
+def noise_fill(
+    source: Source = None,
+    copies: Annotated[int | None, typer.Option("--copies", "-k", help="For a fusion without fusectl.json: its K.")] = None,
+    output: Output = None,
+    fill: FillKind = "gaussian",
+    noise_scale: NoiseScale = None,
+    seed: Seed = 0,
+    format: FormatName = None,  # noqa: A002
+    arch: Arch = None,
+    drop: Drop = [],  # noqa: B006
+    dtype: Dtype = None,
+    max_memory: MaxMemory = DEFAULT_MAX_MEMORY,
+    jobs: Jobs = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+    allow_nonfinite: AllowNonfinite = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Fill the zero blocks of a fused checkpoint with low-variance noise."""
+    screen = Screen("noise-fill", json=json, quiet=quiet, debug=debug)
+    with screen.errors():
+        from fusectl.surgery import plan_noise_fill
+
+        if fill == "zeros":
+            raise UsageError("--fill zeros: there are zeros already", hint="--fill gaussian or antisymmetric")
+        options = _options(_fill(fill, noise_scale, seed), "keep", format, arch, drop, dtype, max_memory)
+        plan, opened = plan_noise_fill(_path(source), options, copies=copies)
+        _write(screen, plan, opened, output, force, jobs, dry_run, allow_nonfinite)
+
+
+@app.command(epilog="Example: fusectl verify fused/checkpoint_1000000 --x64")
+def verify(
+    fused: Source = None,
+    sources: Annotated[
+        list[str], typer.Option("--sources", metavar="A B ...", help="What it was fused from. [default: as in fusectl.json]")
+    ] = [],  # noqa: B006
+    levels: Annotated[str, typer.Option(help="Which of files, weights, algebra, native to run.")] = "files,weights,algebra,native",
+    x64: Annotated[bool, typer.Option("--x64", help="Run the forward passes in float64.")] = False,
+    batch: Annotated[int, typer.Option(help="Rows of random tokens.", min=1)] = 4,
+    length: Annotated[int, typer.Option(help="Tokens per row.", min=4)] = 16,
+    seed: Annotated[int, typer.Option(help="The seed of the tokens.")] = 0,
+    max_native_rms: Annotated[
+        float | None, typer.Option(help="Fail if the native logits are further than this (rms) from the ensemble's.")
+    ] = None,
+    weights: Annotated[str | None, typer.Option(help="The weights of the mean. [default: as in fusectl.json]")] = None,
+    fill: Annotated[str | None, typer.Option(help="What the zero blocks hold. [default: as in fusectl.json]")] = None,
+    noise_scale: NoiseScale = None,
+    arch: Arch = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Prove a fused checkpoint: files, weights, the ensemble's function, and how far the trainer's model is from it."""
+    screen = Screen("verify", json=json, quiet=quiet, debug=debug)
+    with screen.errors():
+        # A verification beside a training job must not claim its accelerators.
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+        from fusectl.verify import Declared, Settings
+        from fusectl.verify import verify as run_verify
+
+        declared_fill = None if fill is None else _fill(fill, noise_scale, 0)
+        declared = Declared(tuple(sources), _numbers(weights, "--weights"), declared_fill, arch)
+        chosen = tuple(level.strip() for level in levels.split(","))
+        report = run_verify(_path(fused), declared, Settings(chosen, x64, batch, length, seed, max_native_rms))
+        screen.report(report)
+        if not report.passed:
+            raise VerificationFailed(f"{report.path}: verification failed", details=report.failures())
+
+
+@app.command(epilog="Example: fusectl inspect runs/a/latest --json | jq .result.sizes")
+def inspect(
+    source: Source = None,
+    arch: Arch = None,
+    tree: Annotated[bool, typer.Option("--tree/--no-tree", help="List the tensors.")] = True,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Show what a checkpoint is: format, family, step, sizes, optimizer, and every tensor. Reads metadata only."""
+    screen = Screen("inspect", json=json, quiet=quiet, debug=debug)
+    with screen.errors():
+        from fusectl.inspection import inspect as run_inspect
+
+        seen = run_inspect(_path(source), arch)
+        screen.inspection(seen, tree=tree)
+        seen.require_complete()
+
+
+@app.command(epilog="Example: fusectl demo")
+def demo(
+    directory: Annotated[Path | None, typer.Option("-o", "--output", help="Keep the checkpoints here.")] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Make two small T5 checkpoints, fuse, self-fuse and noise-fill them, and verify the results."""
+    screen = Screen("demo", json=json, quiet=quiet, debug=debug)
+    with screen.errors():
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+        from fusectl.demo import demo as run_demo
+
+        rows = run_demo(directory, screen.note)
+        screen.demo(rows)
+        if not all(row.report.passed for row in rows):
+            raise VerificationFailed("the demo's own checkpoints failed", hint="please report it")
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs the command line; its exit code. Never raises."""
+    argv = gather(list(arguments), "--sources")
+    screen = Screen("fusectl", json="--json" in argv, quiet=False, debug="--debug" in argv)
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        code = app(args=argv, prog_name="fusectl", standalone_mode=False)
+        sys.stdout.flush()
+    except typer.TyperException as error:
+        return screen.usage_error(error)
+    except (KeyboardInterrupt, typer.Abort):
+        return screen.stopped(130, "interrupted")
+    except _Terminated:
+        return screen.stopped(143, "terminated")
+    except BrokenPipeError:
+        # Python flushes once more on exit, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return int(code or 0)
+
+
+class _Terminated(BaseException):
+    """SIGTERM arrived."""
+
+
+def _terminated(*_: Any) -> None:
+    raise _Terminated
+
+
+def gather(argv: list[str], option: str) -> list[str]:
+    """The arguments with `option A B` written as `option A option B`, which is what the parser takes.
+
+    >>> gather(["verify", "F", "--sources", "A", "B", "--x64"], "--sources")
+    ['verify', 'F', '--sources', 'A', '--sources', 'B', '--x64']
+    """
+    out: list[str] = []
+    gathering = False
+    for word in argv:
+        if word == option:
+            gathering = True
+        elif word.startswith("-"):
+            gathering = False
+            out.append(word)
+        else:
+            out += [option, word] if gathering else [word]
+    return out
+
+
+def _path(given: str | None) -> str:
+    """The checkpoint's path: the argument, or the first line of a pipe."""
+    if given is not None:
+        return given
+    if sys.stdin is None or sys.stdin.isatty():
+        raise UsageError("which checkpoint?", hint="name it, or pipe its path in; with --sources, name it before them")
+    line = sys.stdin.readline().strip()
+    if not line:
+        raise UsageError("no path came through the pipe", hint="did the command before it fail?")
+    return line
+
+
+def _options(
+    fill: Fill,
+    optimizer: str,
+    format: str | None,  # noqa: A002
+    arch: str | None,
+    drop: list[str],
+    dtype: str | None,
+    max_memory: str,
+) -> Options:
+    from fusectl.surgery import FLOATS, OPTIMIZERS, Options
+
+    if optimizer not in {*OPTIMIZERS, "keep"}:
+        raise UsageError(f"--optimizer {optimizer}", hint=f"one of {', '.join(OPTIMIZERS)}")
+    if dtype is not None and dtype not in FLOATS:
+        raise UsageError(f"--dtype {dtype}", hint=f"one of {', '.join(FLOATS)}")
+    return Options(fill, optimizer, format, arch, tuple(drop), dtype, parse_bytes(max_memory, "--max-memory"))
+
+
+def _fill(kind: str, noise_scale: float | None, seed: int) -> Fill:
+    from fusectl.record import Fill
+    from fusectl.surgery import FILLS
+
+    if kind not in FILLS:
+        raise UsageError(f"--fill {kind}", hint=f"one of {', '.join(FILLS)}")
+    if kind == "zeros":
+        if noise_scale is not None:
+            raise UsageError("--noise-scale without noise", hint="--fill gaussian or antisymmetric")
+        return Fill()
+    scale = DEFAULT_NOISE_SCALE if noise_scale is None else noise_scale
+    if not 0.0 < scale < float("inf"):
+        raise UsageError(f"--noise-scale {scale:g}: a positive number")
+    return Fill(kind, scale, seed)
+
+
+def _numbers(text: str | None, option: str) -> tuple[float, ...] | None:
+    try:
+        return None if text is None else tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise UsageError(f"{option} {text}: numbers with commas between them", hint=f"{option} 0.7,0.3") from error
+
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+
+
+def parse_bytes(text: str, option: str) -> int:
+    """A number of bytes.
+
+    >>> parse_bytes("64MiB", "--max-memory")
+    67108864
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]i?)?b?", text.strip().lower())
+    size = int(float(found.group(1)) * _UNITS[found.group(2) or ""]) if found else 0
+    if size <= 0:
+        raise UsageError(f"{option} {text}: a number of bytes", hint=f"{option} 256MiB")
+    return size
+
+
+def _write(
+    screen: Screen,
+    plan: Plan,
+    opened: Sequence[Any],
+    output: Path | None,
+    force: bool,
+    jobs: int | None,
+    dry_run: bool,
+    allow_nonfinite: bool,
+) -> None:
+    """What every writing command ends with: the plan shown, or carried out and the output's path printed."""
+    from fusectl.formats.locate import local
+    from fusectl.surgery import carry_out, check_output, default_output
+
+    if jobs is not None and jobs < 1:
+        raise UsageError(f"--jobs {jobs}: one thread or more")
+    final = default_output(opened, plan) if output is None else local(str(output))
+    check_output(final, opened, force=force)
+    for note in plan.notes:
+        screen.note(note)
+    if dry_run:
+        screen.plan(plan, final)
+        return
+    with screen.progress() as progress:
+        carry_out(
+            plan, opened, final, force=force, jobs=jobs, allow_nonfinite=allow_nonfinite, progress=progress
+        )
+    screen.written(plan, final)
+
+

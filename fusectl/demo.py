@@ -1,0 +1,108 @@
+"""`fusectl demo`: two small random T5 models in T5X's own format, every operation on them, and the proofs in a table."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fusectl.archs import family_named, recognize
+from fusectl.archs.table import Family
+from fusectl.formats.sink import save
+from fusectl.record import Fill
+from fusectl.surgery import Options, carry_out, plan_fusion, plan_noise_fill
+from fusectl.transforms.optimizer import STATE, OptimizerState, fresh_slots
+from fusectl.verify import Report, verify
+
+
+SIZES = {"vocab": 384, "embed": 96, "joined_kv": 80, "heads": 5, "mlp": 224, "relpos_buckets": 32}
+LAYERS = {"encoder": 3, "decoder": 2}
+STEP = 1000
+
+
+@dataclass(frozen=True)
+class DemoRow:
+    """One checkpoint of the demo: what was done, where it is, how long it took with its verification, what came out."""
+
+    what: str
+    path: Path
+    seconds: float
+    report: Report
+
+
+def demo(directory: Path | None, note: Callable[[str], None]) -> list[DemoRow]:
+    """Makes the demo's checkpoints in `directory` (or in a temporary one) and verifies each that fusectl wrote."""
+    with nullcontext(directory) if directory else tempfile.TemporaryDirectory(prefix="fusectl-demo-") as root:
+        at = Path(root)
+        a, b = (at / name / f"checkpoint_{STEP}" for name in ("a", "b"))
+        for seed, path in enumerate((a, b)):
+            save(path, random_t5x_state(family_named("t5-1.1"), SIZES, LAYERS, seed), "t5x", force=True)
+        note(f"two random T5 1.1 models of width {SIZES['embed']} in {at}, as T5X writes them")
+        two = plan_fusion([str(a), str(b)], Options())
+        twice = plan_fusion([str(a)] * 2, Options(), command="self-fuse")
+        antisymmetric = Options(fill=Fill("antisymmetric", 0.2, 0))
+        thrice = plan_fusion([str(a)] * 3, antisymmetric, command="self-fuse")
+        rows = [
+            _row("fuse a b", two, at / "fused" / a.name),
+            _row("self-fuse a --copies 2", twice, at / "self-fused" / a.name),
+            _row("self-fuse a --copies 3 --fill antisymmetric", thrice, at / "self-fused-3x" / a.name),
+        ]
+        filled = plan_noise_fill(str(rows[0].path), Options(fill=Fill("gaussian", 0.1, 0)))
+        rows.append(_row("fuse a b | noise-fill --noise-scale 0.1", filled, at / "filled" / a.name))
+        return rows
+
+
+def _row(what: str, planned: tuple[Any, Any], output: Path) -> DemoRow:
+    started = time.monotonic()
+    path = carry_out(*planned, output, force=True)
+    report = verify(str(path))
+    return DemoRow(what, path, time.monotonic() - started, report)
+
+
+def random_parameters(
+    family: Family, sizes: Mapping[str, int], layers: Mapping[str, int], seed: int
+) -> dict[str, npt.NDArray[np.float32]]:
+    """A random model of a family, with kernels of unit gain and norm scales that differ: names of the table to float32.
+
+    `layers` gives the depth of each stack, the first part of a name.
+    """
+    rng = np.random.default_rng(seed)
+    parameters: dict[str, npt.NDArray[np.float32]] = {}
+    for row in family.rows:
+        for alternative in row.alternatives:
+            depth = layers.get(alternative.split("/", 1)[0], 1)
+            names = [alternative.replace("#", str(i)) for i in range(depth)] if "#" in alternative else [alternative]
+            for name in names:
+                axes = row.spec.axes
+                shape = tuple(depth if axis == "layers" else sizes[axis] for axis in axes)
+                if name.endswith("scale"):
+                    values = rng.uniform(0.5, 1.5, shape)
+                else:
+                    read = [n for axis, n in zip(axes, shape, strict=True) if axis in row.spec.inputs and axis != "vocab"]
+                    values = rng.normal(0.0, 1.0 / math.sqrt(math.prod(read)), shape)
+                parameters[name] = values.astype(np.float32)
+    return parameters
+
+
+def random_t5x_state(
+    family: Family, sizes: Mapping[str, int], layers: Mapping[str, int], seed: int, *, step: int = STEP
+) -> dict[str, npt.NDArray[Any]]:
+    """A whole training state as T5X keeps it: `target/…`, Adafactor's slots with positive values, and the step."""
+    target = random_parameters(family, sizes, layers, seed)
+    state: dict[str, npt.NDArray[Any]] = {f"target/{name}": values for name, values in target.items()}
+    tree = recognize({name: values.shape for name, values in state.items()}, family.name, family.name)
+    rng = np.random.default_rng(seed + 1_000_000)
+    for name, shape in fresh_slots(OptimizerState("adafactor", (), factored=True), tree, tree.shapes).items():
+        used = shape != (1,)
+        state[name] = (rng.uniform(1e-6, 1e-4, shape) if used else np.zeros(shape)).astype(np.float32)
+    assert all(name.startswith((STATE, "target/")) for name in state)
+    state["state/step"] = np.array(step, np.int32)
+    return state

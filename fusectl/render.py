@@ -1,0 +1,394 @@
+"""Everything that is printed. Results go to standard output, all else to standard error; Rich only on a terminal."""
+
+from __future__ import annotations
+
+import json as json_module
+import math
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+import typer
+
+from fusectl.errors import FusectlError, NotEnoughSpace
+
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fusectl.demo import DemoRow
+    from fusectl.execute import Progress
+    from fusectl.inspection import Inspection
+    from fusectl.plan import Plan
+    from fusectl.verify import FunctionResult, Report
+
+
+SCHEMA = "fusectl/1"
+MOST_DETAILS = 4
+HEARTBEAT_S = 30.0
+PLAIN_WIDTH = 160
+
+
+class Screen:
+    """One run of a command as people and programs see it: notes, progress, one result, at most one error."""
+
+    def __init__(self, command: str, *, json: bool, quiet: bool, debug: bool) -> None:
+        self._command = command
+        self._json = json
+        self._quiet = quiet
+        self._debug = debug
+        self._result: Mapping[str, Any] | None = None
+
+    @contextmanager
+    def errors(self) -> Iterator[None]:
+        """Prints the error that ends the body, or the JSON object of its result, and exits with the right code."""
+        try:
+            yield
+        except (FusectlError, MemoryError) as error:
+            raise typer.Exit(self._error(error)) from error
+        except Exception as error:
+            if isinstance(error, (typer.Exit, typer.TyperException, BrokenPipeError)):
+                raise
+            raise typer.Exit(self._error(error)) from error
+        self._emit("ok", 0, None)
+
+    def usage_error(self, error: typer.TyperException) -> int:
+        """Prints what is wrong with the command line; the exit code."""
+        context = getattr(error, "ctx", None)
+        hint = f"{context.command_path} --help" if context else "fusectl --help"
+        if not self._json:
+            error.show()
+        self._emit("error", 2, {"code": "usage_error", "message": error.format_message(), "details": [], "hint": hint})
+        return 2
+
+    def stopped(self, code: int, how: str) -> int:
+        """Says that a signal ended the run; the exit code."""
+        self._say(f"fusectl: {how}; nothing was written")
+        self._emit("error", code, {"code": how, "message": how, "details": [], "hint": None})
+        return code
+
+    def note(self, text: str) -> None:
+        """Tells something that is neither result nor error."""
+        if not self._quiet:
+            self._say(f"note: {text}")
+
+    @contextmanager
+    def progress(self) -> Iterator[Progress]:
+        """A progress bar on a terminal, a line every half minute elsewhere, nothing when quiet."""
+        from fusectl.execute import Silent
+
+        if self._quiet:
+            yield Silent()
+        elif sys.stderr.isatty():
+            yield from _bar(self._console(sys.stderr))
+        else:
+            yield _Heartbeat()
+
+    def plan(self, plan: Plan, output: Path) -> None:
+        """Prints the plan of a dry run."""
+        from fusectl.plan import summary
+
+        self._result = {"path": str(output), "dry_run": True, "plan": summary(plan)}
+        if not self._json:
+            _print_plan(self._console(sys.stdout), plan, output)
+
+    def written(self, plan: Plan, output: Path) -> None:
+        """Prints the path of the checkpoint that was written."""
+        self._result = {
+            "path": str(output),
+            "dry_run": False,
+            "tensors": len(plan.outputs),
+            "bytes": plan.nbytes,
+            "notes": list(plan.notes),
+            "max_rss_bytes": _max_rss_bytes(),
+        }
+        if not self._json:
+            print(output)  # noqa: T201
+
+    def inspection(self, seen: Inspection, *, tree: bool) -> None:
+        """Prints what a checkpoint is."""
+        self._result = seen.as_json()
+        for note in seen.checkpoint.location.notes:
+            self.note(note)
+        if not self._json:
+            _print_inspection(self._console(sys.stdout), seen, tree=tree)
+
+    def report(self, report: Report) -> None:
+        """Prints a verification."""
+        self._result = report_json(report)
+        for note in report.notes:
+            self.note(note)
+        if not self._json:
+            _print_report(self._console(sys.stdout), report)
+
+    def demo(self, rows: Sequence[DemoRow]) -> None:
+        """Prints the demo's table."""
+        self._result = {
+            "rows": [{"what": r.what, "path": str(r.path), "seconds": r.seconds, **report_json(r.report)} for r in rows]
+        }
+        if not self._json:
+            _print_demo(self._console(sys.stdout), rows)
+
+    def _error(self, error: Exception) -> int:
+        if self._debug:
+            traceback.print_exc()
+        if isinstance(error, MemoryError):
+            error = NotEnoughSpace("out of memory", hint="a smaller --max-memory")
+        if isinstance(error, FusectlError):
+            message, details, hint, code, name = error.message, error.details, error.hint, error.exit_code, error.code
+        else:
+            message, details, code, name = f"unexpected {type(error).__name__}: {error}", (), 1, "unexpected"
+            hint = "--debug shows where; please report it"
+        shown = details if len(details) <= MOST_DETAILS else (*details[: MOST_DETAILS - 1], f"... {len(details) - MOST_DETAILS + 1} more; --json lists them")
+        lines = [f"error: {message}", *(f"  {_one_line(d)}" for d in shown), *([f"  hint: {hint}"] if hint else [])]
+        self._say("\n".join(lines))
+        failed = code == 3
+        self._emit("failed" if failed else "error", code, {"code": name, "message": message, "details": list(details), "hint": hint})
+        return code
+
+    def _emit(self, status: str, code: int, error: Mapping[str, Any] | None) -> None:
+        if not self._json:
+            return
+        whole = {"schema": SCHEMA, "command": self._command, "status": status, "exit_code": code, "result": self._result}
+        if error is not None:
+            whole["error"] = error
+        print(json_module.dumps(whole, allow_nan=False, indent=2))  # noqa: T201
+
+    def _say(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)  # noqa: T201
+
+    def _console(self, stream: TextIO) -> Console:
+        from rich.console import Console
+
+        return Console(file=stream, highlight=False, width=None if stream.isatty() else PLAIN_WIDTH)
+
+
+class _Heartbeat:
+    """A Progress that prints a line now and then, for logs."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._what = ""
+        self._total = self._done = 0
+        self._last_s = time.monotonic()
+
+    def start(self, what: str, total_bytes: int) -> None:
+        with self._lock:
+            self._what, self._total, self._done = what, total_bytes, 0
+
+    def advance(self, tensor: str, done_bytes: int) -> None:
+        with self._lock:
+            self._done += done_bytes
+            if time.monotonic() - self._last_s < HEARTBEAT_S:
+                return
+            self._last_s = time.monotonic()
+            line = f"{self._what}: {human(self._done)} of {human(self._total)}, at {tensor}"
+        print(line, file=sys.stderr, flush=True)  # noqa: T201
+
+
+def _bar(console: Console) -> Iterator[Progress]:
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import Progress as RichProgress
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with RichProgress(*columns, console=console, transient=True) as rich:
+
+        class Bar:
+            task: Any = None
+
+            def start(self, what: str, total_bytes: int) -> None:
+                if self.task is not None:
+                    rich.remove_task(self.task)
+                self.task = rich.add_task(what, total=total_bytes)
+
+            def advance(self, tensor: str, done_bytes: int) -> None:  # noqa: ARG002
+                rich.advance(self.task, done_bytes)
+
+        yield Bar()
+
+
+def human(n: float) -> str:
+    """A number of bytes for people.
+
+    >>> human(67108864)
+    '64.0 MiB'
+    """
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(n) < 1024:
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1024
+    return f"{n:.1f} TiB"
+
+
+def report_json(report: Report) -> dict[str, Any]:
+    """A verification as numbers: one object per level that ran, null for the others."""
+    import dataclasses
+
+    record = report.record
+    return {
+        "path": report.path,
+        "passed": report.passed,
+        "precision": report.precision,
+        "sources": [source.path for source in record.sources],
+        "weights": list(record.weights),
+        "fill": record.fill.kind,
+        "norm_groups": list(record.norm_groups),
+        **{
+            level: None if result is None else {k: _finite(v) for k, v in dataclasses.asdict(result).items()}
+            for level, result in report.levels().items()
+        },
+        "notes": list(report.notes),
+    }
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: a number that is none is null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _print_report(console: Console, report: Report) -> None:
+    from rich.table import Table
+
+    table = Table("level", "", "what was checked", box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    files, weights = report.files, report.weights
+    if files is not None:
+        sums = f"{files.checksums:,} chunks as their checksums say" if files.checksums else "no checksums to compare with"
+        table.add_row("files", _mark(files.passed), f"{files.tensors:,} tensors, {human(files.bytes_read)} read, {sums}")
+    if weights is not None:
+        noise = f", {weights.noise_blocks:,} blocks of noise measured" if weights.noise_blocks else ", zeros elsewhere"
+        slots = f", {weights.slots:,} optimizer slots" if weights.slots else ""
+        table.add_row("weights", _mark(weights.passed), f"{weights.blocks:,} blocks of {weights.tensors:,} tensors{noise}{slots}")
+    for name, result in (("algebra", report.algebra), ("native", report.native)):
+        if result is not None:
+            table.add_row(name, _mark(result.passed), _function(result))
+    console.print(table)
+    precision = f", {report.precision}" if report.precision else ""
+    console.print(f"{'passed' if report.passed else 'FAILED'}: {report.path}{precision}", soft_wrap=True)
+
+
+def _function(result: FunctionResult) -> str:
+    limit = "" if result.tolerance is None else f" (tolerance {result.tolerance:.1e})"
+    stored = "" if result.max_abs_as_stored is None else f", as stored {result.max_abs_as_stored:.1e}"
+    return (
+        f"max |Δlogit| {result.max_abs:.1e}{limit}{stored}, rms {result.rms:.1e} of {result.reference_rms:.2g}, "
+        f"KL {result.kl:.1e}, top-1 {result.top1_agreement:.1%} of {result.tokens} tokens; {result.says}"
+    )
+
+
+def _mark(passed: bool | None) -> str:
+    return {True: "ok", False: "FAILED", None: "reported"}[passed]
+
+
+def _print_plan(console: Console, plan: Plan, output: Path) -> None:
+    from rich.table import Table
+
+    record = plan.record
+    facts = [
+        ("writes", f"{output}"),
+        ("format", plan.format + (f", item {plan.item}" if plan.item else "")),
+        ("family", record.family),
+        *((f"source {i}", f"{s.path} ({s.format}, step {s.step}), weight {w:g}") for i, (s, w) in enumerate(zip(record.sources, record.weights, strict=True))),
+        ("widths", ", ".join(f"{axis} {' + '.join(map(str, sizes))} = {sum(sizes)}" for axis, sizes in record.widths.items())),
+        ("fill", record.fill.kind if record.fill.kind == "zeros" else f"{record.fill.kind} noise, {record.fill.noise_scale:g} of each kernel's std, seed {record.fill.seed}"),
+        ("optimizer", record.optimizer),
+        ("tensors", f"{len(plan.outputs):,}, {human(plan.nbytes)}, of which {human(plan.nonzero_bytes)} not zero"),
+        ("reads", human(plan.read_bytes)),
+        ("memory", f"at most {human(plan.budget_bytes)} in flight"),
+    ]
+    _print_facts(console, facts)
+    table = Table("tensor", "shape", "axes", "dtype", "chunks", "blocks", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for o in plan.outputs:
+        if not o.name.startswith("state/"):
+            axes = " ".join(o.layout.axes)
+            table.add_row(o.name, _shape(o.layout.shape), axes, o.layout.dtype, _shape(o.chunks), str(len(o.layout.blocks)))
+    console.print()
+    console.print(table)
+
+
+def _print_inspection(console: Console, seen: Inspection, *, tree: bool) -> None:
+    from rich.table import Table
+
+    checkpoint, found = seen.checkpoint, seen.tree
+    step = checkpoint.step
+    facts = [
+        ("checkpoint", checkpoint.path),
+        ("format", seen.format_says + (f", item {checkpoint.location.item}" if checkpoint.location.item else "")),
+        ("family", found.family.name if found else "unknown"),
+        ("because", found.evidence if found else "; ".join(seen.unrecognized[:3])),
+        ("step", "absent" if step is None else f"{step:,}"),
+    ]
+    if found:
+        facts += [
+            ("sizes", ", ".join(f"{axis} {n:,}" for axis, n in found.sizes.items())),
+            ("layers", ", ".join(f"{stack} {n}" for stack, n in found.depths.items())),
+            ("parameters", f"{found.parameters:,}"),
+        ]
+    slots = f", {len(seen.state.names):,} slots" if seen.state.names else ""
+    facts += [("optimizer", seen.state.kind + slots), ("tensors", f"{len(checkpoint.leaves):,}, {human(seen.nbytes)}")]
+    record = checkpoint.record
+    if record is not None:
+        facts.append(("made by", f"fusectl {record.version} {record.command} of {len(record.weights)}: {', '.join(dict.fromkeys(s.path for s in record.sources)) or 'unknown'}"))
+        facts.append(("norm groups", " + ".join(map(str, record.norm_groups))))
+        facts.append(("fill", record.fill.kind if record.fill.kind == "zeros" else f"{record.fill.kind}, {record.fill.noise_scale:g}, seed {record.fill.seed}"))
+    _print_facts(console, facts)
+    if not tree:
+        return
+    table = Table("tensor", "shape", "axes", "dtype", "chunks", "codec", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for leaf in checkpoint.leaves.values():
+        stored = leaf.stored
+        axes = " ".join(seen.axes(leaf.name) or ())
+        where = (_shape(stored.chunks), stored.codec) if stored else ("", "in the index")
+        table.add_row(leaf.name, _shape(leaf.shape), axes, leaf.dtype, *where)
+    console.print()
+    console.print(table)
+
+
+def _print_facts(console: Console, facts: Sequence[tuple[str, str]]) -> None:
+    for name, value in facts:
+        console.print(f"{name:<12} {value}", soft_wrap=True, markup=False)
+
+
+def _print_demo(console: Console, rows: Sequence[DemoRow]) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    for heading in ("what", "files", "weights", "algebra max |Δlogit|", "tolerance", "native max |Δlogit|", "KL", "top-1", "seconds"):
+        table.add_column(heading, justify="left" if heading in {"what", "files", "weights"} else "right")
+    for row in rows:
+        report = row.report
+        files, weights, algebra, native = report.files, report.weights, report.algebra, report.native
+        assert files is not None
+        assert weights is not None
+        assert algebra is not None
+        assert native is not None
+        table.add_row(
+            row.what,
+            _mark(files.passed),
+            _mark(weights.passed),
+            f"{algebra.max_abs:.1e}",
+            f"{algebra.tolerance:.1e}",
+            f"{native.max_abs:.1e}",
+            f"{native.kl:.1e}",
+            f"{native.top1_agreement:.0%}",
+            f"{row.seconds:.1f}",
+        )
+    console.print(table)
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape)) or "scalar"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _max_rss_bytes() -> int:
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
