@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fusectl.errors import UsageError, VerificationFailed
+from fusectl.memory import return_memory
 from fusectl.render import Screen
 
 
@@ -257,6 +258,7 @@ def demo(
 
 def run(arguments: Sequence[str]) -> int:
     """Runs the command line; its exit code. Never raises."""
+    return_memory()
     argv = gather(list(arguments), "--sources")
     screen = Screen("fusectl", json="--json" in argv, quiet=False, debug="--debug" in argv)
     signal.signal(signal.SIGTERM, _terminated)

@@ -8,6 +8,7 @@ Sums are computed in float64 and rounded once. Nothing depends on the order in w
 
 from __future__ import annotations
 
+import math
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -88,10 +89,13 @@ def execute(plan: Plan, work: Work, sink: Sink, *, jobs: int, progress: Progress
     sums: dict[str, dict[Region, int]] = {output.name: {} for output in plan.outputs}
 
     def one(output: Output, tile: Region) -> None:
-        values = compute(output, tile, work)
-        sink.write(output.name, tile, values)
-        sums[output.name].update(chunk_sums(output, tile, values))
-        progress.advance(output.name, values.nbytes)
+        reader = _Reader(output, tile, work)
+        for inner in tiles(tuple(map(len, tile)), output.chunks):
+            chunk = tuple(range(t.start + r.start, t.start + r.stop) for t, r in zip(tile, inner, strict=True))
+            values = compute(output, chunk, reader)
+            sink.write(output.name, chunk, values)
+            sums[output.name][chunk] = zlib.crc32(values.reshape(-1).view(np.uint8))
+            progress.advance(output.name, values.nbytes)
 
     progress.start("writing", plan.nbytes)
     in_parallel(
@@ -142,55 +146,76 @@ def _pool(jobs: int) -> Iterator[ThreadPoolExecutor]:
         raise
 
 
-def compute(output: Output, tile: Region, work: Work) -> Array:
-    """The values of one tile of an output tensor, in its dtype and C order."""
-    layout = output.layout
-    dtype = np_dtype(layout.dtype)
-    shape = tuple(map(len, tile))
-    met = [(block, part) for block in layout.blocks if (part := intersect(block.at, tile)) is not None]
-    if len(met) == 1 and met[0][1] == tile and not is_computed(met[0][0].terms):
-        values = _source_values(met[0][0], met[0][1], work)
-        return np.asarray(values, dtype, order="C")
-    out = np.zeros(shape, dtype)
-    for block, part in met:
-        at = tuple(slice(p.start - t.start, p.stop - t.start) for p, t in zip(part, tile, strict=True))
-        out[at] = _sum(output, block, part, work) if is_computed(block.terms) else _source_values(block, part, work)
-    return out
+class _Reader:
+    """The source regions that meet a tile, each read once, and the noise of its output tensor."""
+
+    def __init__(self, output: Output, tile: Region, work: Work) -> None:
+        self._output = output
+        self._work = work
+        self.dtype = np_dtype(output.layout.dtype)
+        self.met = [(block, part) for block in output.layout.blocks if (part := intersect(block.at, tile)) is not None]
+        self._values: dict[Term, tuple[Region, Array]] = {}
+        for block, part in self.met:
+            for term in block.terms:
+                if isinstance(term, Term):
+                    region = shifted(part, block.at, term.region)
+                    self._values[term] = (region, self._read(term, region))
+
+    def source(self, term: Term, region: Region) -> Array:
+        """The values of a source region that lies within what the tile meets."""
+        loaded, values = self._values[term]
+        return values[tuple(slice(r.start - a.start, r.stop - a.start) for r, a in zip(region, loaded, strict=True))]
+
+    def noise(self, noise: Noise, region: Region) -> Array:
+        """The noise of a term, float64 after rounding to the output's dtype: what is taken off is exactly what is added."""
+        std = self._work.stds[noise.like, noise.stacked_axis] * abs(noise.scale)
+        if noise.stacked_axis is not None:
+            own = region[noise.stacked_axis]
+            std = std[own.start : own.stop].reshape([-1 if a == noise.stacked_axis else 1 for a in range(len(region))])
+        field = unit_noise(self._work.fill.seed, self._output.noise_name, self._output.layout.shape, region)
+        return (field * std).astype(self.dtype).astype(np.float64) * math.copysign(1.0, noise.scale)
+
+    def _read(self, term: Term, region: Region) -> Array:
+        values = read_finite(self._work, term, region)
+        if term.must_be_zero:
+            _require_zero(values, term, region, self._work)
+        return values
 
 
-def _sum(output: Output, block: Block, part: Region, work: Work) -> Array:
-    dtype = np_dtype(output.layout.dtype)
+def compute(output: Output, chunk: Region, reader: _Reader) -> Array:
+    """The values of one chunk of an output tensor, in its dtype and C order."""
+    out: Array | None = None
+    for block, met in reader.met:
+        part = intersect(met, chunk)
+        if part is None:
+            continue
+        values = _sum(block, part, reader)
+        if part == chunk:
+            return np.asarray(values, reader.dtype, order="C")
+        if out is None:
+            out = np.zeros(tuple(map(len, chunk)), reader.dtype)
+        out[tuple(slice(p.start - c.start, p.stop - c.start) for p, c in zip(part, chunk, strict=True))] = values
+    return np.zeros(tuple(map(len, chunk)), reader.dtype) if out is None else out
+
+
+def _sum(block: Block, part: Region, reader: _Reader) -> Array:
+    """The sum of a block's terms over a part of it; one region as it is stays in its own dtype."""
+    if not is_computed(block.terms):
+        (term,) = block.terms
+        assert isinstance(term, Term)
+        return reader.source(term, shifted(part, block.at, term.region))
     total = np.zeros(tuple(map(len, part)), np.float64)
     for term in block.terms:
         region = shifted(part, block.at, term.region)
         if isinstance(term, Noise):
-            total += np.sign(term.scale) * _noise(output, term, region, work)
-            continue
-        values = _read(term, region, work)
-        if term.must_be_zero:
-            _require_zero(values, term, region, work)
-        else:
-            total += values.astype(np.float64) * term.scale
-    return total.astype(dtype)
+            total += reader.noise(term, region)
+        elif not term.must_be_zero:
+            total += reader.source(term, region).astype(np.float64) * term.scale
+    return total.astype(reader.dtype)
 
 
-def _noise(output: Output, noise: Noise, region: Region, work: Work) -> Array:
-    """The magnitude of a noise term, rounded to the output's dtype: what is taken off is exactly what is added."""
-    std = work.stds[noise.like, noise.stacked_axis] * abs(noise.scale)
-    if noise.stacked_axis is not None:
-        own = region[noise.stacked_axis]
-        std = std[own.start : own.stop].reshape([-1 if a == noise.stacked_axis else 1 for a in range(len(region))])
-    field = unit_noise(work.fill.seed, output.noise_name, output.layout.shape, region)
-    return (field * std).astype(np_dtype(output.layout.dtype)).astype(np.float64)
-
-
-def _source_values(block: Block, part: Region, work: Work) -> Array:
-    term = block.terms[0]
-    assert isinstance(term, Term)
-    return _read(term, shifted(part, block.at, term.region), work)
-
-
-def _read(term: Term, region: Region, work: Work) -> Array:
+def read_finite(work: Work, term: Term, region: Region) -> Array:
+    """The values of a source region; raises Corrupt for a NaN or Inf among them, unless they may pass."""
     source = work.sources[term.source]
     values = source.read(term.tensor, region)
     if not work.allow_nonfinite:
@@ -212,16 +237,6 @@ def _require_zero(values: Array, term: Term, region: Region, work: Work) -> None
             f"{work.sources[term.source].path}: {term.tensor}{index} is not zero",
             details=("noise fills blocks of zeros; this one has been filled or trained already",),
         )
-
-
-def chunk_sums(output: Output, tile: Region, values: Array) -> dict[Region, int]:
-    """The CRC-32 of every chunk in a tile, by the chunk's region."""
-    sums = {}
-    for inner in tiles(values.shape, output.chunks):
-        chunk = values[tuple(slice(r.start, r.stop) for r in inner)]
-        at = tuple(range(t.start + r.start, t.start + r.stop) for t, r in zip(tile, inner, strict=True))
-        sums[at] = zlib.crc32(np.ascontiguousarray(chunk).reshape(-1).view(np.uint8))
-    return sums
 
 
 def _checksums(output: Output, sums: Mapping[Region, int]) -> Checksums:
@@ -258,7 +273,7 @@ def _kernel_std(kernel: Term, stacked: int | None, plan: Plan, work: Work, *, jo
 
     def pieces(tile: Region) -> Iterator[tuple[int, Array]]:
         region = tuple(range(k.start + t.start, k.start + t.stop) for k, t in zip(kernel.region, tile, strict=True))
-        values = _read(kernel, region, work).astype(np.float64)
+        values = read_finite(work, kernel, region).astype(np.float64)
         progress.advance(kernel.tensor, values.size * _itemsize(work.sources[kernel.source], kernel))
         if stacked is None:
             yield 0, values

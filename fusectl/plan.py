@@ -19,9 +19,13 @@ from fusectl.record import Record
 
 # T5X's limit for a chunk; readers of larger ones need memory for a whole one at once.
 LARGEST_CHUNK_BYTES = 64 << 20
-# A work item holds the source's chunks, the output's, and for computed ones float64 copies of both.
-COMPUTED_COPIES = 5
-COPIED_COPIES = 3
+# What a chunk of the output takes while it is written: itself and its encoded bytes; computed ones are float64 before.
+COPIED_COPIES = 2
+COMPUTED_COPIES = 6
+# What a chunk of a source takes while it is read: its encoded bytes and the decoded ones.
+READ_COPIES = 2
+# A chunk that is larger than the budget is worked on alone, up to this much more; beyond, the budget is an error.
+TOLERATED_EXCESS_BYTES = 224 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +37,8 @@ class Output:
     layout: Layout
     chunks: tuple[int, ...]
     tile: tuple[int, ...]
+    # The memory that one tile takes while it is worked on.
+    cost_bytes: int
     # The name under which the noise field knows the tensor: the same in every format.
     noise_name: str
 
@@ -47,16 +53,6 @@ class Output:
     @property
     def nonzero_bytes(self) -> int:
         return self.layout.covered * self.itemsize
-
-    @property
-    def computed(self) -> bool:
-        """Whether some block is more than a region copied."""
-        return any(is_computed(block.terms) for block in self.layout.blocks)
-
-    @property
-    def cost_bytes(self) -> int:
-        """The memory that one tile takes while it is worked on."""
-        return math.prod(self.tile) * self.itemsize * (COMPUTED_COPIES if self.computed else COPIED_COPIES)
 
 
 def is_computed(terms: Sequence[Term | Noise]) -> bool:
@@ -106,7 +102,7 @@ class Plan:
         if problems:
             raise Incompatible("a plan that contradicts itself; please report it with this text", details=problems)
         largest = max(self.outputs, key=lambda output: output.cost_bytes, default=None)
-        if largest is not None and largest.cost_bytes > self.budget_bytes:
+        if largest is not None and largest.cost_bytes > self.budget_bytes + TOLERATED_EXCESS_BYTES:
             raise NotEnoughSpace(
                 f"{largest.name}: one chunk of it does not fit into the memory budget",
                 details=(f"{largest.cost_bytes:,} bytes needed, --max-memory is {self.budget_bytes:,}",),
@@ -117,10 +113,10 @@ class Plan:
 def choose_chunks(layout: Layout, source_chunks: Sequence[int] | None, budget_bytes: int) -> tuple[int, ...]:
     """The chunk shape of an output tensor: the source's where the blocks' edges allow, so that chunks stay what they are.
 
-    Chunks stay below 64 MiB and leave room for several in the budget.
+    Chunks stay below 64 MiB, and small enough for the budget to hold two.
     """
     itemsize = np_dtype(layout.dtype).itemsize
-    limit = max(1, min(LARGEST_CHUNK_BYTES, budget_bytes // COMPUTED_COPIES) // itemsize)
+    limit = max(1, min(LARGEST_CHUNK_BYTES, budget_bytes // (2 * COMPUTED_COPIES)) // itemsize)
     chunks = list(layout.shape if source_chunks is None or len(source_chunks) != len(layout.shape) else source_chunks)
     for axis, (n, edges) in enumerate(zip(layout.shape, _edges(layout), strict=True)):
         chunk = max(1, min(chunks[axis], n))
@@ -137,15 +133,30 @@ def choose_chunks(layout: Layout, source_chunks: Sequence[int] | None, budget_by
 
 
 def choose_tile(
-    shape: tuple[int, ...], chunks: tuple[int, ...], source_chunks: Sequence[int] | None, itemsize: int, budget_bytes: int
-) -> tuple[int, ...]:
-    """The unit of work: whole output chunks, as many as it takes to read each source chunk once, within the budget."""
-    tile = list(chunks)
-    if source_chunks is not None and len(source_chunks) == len(shape):
-        wider = [c * max(1, math.ceil(min(s, n) / c)) for n, c, s in zip(shape, chunks, source_chunks, strict=True)]
-        if math.prod(wider) * itemsize * COMPUTED_COPIES <= budget_bytes:
-            tile = wider
-    return tuple(tile)
+    layout: Layout, chunks: tuple[int, ...], source_chunks: Sequence[tuple[int, ...]], budget_bytes: int
+) -> tuple[tuple[int, ...], int]:
+    """The unit of work and the memory that it takes: whole output chunks, so many that each source chunk is read once.
+
+    `source_chunks` are those of every source tensor that goes in. Where the memory does not suffice for that, the unit
+    is one output chunk, and source chunks are decoded several times.
+    """
+    itemsize = np_dtype(layout.dtype).itemsize
+    writing = math.prod(chunks) * itemsize * (COMPUTED_COPIES if any(is_computed(b.terms) for b in layout.blocks) else COPIED_COPIES)
+    wide = chunks
+    for source in source_chunks:
+        wide = tuple(c * math.ceil(min(s, n) / c) if s > w else w for n, c, s, w in zip(layout.shape, chunks, source, wide, strict=True))
+    costs = []
+    for tile in (wide, chunks):
+        touched = max((_touched(tile, source, layout.shape) for source in source_chunks), default=0)
+        costs.append((tile, touched * itemsize * READ_COPIES + writing))
+    (wide, cost), (narrow, narrow_cost) = costs
+    return (wide, cost) if cost <= budget_bytes + TOLERATED_EXCESS_BYTES else (narrow, narrow_cost)
+
+
+def _touched(tile: tuple[int, ...], source_chunks: tuple[int, ...], shape: tuple[int, ...]) -> int:
+    """The number of elements in all source chunks that a tile may meet."""
+    spans = (min(n, math.ceil(t / s) * s + (0 if t % s == 0 else s)) for t, s, n in zip(tile, source_chunks, shape, strict=True))
+    return math.prod(spans)
 
 
 def _edges(layout: Layout) -> Iterator[list[int]]:

@@ -235,7 +235,7 @@ def report_json(report: Report) -> dict[str, Any]:
         "passed": report.passed,
         "precision": report.precision,
         "sources": [source.path for source in record.sources],
-        "weights": list(record.weights),
+        "mean_weights": list(record.weights),
         "fill": record.fill.kind,
         "norm_groups": list(record.norm_groups),
         **{

@@ -52,7 +52,14 @@ class Sink:
     """A checkpoint being written below `home`. Tensors are announced with `create`, filled by `write` from any thread,
     and become a checkpoint with `finish`."""
 
-    def __init__(self, home: Path, final: Path, format: Format, item: str | None) -> None:  # noqa: A002
+    def __init__(
+        self,
+        home: Path,
+        final: Path,
+        format: Format,  # noqa: A002
+        item: str | None,
+        commit_bytes: int = 32 << 20,
+    ) -> None:
         self._home = home
         self._final = final
         self._format = format
@@ -63,7 +70,7 @@ class Sink:
         self._leaves: dict[str, Leaf] = {}
         self._arrays: dict[str, ts.TensorStore] = {}
         self._kept: dict[str, npt.NDArray[Any]] = {}
-        self._commits = _Commits() if format.ocdbt else None
+        self._commits = _Commits(commit_bytes) if format.ocdbt else None
 
     def create(self, tensors: Iterable[NewTensor]) -> None:
         """Announces tensors; `write` must then cover each of them."""
@@ -157,9 +164,8 @@ def save(
 class _Commits:
     """Transactions that many writes share: one commit for every few megabytes instead of one for every chunk."""
 
-    LIMIT_BYTES = 32 << 20
-
-    def __init__(self) -> None:
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
         self._lock = threading.Lock()
         self._current = _Group(ts.Transaction())
 
@@ -170,7 +176,7 @@ class _Commits:
             group = self._current
             group.writers += 1
             group.nbytes += nbytes
-            if group.nbytes >= self.LIMIT_BYTES:
+            if group.nbytes >= self._limit_bytes:
                 group.full = True
                 self._current = _Group(ts.Transaction())
         try:

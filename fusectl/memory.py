@@ -1,0 +1,25 @@
+"""The allocator's settings for programs that move large buffers through many threads."""
+
+from __future__ import annotations
+
+import ctypes
+
+
+# glibc's names for them; see mallopt(3).
+_MMAP_THRESHOLD = -3
+_ARENA_MAX = -8
+
+ARENAS = 2
+MMAP_FROM_BYTES = 2 << 20
+
+
+def return_memory() -> None:
+    """Makes malloc, where it is glibc's, give large buffers back; to be called before threads are started.
+
+    By default every thread gets an arena, and each keeps most of what it has freed: fusing 1.3 GB with a budget of
+    256 MiB took 570 MB, and takes 230 to 390 MB with few arenas and with pages of their own for large buffers.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_ARENA_MAX, ARENAS)
+        mallopt(_MMAP_THRESHOLD, MMAP_FROM_BYTES)
