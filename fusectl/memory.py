@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import re
+import resource
+from pathlib import Path
 
 
 # glibc's names for them; see mallopt(3).
@@ -23,3 +26,15 @@ def return_memory() -> None:
     if mallopt is not None:
         mallopt(_ARENA_MAX, ARENAS)
         mallopt(_MMAP_THRESHOLD, MMAP_FROM_BYTES)
+
+
+def peak_rss_bytes() -> int:
+    """The most memory that this process has had resident, in bytes.
+
+    Linux's VmHWM; ru_maxrss, the fallback, starts at what the parent had before it forked.
+    """
+    try:
+        found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    except OSError:
+        found = None
+    return (int(found.group(1)) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * 1024

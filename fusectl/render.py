@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import typer
 
 from fusectl.errors import FusectlError, NotEnoughSpace
+from fusectl.memory import peak_rss_bytes
 
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ class Screen:
             "tensors": len(plan.outputs),
             "bytes": plan.nbytes,
             "notes": list(plan.notes),
-            "max_rss_bytes": _max_rss_bytes(),
+            "peak_rss_bytes": peak_rss_bytes(),
         }
         if not self._json:
             print(output)  # noqa: T201
@@ -386,9 +387,3 @@ def _shape(shape: Sequence[int]) -> str:
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())
-
-
-def _max_rss_bytes() -> int:
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

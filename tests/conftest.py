@@ -1,0 +1,66 @@
+"""Fixtures that all tests share: checkpoints that T5X wrote, the program as a function, and as a process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+
+# Before JAX is imported anywhere: the tests restore onto a mesh of eight CPU devices.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+DATA = Path(__file__).parent / "data"
+
+
+@pytest.fixture(scope="session")
+def written(tmp_path_factory) -> Path:
+    """What the real T5X wrote after 20 steps: VARIANT/seedN/{legacy,orbax}/checkpoint_20, and the real network's logits."""
+    root = tmp_path_factory.mktemp("written")
+    with tarfile.open(DATA / "t5x-written.tar.xz") as archive:
+        archive.extractall(root, filter="data")
+    return root / "t5x-written"
+
+
+@pytest.fixture
+def sources(written) -> list[str]:
+    """Two T5 1.1 models, one in each of T5X's formats."""
+    return [str(written / "t5_1_1/seed0/legacy/checkpoint_20"), str(written / "t5_1_1/seed1/orbax/checkpoint_20")]
+
+
+@dataclass
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self):
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def fusectl(capfd):
+    """Runs the program in this process: fusectl("inspect", path) -> Outcome."""
+    from fusectl.cli import run
+
+    def call(*argv: object) -> Outcome:
+        capfd.readouterr()
+        code = run([str(word) for word in argv])
+        out, err = capfd.readouterr()
+        return Outcome(code, out, err)
+
+    return call
+
+
+def process(*argv: object, **kwargs) -> subprocess.CompletedProcess[str]:
+    """Runs the program as a process of its own."""
+    command = [sys.executable, "-m", "fusectl", *map(str, argv)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **kwargs)

@@ -1,0 +1,28 @@
+"""Small random checkpoints of every family, with axis sizes that no two axes share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fusectl.archs import FAMILIES, family_named
+from fusectl.demo import random_t5x_state
+from fusectl.formats.sink import save
+
+
+SIZES = {"vocab": 41, "embed": 12, "heads": 3, "kv": 5, "joined_kv": 15, "mlp": 22, "relpos_buckets": 32}
+WIDER = {**SIZES, "embed": 14, "heads": 2, "joined_kv": 10, "mlp": 26}
+LAYERS = {"encoder": 3, "decoder": 2}
+
+FAMILY_NAMES = [family.name for family in FAMILIES]
+# Not recognised by itself; the tests that need no --arch leave it out.
+RECOGNIZED = [family.name for family in FAMILIES if not family.by_name_only]
+
+
+def state(family: str, seed: int, sizes=SIZES, layers=LAYERS, **kwargs):
+    return random_t5x_state(family_named(family), sizes, layers, seed, **kwargs)
+
+
+def checkpoint(at: Path, family: str = "t5-1.1", seed: int = 0, sizes=SIZES, layers=LAYERS, format="t5x", **kwargs) -> str:
+    """Writes a random training state as T5X would; its path."""
+    save(at, state(family, seed, sizes, layers, **kwargs), format)
+    return str(at)

@@ -1,0 +1,194 @@
+"""The executor: what comes out does not depend on how it was cut up, and memory stays in its budget."""
+
+import itertools
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from models import SIZES, WIDER, checkpoint, state
+
+from fusectl.errors import Corrupt, NotEnoughSpace
+from fusectl.execute import Budget, in_parallel
+from fusectl.formats import FORMATS, open_checkpoint
+from fusectl.formats.sink import save
+from fusectl.record import Fill
+from fusectl.surgery import Options, carry_out, plan_fusion
+
+
+def fuse(paths, output, jobs=2, **options):
+    plan, sources = plan_fusion([str(p) for p in paths], Options(**options))
+    return carry_out(plan, sources, Path(output), jobs=jobs, force=True)
+
+
+def values_of(path, prefix="target/"):
+    opened = open_checkpoint(str(path))
+    return {name: opened.read(name) for name in opened.leaves if name.startswith(prefix)}
+
+
+def assert_identical(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].dtype == b[name].dtype
+        assert a[name].tobytes() == b[name].tobytes(), name
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    at = tmp_path_factory.mktemp("pair")
+    return checkpoint(at / "a", seed=0), checkpoint(at / "b", seed=1, sizes=WIDER)
+
+
+@pytest.fixture(scope="module")
+def reference(pair, tmp_path_factory):
+    return values_of(fuse(pair, tmp_path_factory.mktemp("reference") / "out", fill=Fill("gaussian", 0.1, 5)))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_result_does_not_depend_on_the_format(pair, reference, tmp_path, name):
+    out = fuse(pair, tmp_path / "out", fill=Fill("gaussian", 0.1, 5), format=name)
+
+    assert_identical(reference, values_of(out))
+
+
+@pytest.mark.parametrize(("jobs", "max_memory_bytes"), [(1, 1 << 28), (7, 1 << 28), (2, 1 << 12), (3, 700)])
+def test_the_result_does_not_depend_on_threads_or_memory(pair, reference, tmp_path, jobs, max_memory_bytes):
+    out = fuse(pair, tmp_path / "out", jobs, fill=Fill("gaussian", 0.1, 5), max_memory_bytes=max_memory_bytes)
+
+    assert_identical(reference, values_of(out))
+
+
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_the_result_does_not_depend_on_the_sources_chunks(reference, tmp_path, data):
+    paths = []
+    for i, sizes in enumerate((SIZES, WIDER)):
+        values = {name: x for name, x in state("t5-1.1", i, sizes).items() if not name.startswith("state/param_states")}
+        chunks = {name: tuple(data.draw(st.integers(max(1, n // 2), n)) for n in x.shape) for name, x in values.items()}
+        # Without OCDBT every chunk is a file that is flushed to the disk: one of the two is enough of them.
+        save(tmp_path / str(i), values, data.draw(st.sampled_from(["orbax", "t5x"])) if i else "orbax", chunks=chunks, force=True)
+        paths.append(tmp_path / str(i))
+
+    out = fuse(paths, tmp_path / "out", fill=Fill("gaussian", 0.1, 5), format="orbax")
+
+    assert_identical(reference, values_of(out))
+
+
+def test_noise_is_the_same_for_the_same_seed_and_another_for_another(pair, reference, tmp_path):
+    again = values_of(fuse(pair, tmp_path / "again", fill=Fill("gaussian", 0.1, 5)))
+    other = values_of(fuse(pair, tmp_path / "other", fill=Fill("gaussian", 0.1, 6)))
+
+    assert_identical(reference, again)
+    kernel = "target/encoder/layers_0/mlp/wi_0/kernel"
+    assert (reference[kernel][:12, 22:] != other[kernel][:12, 22:]).all()
+    assert np.array_equal(reference[kernel][:12, :22], other[kernel][:12, :22])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("fill", [Fill(), Fill("gaussian", 0.1, 0)])
+def test_values_that_are_not_finite_are_named_and_nothing_is_written(tmp_path, bad, fill):
+    values = state("t5-1.1", 0)
+    values["target/decoder/layers_1/mlp/wo/kernel"][3, 4] = bad
+    save(tmp_path / "a", values, "t5x")
+
+    with pytest.raises(Corrupt, match=r"decoder/layers_1/mlp/wo/kernel\[3, 4\] is (nan|-?inf)"):
+        fuse([tmp_path / "a"] * 2, tmp_path / "out", fill=fill)
+
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]
+
+
+def test_values_that_are_not_finite_pass_when_they_may(tmp_path):
+    values = state("t5-1.1", 0)
+    values["target/decoder/layers_1/mlp/wo/kernel"][3, 4] = np.nan
+    save(tmp_path / "a", values, "t5x")
+    plan, sources = plan_fusion([str(tmp_path / "a")] * 2, Options())
+
+    out = carry_out(plan, sources, tmp_path / "out", allow_nonfinite=True)
+
+    fused = values_of(out)["target/decoder/layers_1/mlp/wo/kernel"]
+    assert np.argwhere(np.isnan(fused)).tolist() == [[3, 4], [25, 16]]
+
+
+def test_a_budget_too_small_for_one_chunk_is_refused_before_anything_is_written(tmp_path):
+    big = {**SIZES, "vocab": 70_000, "embed": 1024, "heads": 2, "joined_kv": 4, "mlp": 4}
+    path = checkpoint(tmp_path / "a", sizes=big, layers={"encoder": 1, "decoder": 1}, format="orbax")
+
+    with pytest.raises(NotEnoughSpace, match="does not fit into the memory budget") as error:
+        fuse([path] * 2, tmp_path / "out", max_memory_bytes=1 << 20)
+
+    assert error.value.hint.startswith("--max-memory ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_budget_is_never_exceeded():
+    budget, held, most = Budget(100), [], []
+
+    def task(n):
+        held.append(n)
+        most.append(sum(held))
+        time.sleep(0.001)
+        held.remove(n)
+
+    def worker(n):
+        granted = budget.take(n)
+        task(granted)
+        budget.give_back(granted)
+
+    threads = [threading.Thread(target=worker, args=(n,)) for n in itertools.islice(itertools.cycle([10, 40, 70, 250]), 60)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert max(most) <= 100
+    assert len(most) == 60
+
+
+def test_the_first_failure_ends_the_work_and_is_raised():
+    done = []
+
+    def tasks():
+        for i in range(1000):
+            yield 1, (lambda i=i: fail() if i == 3 else done.append(i))
+
+    def fail():
+        raise Corrupt("the third")
+
+    with pytest.raises(Corrupt, match="the third"):
+        in_parallel(tasks(), budget_bytes=4, jobs=2)
+
+    assert len(done) < 100
+
+
+MEASURE = """
+import sys
+from fusectl.cli import run
+from fusectl.memory import peak_rss_bytes
+code = run(sys.argv[1:])
+print(peak_rss_bytes(), file=sys.stderr)
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize(("format", "fill"), [("t5x", "zeros"), ("orbax", "zeros"), ("t5x", "antisymmetric")])
+def test_peak_memory_stays_within_the_budget_and_300_mb(tmp_path, format, fill):
+    """The embedding has 184 MB in chunks of 61 MB, the budget 40 MB; the models 1.1 GB fused."""
+    sizes = {**SIZES, "vocab": 30_000, "embed": 1536, "heads": 8, "joined_kv": 512, "mlp": 3072}
+    values = state("t5-1.1", 0, sizes, {"encoder": 1, "decoder": 1})
+    chunks = {n: (n_0 // 3, n_1) for n, x in values.items() if x.nbytes > 64 << 20 for n_0, n_1 in [x.shape]}
+    save(tmp_path / "a", values, format, chunks=chunks)
+    del values
+    arguments = ["self-fuse", tmp_path / "a", "-o", tmp_path / "out", "--max-memory", "40MB", "--fill", fill, "-q"]
+
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, *map(str, arguments)], capture_output=True, text=True, timeout=300, check=True
+    )
+
+    peak = int(done.stderr.split()[-1])
+    assert max(leaf.nbytes for leaf in open_checkpoint(str(tmp_path / "a")).leaves.values()) > 180_000_000
+    assert peak < 40_000_000 + 300_000_000, f"{peak:,}"
