@@ -209,7 +209,7 @@ def verify(
         from fusectl.verify import Declared, Settings
         from fusectl.verify import verify as run_verify
 
-        declared_fill = None if fill is None else _fill(fill, noise_scale, 0)
+        declared_fill = None if fill is None else _fill(fill, noise_scale, None)
         declared = Declared(tuple(sources), _numbers(weights, "--weights"), declared_fill, arch)
         chosen = tuple(level.strip() for level in levels.split(","))
         report = run_verify(_path(fused), declared, Settings(chosen, x64, batch, length, seed, max_native_rms))
@@ -335,7 +335,7 @@ def _options(
     return Options(fill, optimizer, format, arch, tuple(drop), dtype, parse_bytes(max_memory, "--max-memory"))
 
 
-def _fill(kind: str, noise_scale: float | None, seed: int) -> Fill:
+def _fill(kind: str, noise_scale: float | None, seed: int | None) -> Fill:
     from fusectl.record import Fill
     from fusectl.surgery import FILLS
 

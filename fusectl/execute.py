@@ -172,6 +172,7 @@ class _Reader:
         if noise.stacked_axis is not None:
             own = region[noise.stacked_axis]
             std = std[own.start : own.stop].reshape([-1 if a == noise.stacked_axis else 1 for a in range(len(region))])
+        assert self._work.fill.seed is not None
         field = unit_noise(self._work.fill.seed, self._output.noise_name, self._output.layout.shape, region)
         return (field * std).astype(self.dtype).astype(np.float64) * math.copysign(1.0, noise.scale)
 

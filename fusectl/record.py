@@ -42,7 +42,8 @@ class Fill:
 
     kind: str = "zeros"
     noise_scale: float = 0.0
-    seed: int = 0
+    # None for noise from elsewhere, whose seed nobody knows.
+    seed: int | None = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,11 @@ from __future__ import annotations
 
 import importlib
 import math
+import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -216,14 +219,18 @@ def _distinct(claim: Claim) -> list[tuple[Any, Recognized]]:
     return list({id(s): (s, t) for s, t in zip(claim.sources, claim.trees, strict=True)}.values())
 
 
+def available_bytes() -> int:
+    """The memory that the machine has free, caches that it can drop counted in."""
+    found = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
+    return int(found.group(1)) * 1024 if found else sys.maxsize
+
+
 def _require_memory(claim: Claim, itemsize: int) -> None:
     """Raises NotEnoughSpace when the models do not fit into memory; a level that cannot run is not a pass."""
-    import os
-
     parameters = claim.tree.parameters + sum(tree.parameters for _, tree in _distinct(claim))
     # The stored values, the float64 ones that are worked on, and the twin's.
     needed = parameters * (4 + 8 + itemsize)
-    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    available = available_bytes()
     if needed > available:
         raise NotEnoughSpace(
             "the algebra and native levels hold all models in memory",

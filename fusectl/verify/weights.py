@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +18,9 @@ import numpy.typing as npt
 
 from fusectl.archs.table import Row
 from fusectl.errors import FusectlError
+from fusectl.fill import unit_noise
 from fusectl.formats.zarr import np_dtype
-from fusectl.record import Fill, Record
+from fusectl.record import Record
 from fusectl.transforms.optimizer import STATE, find_state
 
 
@@ -108,11 +109,34 @@ class FusedTensor:
         """Everything about the tensor that is not as declared."""
         for i in range(len(self.sources)):
             yield from self._own_problems(i)
+        fill = self.record.fill
         for i, j, at in self.gaps():
-            for layer, block, kernel in self._per_layer(self.fused[at], self.sources[i]):
-                problem = noise_problem(block, kernel, self.record.fill)
-                if problem:
-                    yield f"{self.name}: the block from source {j} to source {i}{layer}: {problem}"
+            if fill.kind == "zeros":
+                count = int(np.count_nonzero(self.fused[at]))
+                found = [f": {count:,} of {self.fused[at].size:,} values are not zero"] if count else []
+            else:
+                found = list(self._noise_problems(at, self.sources[i]))
+            yield from (f"{self.name}: the block from source {j} to source {i}{problem}" for problem in found)
+
+    def _noise_problems(self, at: tuple[slice, ...], kernel: Array) -> Iterator[str]:
+        """Noise of another mean or deviation than declared; and, where the seed is known, other noise than its own."""
+        block, fill = self.fused[at].astype(np.float64), self.record.fill
+        field: Array | None = None
+        if fill.seed is not None:
+            region = tuple(range(n)[cut] for n, cut in zip(self.fused.shape, at, strict=True))
+            field = unit_noise(fill.seed, self.name, self.fused.shape, region)
+        for layer, pick in self._layers():
+            values, own = pick(block), pick(kernel).astype(np.float64)
+            problem = noise_problem(values, own, fill.noise_scale)
+            if problem:
+                yield f"{layer}: {problem}"
+            elif field is not None:
+                # The tool's own standard deviation is exact to 2**-18 of the largest magnitude.
+                off = np.abs(values - pick(field) * fill.noise_scale * own.std())
+                allowed = np.abs(pick(field)) * fill.noise_scale * np.abs(own).max() * 2.0**-18
+                wrong = int(np.count_nonzero(off > allowed + _epsilon(self.fused.dtype.name) * np.abs(values)))
+                if wrong:
+                    yield f"{layer}: {wrong:,} of {values.size:,} values are not the noise of seed {fill.seed}"
 
     def _own_problems(self, i: int) -> Iterator[str]:
         values, exact = self.fused[self.own(i)], self.exact(i)
@@ -128,14 +152,14 @@ class FusedTensor:
                 f"first at {list(at)}: {values[at]:.9g}, not {exact[at]:.9g}"
             )
 
-    def _per_layer(self, block: Array, kernel: Array) -> Iterator[tuple[str, Array, Array]]:
+    def _layers(self) -> Iterator[tuple[str, Callable[[Array], Array]]]:
         """Kernels that are stacked along `layers` have noise of their own standard deviation each."""
         if "layers" not in self.row.spec.axes:
-            yield "", block, kernel
+            yield "", lambda values: values
             return
         axis = self.row.spec.axes.index("layers")
-        for k in range(block.shape[axis]):
-            yield f", layer {k}", block.take(k, axis=axis), kernel.take(k, axis=axis)
+        for k in range(self.fused.shape[axis]):
+            yield f", layer {k}", lambda values, k=k: values.take(k, axis=axis)
 
     def _at(self, place: dict[str, int]) -> tuple[slice, ...]:
         cut = []
@@ -152,15 +176,11 @@ def within_rounding(values: Array, exact: Array) -> npt.NDArray[np.bool_]:
     return np.asarray(np.abs(values.astype(np.float64) - exact) <= spacing)
 
 
-def noise_problem(block: Array, kernel: Array, fill: Fill) -> str | None:
-    """What is wrong with a block between two sources, or None."""
-    if fill.kind == "zeros":
-        count = int(np.count_nonzero(block))
-        return f"{count:,} of {block.size:,} values are not zero" if count else None
-    values = block.astype(np.float64)
-    std = fill.noise_scale * float(kernel.astype(np.float64).std())
+def noise_problem(values: Array, kernel: Array, noise_scale: float) -> str | None:
+    """What is wrong with the mean and deviation of noise that is relative to a kernel's, or None."""
+    std = noise_scale * float(kernel.std())
     if std == 0.0:
-        return None if not values.any() else "noise beside a constant kernel, which has no standard deviation"
+        return "noise beside a constant kernel, which has no standard deviation" if values.any() else None
     mean_off = abs(values.mean()) / (std / math.sqrt(values.size))
     std_off = abs(values.std() / std - 1.0) * math.sqrt(2.0 * values.size)
     if mean_off > STANDARD_ERRORS or std_off > STANDARD_ERRORS:
