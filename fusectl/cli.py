@@ -271,8 +271,8 @@ def run(arguments: Sequence[str]) -> int:
         return screen.stopped(130, "interrupted")
     except _Terminated:
         return screen.stopped(143, "terminated")
-    except BrokenPipeError:
-        # Python flushes once more on exit, and would complain.
+    except (BrokenPipeError, SystemExit):
+        # Typer turns a broken pipe into an exit. Python flushes once more at its own, and would complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     return int(code or 0)

@@ -98,3 +98,12 @@ def shorten(lines: Iterable[str], most: int = MOST_LISTED) -> tuple[str, ...]:
     if len(every) <= most:
         return tuple(every)
     return (*every[:most], f"... and {len(every) - most} more")
+
+
+def counted(n: int, noun: str) -> str:
+    """A count with its noun and verb.
+
+    >>> counted(1, "chunk"), counted(2, "chunk")
+    ('1 chunk is', '2 chunks are')
+    """
+    return f"{n:,} {noun} is" if n == 1 else f"{n:,} {noun}s are"

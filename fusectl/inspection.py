@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fusectl.archs import Recognized, recognize
-from fusectl.errors import Corrupt, Incompatible, shorten
+from fusectl.errors import Corrupt, Incompatible, counted, shorten
 from fusectl.formats import FORMATS, open_checkpoint
 from fusectl.formats.tree import Checkpoint
 from fusectl.transforms.optimizer import OptimizerState, find_state
@@ -27,7 +27,7 @@ class Inspection:
         """Raises Corrupt when chunks are missing."""
         if self.missing:
             raise Corrupt(
-                f"{self.checkpoint.path}: {len(self.missing)} chunks are missing",
+                f"{self.checkpoint.path}: {counted(len(self.missing), 'chunk')} missing",
                 details=shorten(self.missing, 4),
                 hint="copy it again whole",
             )

@@ -166,7 +166,12 @@ class Screen:
     def _console(self, stream: TextIO) -> Console:
         from rich.console import Console
 
-        return Console(file=stream, highlight=False, width=None if stream.isatty() else PLAIN_WIDTH)
+        class Quietly(Console):
+            def on_broken_pipe(self) -> None:
+                # Rich would exit with 1; `| head` is no failure.
+                raise BrokenPipeError
+
+        return Quietly(file=stream, highlight=False, width=None if stream.isatty() else PLAIN_WIDTH)
 
 
 class _Heartbeat:

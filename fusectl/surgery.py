@@ -18,7 +18,7 @@ from pathlib import Path
 
 import fusectl
 from fusectl.archs import Recognized, recognize
-from fusectl.errors import Corrupt, Incompatible, OutputExists, UsageError, shorten
+from fusectl.errors import Corrupt, Incompatible, OutputExists, UsageError, counted, shorten
 from fusectl.execute import Progress, Silent, Work, execute
 from fusectl.formats import Format, fingerprint, format_named, open_checkpoint
 from fusectl.formats.sink import Sink, check_space, staged
@@ -84,7 +84,7 @@ def open_source(path: str, options: Options) -> Opened:
     missing = [chunk for name in shapes for chunk in checkpoint.missing_chunks(name)]
     if missing:
         raise Corrupt(
-            f"{checkpoint.path}: {len(missing)} chunks are missing", details=shorten(missing, 5), hint="copy it again whole"
+            f"{checkpoint.path}: {counted(len(missing), 'chunk')} missing", details=shorten(missing, 5), hint="copy it again whole"
         )
     return Opened(checkpoint, tree, dropped)
 
@@ -103,6 +103,7 @@ def plan_fusion(
     opened = [by_path[path] for path in paths]
     first = opened[0]
     fusion = line_up([o.tree for o in opened], shares, [o.label for o in opened])
+    _require_one_dtype(opened, options)
     check_fill(fusion, options.fill)
     out_format, item, prefix = _target(first, options)
     builder = _Builder(opened, options, out_format)
@@ -274,6 +275,22 @@ def _target(first: Opened, options: Options) -> tuple[Format, str | None, str]:
         return out_format, None, "target/"
     item = "state" if first.checkpoint.format == "t5x" else first.checkpoint.location.item
     return out_format, item, first.tree.prefix
+
+
+def _require_one_dtype(opened: Sequence[Opened], options: Options) -> None:
+    """Raises Incompatible when a source would be cast without anybody having asked for it."""
+    if options.dtype is not None:
+        return
+    first = opened[0]
+    differences = [
+        f"{name}: {dtype} in {first.label}, {other} in {o.label}"
+        for name in first.tree.shapes
+        for dtype in [first.checkpoint.leaves[first.full(name)].dtype]
+        for o in opened[1:]
+        if (other := o.checkpoint.leaves[o.full(name)].dtype) != dtype
+    ]
+    if differences:
+        raise Incompatible("sources of different dtypes", details=shorten(differences), hint="--dtype float32 casts all of them")
 
 
 def _optimizer(builder: _Builder, first: Opened, fusion: Fusion, options: Options) -> str:

@@ -249,8 +249,9 @@ def storage_errors(where: Path) -> Iterator[None]:
 def check_space(final: Path, needed_bytes: int) -> None:
     """Raises NotEnoughSpace when the file system of `final` has less than `needed_bytes` left."""
     existing = next(parent for parent in final.parents if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed_bytes:
+    total, _, free = shutil.disk_usage(existing)
+    # A file system without a size of its own, such as /proc or some network ones, says nothing.
+    if total and free < needed_bytes:
         raise NotEnoughSpace(
             f"{final}: not enough disk", details=(f"up to {needed_bytes:,} bytes needed, {free:,} bytes free in {existing}",)
         )
