@@ -20,6 +20,7 @@ from fusectl.errors import Corrupt
 
 FILE_NAME = "fusectl.json"
 SCHEMA = "fusectl/record/1"
+FILLS = ("zeros", "gaussian", "antisymmetric")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,10 @@ class Fill:
     noise_scale: float = 0.0
     # None for noise from elsewhere, whose seed nobody knows.
     seed: int | None = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in FILLS:
+            raise ValueError(f"no fill is called {self.kind!r}; there are {', '.join(FILLS)}")
 
 
 @dataclass(frozen=True, slots=True)

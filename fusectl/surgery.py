@@ -32,9 +32,6 @@ from fusectl.transforms.optimizer import STATE, find_state, fresh_slots
 
 DEFAULT_MAX_MEMORY_BYTES = 256 << 20
 STEP = "state/step"
-OPTIMIZERS = ("reset", "drop")
-FILLS = ("zeros", "gaussian", "antisymmetric")
-FLOATS = ("float64", "float32", "bfloat16", "float16")
 SUM_TOLERANCE = 1e-6
 LARGEST_COMMIT_BYTES = 32 << 20
 

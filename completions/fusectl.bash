@@ -1,0 +1,12 @@
+
+_fusectl_completion() {
+    local IFS=$'
+'
+    COMPREPLY=( $( env COMP_WORDS="${COMP_WORDS[*]}" \
+                   COMP_CWORD=$COMP_CWORD \
+                   _FUSECTL_COMPLETE=complete_bash $1 ) )
+    return 0
+}
+
+complete -o default -F _fusectl_completion fusectl
+

@@ -1,0 +1,1 @@
+complete --command fusectl --no-files --arguments "(env _FUSECTL_COMPLETE=complete_fish _TYPER_COMPLETE_FISH_ACTION=get-args _TYPER_COMPLETE_ARGS=(commandline -cp) fusectl)" --condition "env _FUSECTL_COMPLETE=complete_fish _TYPER_COMPLETE_FISH_ACTION=is-args _TYPER_COMPLETE_ARGS=(commandline -cp) fusectl"

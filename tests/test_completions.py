@@ -1,0 +1,62 @@
+"""The completion scripts are what the program prints, and they complete."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from fusectl import cli
+from fusectl.formats import FORMATS
+from fusectl.record import FILLS
+
+
+COMPLETIONS = Path(__file__).parents[1] / "completions"
+
+
+def complete(**environment: str) -> subprocess.CompletedProcess[str]:
+    code = "import sys; sys.argv[0] = 'fusectl'; from fusectl.__main__ import main; main()"
+    return subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_scripts_are_what_the_program_prints(shell):
+    printed = complete(_FUSECTL_COMPLETE=f"source_{shell}").stdout
+
+    assert (COMPLETIONS / f"fusectl.{shell}").read_text().strip() == printed.strip()
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("fusectl ", ["fuse", "self-fuse", "noise-fill", "verify", "inspect", "demo"]),
+        ("fusectl self", ["self-fuse"]),
+        ("fusectl fuse --fi", ["--fill"]),
+        ("fusectl fuse --fill ", list(FILLS)),
+        ("fusectl fuse --format ", list(FORMATS)),
+    ],
+)
+def test_bash_is_offered_commands_options_and_values(words, offered):
+    done = complete(_FUSECTL_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=str(words.count(" ")))
+
+    assert done.stdout.split() == offered
+    modules = {line.split("|")[-1].strip().split(".")[0] for line in done.stderr.splitlines()}
+    assert not modules & {"numpy", "tensorstore", "jax"}
+
+
+def test_the_choices_that_the_parser_spells_out_are_the_ones_that_exist():
+    def choices(annotated):
+        kind = get_args(annotated)[0]
+        return get_args(get_args(kind)[0]) or get_args(kind)
+
+    assert choices(cli.FillKind) == FILLS
+    assert choices(cli.FormatName) == tuple(FORMATS)
