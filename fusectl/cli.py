@@ -1,4 +1,4 @@
-"""The commands: parse, one library call, one render. What they do is in surgery.py and verify/, how it looks in render.py.
+"""The commands: parse, one library call, one render. surgery.py and verify/ do the work, render.py prints.
 
 Imports that cost time live in the functions: --help and completion must not pay for numpy, tensorstore or JAX.
 """
@@ -41,7 +41,9 @@ app = typer.Typer(
 )
 
 Source = Annotated[str | None, typer.Argument(metavar="[CKPT]", help="The checkpoint; read from a pipe if left out.")]
-Output = Annotated[Path | None, typer.Option("-o", "--output", help="The checkpoint to write. [default: a sibling of the source]")]
+Output = Annotated[
+    Path | None, typer.Option("-o", "--output", help="The checkpoint to write. [default: a sibling of the source]")
+]
 # The choices are spelt out for the parser and for completion, which must not import what defines them; tests compare.
 FillKind = Annotated[
     Literal["zeros", "gaussian", "antisymmetric"], typer.Option("--fill", help="What stands where no source does.")
@@ -51,7 +53,9 @@ NoiseScale = Annotated[
     typer.Option("--noise-scale", help="The noise's standard deviation relative to the kernel's own. [default: 0.1]"),
 ]
 Seed = Annotated[int, typer.Option(help="The noise's seed.")]
-Optimizer = Annotated[Literal["reset", "drop"], typer.Option(help="The optimizer's slots: zeros of the new shapes, or none.")]
+Optimizer = Annotated[
+    Literal["reset", "drop"], typer.Option(help="The optimizer's slots: zeros of the new shapes, or none.")
+]
 FormatName = Annotated[
     Literal["t5x", "orbax", "orbax-ocdbt-zarr2", "orbax-zarr2", "orbax-zarr3"] | None,
     typer.Option("--format", help="The layout on disk. [default: the first source's]"),
@@ -93,7 +97,7 @@ def fuse(
     noise_scale: NoiseScale = None,
     seed: Seed = 0,
     optimizer: Optimizer = "reset",
-    format: FormatName = None,  # noqa: A002
+    format: FormatName = None,
     arch: Arch = None,
     drop: Drop = [],  # noqa: B006
     dtype: Dtype = None,
@@ -125,7 +129,7 @@ def self_fuse(
     noise_scale: NoiseScale = None,
     seed: Seed = 0,
     optimizer: Optimizer = "reset",
-    format: FormatName = None,  # noqa: A002
+    format: FormatName = None,
     arch: Arch = None,
     drop: Drop = [],  # noqa: B006
     dtype: Dtype = None,
@@ -153,12 +157,14 @@ def self_fuse(
 @app.command(epilog="Example: fusectl fuse a b | fusectl noise-fill --noise-scale 0.1 | fusectl verify")
 def noise_fill(
     source: Source = None,
-    copies: Annotated[int | None, typer.Option("--copies", "-k", help="For a fusion without fusectl.json: its K.")] = None,
+    copies: Annotated[
+        int | None, typer.Option("--copies", "-k", help="For a fusion without fusectl.json: its K.")
+    ] = None,
     output: Output = None,
     fill: FillKind = "gaussian",
     noise_scale: NoiseScale = None,
     seed: Seed = 0,
-    format: FormatName = None,  # noqa: A002
+    format: FormatName = None,
     arch: Arch = None,
     drop: Drop = [],  # noqa: B006
     dtype: Dtype = None,
@@ -187,9 +193,12 @@ def noise_fill(
 def verify(
     fused: Source = None,
     sources: Annotated[
-        list[str], typer.Option("--sources", metavar="A B ...", help="What it was fused from. [default: as in fusectl.json]")
+        list[str],
+        typer.Option("--sources", metavar="A B ...", help="What it was fused from. [default: as in fusectl.json]"),
     ] = [],  # noqa: B006
-    levels: Annotated[str, typer.Option(help="Which of files, weights, algebra, native to run.")] = "files,weights,algebra,native",
+    levels: Annotated[
+        str, typer.Option(help="Which of files, weights, algebra, native to run.")
+    ] = "files,weights,algebra,native",
     x64: Annotated[bool, typer.Option("--x64", help="Run the forward passes in float64.")] = False,
     batch: Annotated[int, typer.Option(help="Rows of random tokens.", min=1)] = 4,
     length: Annotated[int, typer.Option(help="Tokens per row.", min=4)] = 16,
@@ -327,7 +336,7 @@ def _path(given: str | None) -> str:
 def _options(
     fill: Fill,
     optimizer: str,
-    format: str | None,  # noqa: A002
+    format: str | None,
     arch: str | None,
     drop: list[str],
     dtype: str | None,
@@ -398,9 +407,5 @@ def _write(
         screen.plan(plan, final)
         return
     with screen.progress() as progress:
-        carry_out(
-            plan, opened, final, force=force, jobs=jobs, allow_nonfinite=allow_nonfinite, progress=progress
-        )
+        carry_out(plan, opened, final, force=force, jobs=jobs, allow_nonfinite=allow_nonfinite, progress=progress)
     screen.written(plan, final)
-
-

@@ -1,4 +1,4 @@
-"""`fusectl demo`: two small random T5 models in T5X's own format, every operation on them, and the proofs in a table."""
+"""`fusectl demo`: two small random T5 models as T5X writes them, every operation on them, the proofs in a table."""
 
 from __future__ import annotations
 
@@ -86,7 +86,9 @@ def random_parameters(
                 if name.endswith("scale"):
                     values = rng.uniform(0.5, 1.5, shape)
                 else:
-                    read = [n for axis, n in zip(axes, shape, strict=True) if axis in row.spec.inputs and axis != "vocab"]
+                    read = [
+                        n for axis, n in zip(axes, shape, strict=True) if axis in row.spec.inputs and axis != "vocab"
+                    ]
                     values = rng.normal(0.0, 1.0 / math.sqrt(math.prod(read)), shape)
                 parameters[name] = values.astype(np.float32)
     return parameters

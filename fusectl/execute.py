@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import math
 import threading
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,7 +24,7 @@ from fusectl.errors import Corrupt, Incompatible
 from fusectl.fill import Moments, unit_noise
 from fusectl.formats.sink import NewTensor, Sink
 from fusectl.formats.tree import Checkpoint
-from fusectl.formats.zarr import nonfinite_at, np_dtype
+from fusectl.formats.zarr import checksum, nonfinite_at, np_dtype
 from fusectl.layout import Block, Noise, Region, Term, intersect, shifted, size, tiles
 from fusectl.plan import COMPUTED_COPIES, Output, Plan, is_computed
 from fusectl.record import Checksums, Fill
@@ -84,23 +84,25 @@ class Work:
 
 def execute(plan: Plan, work: Work, sink: Sink, *, jobs: int, progress: Progress) -> dict[str, Checksums]:
     """Writes every tensor of the plan to the sink; the checksums of what was written."""
-    work = Work(work.sources, work.fill, work.allow_nonfinite, measure_kernels(plan, work, jobs=jobs, progress=progress))
+    work = Work(
+        work.sources, work.fill, work.allow_nonfinite, measure_kernels(plan, work, jobs=jobs, progress=progress)
+    )
     sink.create(NewTensor(o.name, o.keys, o.layout.shape, o.layout.dtype, o.chunks) for o in plan.outputs)
-    sums: dict[str, dict[Region, int]] = {output.name: {} for output in plan.outputs}
+    sums: dict[str, dict[Region, str]] = {output.name: {} for output in plan.outputs}
 
     def one(output: Output, tile: Region) -> None:
         reader = _Reader(output, tile, work)
         for inner in tiles(tuple(map(len, tile)), output.chunks):
             chunk = tuple(range(t.start + r.start, t.start + r.stop) for t, r in zip(tile, inner, strict=True))
-            values = compute(output, chunk, reader)
+            values = compute(chunk, reader)
             sink.write(output.name, chunk, values)
-            sums[output.name][chunk] = zlib.crc32(values.reshape(-1).view(np.uint8))
+            sums[output.name][chunk] = checksum(values)
             progress.advance(output.name, values.nbytes)
 
     progress.start("writing", plan.nbytes)
     in_parallel(
         (
-            (output.cost_bytes, lambda output=output, tile=tile: one(output, tile))
+            (output.cost_bytes, partial(one, output, tile))
             for output in plan.outputs
             for tile in tiles(output.layout.shape, output.tile)
         ),
@@ -167,7 +169,7 @@ class _Reader:
         return values[tuple(slice(r.start - a.start, r.stop - a.start) for r, a in zip(region, loaded, strict=True))]
 
     def noise(self, noise: Noise, region: Region) -> Array:
-        """The noise of a term, float64 after rounding to the output's dtype: what is taken off is exactly what is added."""
+        """The noise of a term in float64, rounded to the output's dtype: what is taken off is exactly what is added."""
         std = self._work.stds[noise.like, noise.stacked_axis] * abs(noise.scale)
         if noise.stacked_axis is not None:
             own = region[noise.stacked_axis]
@@ -183,7 +185,7 @@ class _Reader:
         return values
 
 
-def compute(output: Output, chunk: Region, reader: _Reader) -> Array:
+def compute(chunk: Region, reader: _Reader) -> Array:
     """The values of one chunk of an output tensor, in its dtype and C order."""
     out: Array | None = None
     for block, met in reader.met:
@@ -240,9 +242,9 @@ def _require_zero(values: Array, term: Term, region: Region, work: Work) -> None
         )
 
 
-def _checksums(output: Output, sums: Mapping[Region, int]) -> Checksums:
+def _checksums(output: Output, sums: Mapping[Region, str]) -> Checksums:
     layout = output.layout
-    crc32 = tuple(f"{sums[chunk]:08x}" for chunk in tiles(layout.shape, output.chunks))
+    crc32 = tuple(sums[chunk] for chunk in tiles(layout.shape, output.chunks))
     return Checksums(layout.shape, layout.dtype, output.chunks, crc32)
 
 
@@ -260,7 +262,8 @@ def measure_kernels(plan: Plan, work: Work, *, jobs: int, progress: Progress) ->
     total = sum(2 * size(kernel.region) * _itemsize(work.sources[kernel.source], kernel) for kernel, _ in wanted)
     progress.start("measuring kernels", total)
     return {
-        (kernel, stacked): _kernel_std(kernel, stacked, plan, work, jobs=jobs, progress=progress) for kernel, stacked in wanted
+        (kernel, stacked): _kernel_std(kernel, stacked, plan, work, jobs=jobs, progress=progress)
+        for kernel, stacked in wanted
     }
 
 
@@ -280,7 +283,7 @@ def _kernel_std(kernel: Term, stacked: int | None, plan: Plan, work: Work, *, jo
             yield 0, values
         else:
             for i in range(values.shape[stacked]):
-                yield tile[stacked].start + i, values.take(i, axis=stacked)
+                yield tile[stacked].start + i, np.asarray(values.take(i, axis=stacked))
 
     def find_largest(tile: Region) -> None:
         for i, values in pieces(tile):
@@ -298,7 +301,7 @@ def _kernel_std(kernel: Term, stacked: int | None, plan: Plan, work: Work, *, jo
     def over_tiles(visit: Callable[[Region], None]) -> None:
         edge = tuple(min(c, n) for c, n in zip(leaf.chunks, shape, strict=True))
         cost = int(np.prod(edge)) * 8 * COMPUTED_COPIES
-        tasks = ((cost, lambda tile=tile: visit(tile)) for tile in tiles(shape, edge))
+        tasks = ((cost, partial(visit, tile)) for tile in tiles(shape, edge))
         in_parallel(tasks, budget_bytes=plan.budget_bytes, jobs=jobs)
 
     over_tiles(find_largest)

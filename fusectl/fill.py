@@ -25,7 +25,8 @@ from fusectl.layout import Region, intersect, tiles
 
 TILE_ELEMENTS = 1 << 16
 TILE_EDGE = 1 << 9
-# 18 bits below the largest magnitude: 2**16 squares of such integers sum up to at most 2**52, which float64 holds exactly.
+# 18 bits below the largest magnitude: 2**16 squares of such integers sum up to 2**52 at most, which float64 holds
+# exactly.
 QUANTUM_BITS = 18
 _ELEMENTS_PER_SUM = 1 << 16
 
@@ -50,7 +51,7 @@ def _quantiles() -> npt.NDArray[np.float32]:
     normal = NormalDist()
     half = np.array([normal.inv_cdf((k + 0.5) / 65536) for k in range(32768, 65536)])
     both = np.concatenate([-half[::-1], half])
-    return (both / np.sqrt(np.mean(both**2))).astype(np.float32)
+    return np.asarray(both / np.sqrt(np.mean(both**2)), np.float32)
 
 
 def unit_noise(seed: int, name: str, shape: tuple[int, ...], region: Region) -> npt.NDArray[np.float32]:

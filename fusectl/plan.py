@@ -111,7 +111,7 @@ class Plan:
 
 
 def choose_chunks(layout: Layout, source_chunks: Sequence[int] | None, budget_bytes: int) -> tuple[int, ...]:
-    """The chunk shape of an output tensor: the source's where the blocks' edges allow, so that chunks stay what they are.
+    """The chunk shape of an output tensor: the source's where the blocks' edges allow, so that chunks stay as they are.
 
     Chunks stay below 64 MiB, and small enough for the budget to hold two.
     """
@@ -141,10 +141,17 @@ def choose_tile(
     is one output chunk, and source chunks are decoded several times.
     """
     itemsize = np_dtype(layout.dtype).itemsize
-    writing = math.prod(chunks) * itemsize * (COMPUTED_COPIES if any(is_computed(b.terms) for b in layout.blocks) else COPIED_COPIES)
+    writing = (
+        math.prod(chunks)
+        * itemsize
+        * (COMPUTED_COPIES if any(is_computed(b.terms) for b in layout.blocks) else COPIED_COPIES)
+    )
     wide = chunks
     for source in source_chunks:
-        wide = tuple(c * math.ceil(min(s, n) / c) if s > w else w for n, c, s, w in zip(layout.shape, chunks, source, wide, strict=True))
+        wide = tuple(
+            c * math.ceil(min(s, n) / c) if s > w else w
+            for n, c, s, w in zip(layout.shape, chunks, source, wide, strict=True)
+        )
     costs = []
     for tile in (wide, chunks):
         touched = max((_touched(tile, source, layout.shape) for source in source_chunks), default=0)
@@ -155,7 +162,10 @@ def choose_tile(
 
 def _touched(tile: tuple[int, ...], source_chunks: tuple[int, ...], shape: tuple[int, ...]) -> int:
     """The number of elements in all source chunks that a tile may meet."""
-    spans = (min(n, math.ceil(t / s) * s + (0 if t % s == 0 else s)) for t, s, n in zip(tile, source_chunks, shape, strict=True))
+    spans = (
+        min(n, math.ceil(t / s) * s + (0 if t % s == 0 else s))
+        for t, s, n in zip(tile, source_chunks, shape, strict=True)
+    )
     return math.prod(spans)
 
 
@@ -182,7 +192,11 @@ def summary(plan: Plan) -> Mapping[str, object]:
         "weights": list(plan.record.weights),
         "widths": {axis: list(sizes) for axis, sizes in plan.record.widths.items()},
         "norm_groups": list(plan.record.norm_groups),
-        "fill": {"kind": plan.record.fill.kind, "noise_scale": plan.record.fill.noise_scale, "seed": plan.record.fill.seed},
+        "fill": {
+            "kind": plan.record.fill.kind,
+            "noise_scale": plan.record.fill.noise_scale,
+            "seed": plan.record.fill.seed,
+        },
         "optimizer": plan.record.optimizer,
         "tensors": len(plan.outputs),
         "bytes": plan.nbytes,

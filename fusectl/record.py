@@ -1,10 +1,10 @@
 """fusectl.json: how a checkpoint came to be. Trainers ignore it; noise-fill, verify and later fusions read it.
 
-    {"schema": "fusectl/record/1", "version": …, "command": "fuse", "family": "t5-1.1", "parameters": "target/",
-     "sources": [{"path": …, "format": …, "step": …, "fingerprint": …, "norm_groups": [512]}, …],
-     "weights": [0.5, 0.5], "widths": {"embed": [512, 512], …}, "norm_groups": [512, 512],
-     "fill": {"kind": "gaussian", "noise_scale": 0.1, "seed": 0}, "optimizer": "reset",
-     "tensors": {"target/…": {"shape": […], "dtype": …, "chunks": […], "crc32": ["9ae0daaf", …]}, …}}
+{"schema": "fusectl/record/1", "version": …, "command": "fuse", "family": "t5-1.1", "parameters": "target/",
+ "sources": [{"path": …, "format": …, "step": …, "fingerprint": …, "norm_groups": [512]}, …],
+ "weights": [0.5, 0.5], "widths": {"embed": [512, 512], …}, "norm_groups": [512, 512],
+ "fill": {"kind": "gaussian", "noise_scale": 0.1, "seed": 0}, "optimizer": "reset",
+ "tensors": {"target/…": {"shape": […], "dtype": …, "chunks": […], "crc32": ["9ae0daaf", …]}, …}}
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Fill:
 
 @dataclass(frozen=True, slots=True)
 class Checksums:
-    """A written tensor and the CRC-32 of each chunk's decoded bytes (C order, cut at the edge), in C order of the grid."""
+    """A written tensor and the CRC-32 of each chunk's decoded bytes, cut at the edge, in C order of the grid."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -99,7 +99,9 @@ class Record:
             return cls(
                 **{
                     **tree,
-                    "sources": tuple(SourceRecord(**{**s, "norm_groups": tuple(s["norm_groups"])}) for s in tree["sources"]),
+                    "sources": tuple(
+                        SourceRecord(**{**s, "norm_groups": tuple(s["norm_groups"])}) for s in tree["sources"]
+                    ),
                     "weights": tuple(map(float, tree["weights"])),
                     "widths": {axis: tuple(map(int, sizes)) for axis, sizes in tree["widths"].items()},
                     "norm_groups": tuple(map(int, tree["norm_groups"])),

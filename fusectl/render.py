@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from fusectl.execute import Progress
     from fusectl.inspection import Inspection
     from fusectl.plan import Plan
+    from fusectl.record import Fill
     from fusectl.verify import FunctionResult, Report
 
 
@@ -61,10 +62,11 @@ class Screen:
     def usage_error(self, error: typer.TyperException) -> int:
         """Prints what is wrong with the command line; the exit code."""
         context = getattr(error, "ctx", None)
-        hint = f"{context.command_path} --help" if context else "fusectl --help"
-        if not self._json:
-            error.show()
-        self._emit("error", 2, {"code": "usage_error", "message": error.format_message(), "details": [], "hint": hint})
+        command = context.command_path if context else "fusectl"
+        message, hint = error.format_message(), f"{command} --help"
+        # Without any argument the message is the help itself.
+        self._say(message if "Usage:" in message else f"error: {message}\n  hint: {hint}")
+        self._emit("error", 2, {"code": "usage_error", "message": message, "details": [], "hint": hint})
         return 2
 
     def stopped(self, code: int, how: str) -> int:
@@ -145,17 +147,31 @@ class Screen:
         else:
             message, details, code, name = f"unexpected {type(error).__name__}: {error}", (), 1, "unexpected"
             hint = "--debug shows where; please report it"
-        shown = details if len(details) <= MOST_DETAILS else (*details[: MOST_DETAILS - 1], f"... {len(details) - MOST_DETAILS + 1} more; --json lists them")
+        shown = (
+            details
+            if len(details) <= MOST_DETAILS
+            else (*details[: MOST_DETAILS - 1], f"... {len(details) - MOST_DETAILS + 1} more; --json lists them")
+        )
         lines = [f"error: {message}", *(f"  {_one_line(d)}" for d in shown), *([f"  hint: {hint}"] if hint else [])]
         self._say("\n".join(lines))
         failed = code == 3
-        self._emit("failed" if failed else "error", code, {"code": name, "message": message, "details": list(details), "hint": hint})
+        self._emit(
+            "failed" if failed else "error",
+            code,
+            {"code": name, "message": message, "details": list(details), "hint": hint},
+        )
         return code
 
     def _emit(self, status: str, code: int, error: Mapping[str, Any] | None) -> None:
         if not self._json:
             return
-        whole = {"schema": SCHEMA, "command": self._command, "status": status, "exit_code": code, "result": self._result}
+        whole = {
+            "schema": SCHEMA,
+            "command": self._command,
+            "status": status,
+            "exit_code": code,
+            "result": self._result,
+        }
         if error is not None:
             whole["error"] = error
         print(json_module.dumps(whole, allow_nan=False, indent=2))  # noqa: T201
@@ -201,7 +217,13 @@ def _bar(console: Console) -> Iterator[Progress]:
     from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
     from rich.progress import Progress as RichProgress
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
     with RichProgress(*columns, console=console, transient=True) as rich:
 
         class Bar:
@@ -263,12 +285,18 @@ def _print_report(console: Console, report: Report) -> None:
     table = Table("level", "", "what was checked", box=None, pad_edge=False, padding=(0, 3, 0, 0))
     files, weights = report.files, report.weights
     if files is not None:
-        sums = f"{files.checksums:,} chunks as their checksums say" if files.checksums else "no checksums to compare with"
-        table.add_row("files", _mark(files.passed), f"{files.tensors:,} tensors, {human(files.bytes_read)} read, {sums}")
+        sums = (
+            f"{files.checksums:,} chunks as their checksums say" if files.checksums else "no checksums to compare with"
+        )
+        table.add_row(
+            "files", _mark(files.passed), f"{files.tensors:,} tensors, {human(files.bytes_read)} read, {sums}"
+        )
     if weights is not None:
         noise = f", {weights.noise_blocks:,} blocks of noise measured" if weights.noise_blocks else ", zeros elsewhere"
         slots = f", {weights.slots:,} optimizer slots" if weights.slots else ""
-        table.add_row("weights", _mark(weights.passed), f"{weights.blocks:,} blocks of {weights.tensors:,} tensors{noise}{slots}")
+        table.add_row(
+            "weights", _mark(weights.passed), f"{weights.blocks:,} blocks of {weights.tensors:,} tensors{noise}{slots}"
+        )
     for name, result in (("algebra", report.algebra), ("native", report.native)):
         if result is not None:
             table.add_row(name, _mark(result.passed), _function(result))
@@ -298,20 +326,30 @@ def _print_plan(console: Console, plan: Plan, output: Path) -> None:
         ("writes", f"{output}"),
         ("format", plan.format + (f", item {plan.item}" if plan.item else "")),
         ("family", record.family),
-        *((f"source {i}", f"{s.path} ({s.format}, step {s.step}), weight {w:g}") for i, (s, w) in enumerate(zip(record.sources, record.weights, strict=True))),
-        ("widths", ", ".join(f"{axis} {' + '.join(map(str, sizes))} = {sum(sizes)}" for axis, sizes in record.widths.items())),
-        ("fill", record.fill.kind if record.fill.kind == "zeros" else f"{record.fill.kind} noise, {record.fill.noise_scale:g} of each kernel's std, seed {record.fill.seed}"),
+        *(
+            (f"source {i}", f"{s.path} ({s.format}, step {s.step}), weight {w:g}")
+            for i, (s, w) in enumerate(zip(record.sources, record.weights, strict=True))
+        ),
+        (
+            "widths",
+            ", ".join(f"{axis} {' + '.join(map(str, sizes))} = {sum(sizes)}" for axis, sizes in record.widths.items()),
+        ),
+        ("fill", _fill(record.fill)),
         ("optimizer", record.optimizer),
         ("tensors", f"{len(plan.outputs):,}, {human(plan.nbytes)}, of which {human(plan.nonzero_bytes)} not zero"),
         ("reads", human(plan.read_bytes)),
         ("memory", f"at most {human(plan.budget_bytes)} in flight"),
     ]
     _print_facts(console, facts)
-    table = Table("tensor", "shape", "axes", "dtype", "chunks", "blocks", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table = Table(
+        "tensor", "shape", "axes", "dtype", "chunks", "blocks", box=None, pad_edge=False, padding=(0, 2, 0, 0)
+    )
     for o in plan.outputs:
         if not o.name.startswith("state/"):
             axes = " ".join(o.layout.axes)
-            table.add_row(o.name, _shape(o.layout.shape), axes, o.layout.dtype, _shape(o.chunks), str(len(o.layout.blocks)))
+            table.add_row(
+                o.name, _shape(o.layout.shape), axes, o.layout.dtype, _shape(o.chunks), str(len(o.layout.blocks))
+            )
     console.print()
     console.print(table)
 
@@ -338,9 +376,12 @@ def _print_inspection(console: Console, seen: Inspection, *, tree: bool) -> None
     facts += [("optimizer", seen.state.kind + slots), ("tensors", f"{len(checkpoint.leaves):,}, {human(seen.nbytes)}")]
     record = checkpoint.record
     if record is not None:
-        facts.append(("made by", f"fusectl {record.version} {record.command} of {len(record.weights)}: {', '.join(dict.fromkeys(s.path for s in record.sources)) or 'unknown'}"))
-        facts.append(("norm groups", " + ".join(map(str, record.norm_groups))))
-        facts.append(("fill", record.fill.kind if record.fill.kind == "zeros" else f"{record.fill.kind}, {record.fill.noise_scale:g}, seed {record.fill.seed}"))
+        paths = ", ".join(dict.fromkeys(source.path for source in record.sources)) or "unknown"
+        facts += [
+            ("made by", f"fusectl {record.version} {record.command} of {len(record.weights)}: {paths}"),
+            ("norm groups", " + ".join(map(str, record.norm_groups))),
+            ("fill", _fill(record.fill)),
+        ]
     _print_facts(console, facts)
     if not tree:
         return
@@ -354,6 +395,12 @@ def _print_inspection(console: Console, seen: Inspection, *, tree: bool) -> None
     console.print(table)
 
 
+def _fill(fill: Fill) -> str:
+    if fill.kind == "zeros":
+        return fill.kind
+    return f"{fill.kind} noise, {fill.noise_scale:g} of each kernel's standard deviation, seed {fill.seed}"
+
+
 def _print_facts(console: Console, facts: Sequence[tuple[str, str]]) -> None:
     for name, value in facts:
         console.print(f"{name:<12} {value}", soft_wrap=True, markup=False)
@@ -363,7 +410,17 @@ def _print_demo(console: Console, rows: Sequence[DemoRow]) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    for heading in ("what", "files", "weights", "algebra max |Δlogit|", "tolerance", "native max |Δlogit|", "KL", "top-1", "seconds"):
+    for heading in (
+        "what",
+        "files",
+        "weights",
+        "algebra max |Δlogit|",
+        "tolerance",
+        "native max |Δlogit|",
+        "KL",
+        "top-1",
+        "seconds",
+    ):
         table.add_column(heading, justify="left" if heading in {"what", "files", "weights"} else "right")
     for row in rows:
         report = row.report

@@ -12,9 +12,8 @@ import fnmatch
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-
 
 import fusectl
 from fusectl.archs import Recognized, recognize
@@ -40,7 +39,7 @@ LARGEST_COMMIT_BYTES = 32 << 20
 class Options:
     """What fuse, self-fuse and noise-fill have in common."""
 
-    fill: Fill = Fill()
+    fill: Fill = field(default_factory=Fill)
     optimizer: str = "reset"
     format: str | None = None
     arch: str | None = None
@@ -81,7 +80,9 @@ def open_source(path: str, options: Options) -> Opened:
     missing = [chunk for name in shapes for chunk in checkpoint.missing_chunks(name)]
     if missing:
         raise Corrupt(
-            f"{checkpoint.path}: {counted(len(missing), 'chunk')} missing", details=shorten(missing, 5), hint="copy it again whole"
+            f"{checkpoint.path}: {counted(len(missing), 'chunk')} missing",
+            details=shorten(missing, 5),
+            hint="copy it again whole",
         )
     return Opened(checkpoint, tree, dropped)
 
@@ -153,7 +154,9 @@ def plan_noise_fill(path: str, options: Options, *, copies: int | None = None) -
     for name in opened.checkpoint.leaves:
         if name not in builder.used and name not in opened.dropped:
             builder.copy(name)
-    record = replace(record, version=fusectl.__version__, command="noise-fill", fill=options.fill, parameters=prefix, tensors={})
+    record = replace(
+        record, version=fusectl.__version__, command="noise-fill", fill=options.fill, parameters=prefix, tensors={}
+    )
     return builder.plan(record, item, builder.notes), [opened.checkpoint]
 
 
@@ -167,7 +170,7 @@ def carry_out(
     allow_nonfinite: bool = False,
     progress: Progress | None = None,
 ) -> Path:
-    """Writes the planned checkpoint to `output`, which appears when it is complete, and re-opens it to check its tree."""
+    """Writes the planned checkpoint to `output`, which appears when complete, and re-opens it to check its tree."""
     check_output(output, sources, force=force)
     check_space(output, plan.nonzero_bytes)
     work = Work(sources, plan.record.fill, allow_nonfinite)
@@ -186,7 +189,9 @@ def default_output(sources: Sequence[Checkpoint], plan: Plan) -> Path:
     stem, suffix = (home.stem, ".ckpt") if home.suffix == ".ckpt" else (home.name, "")
     fill = plan.record.fill
     noise = f".{fill.kind}-{fill.noise_scale:g}" if fill.kind != "zeros" else ""
-    fused_name = {"fuse": f".fused-{len(sources)}x", "self-fuse": f".self-fused-{len(sources)}x"}.get(plan.record.command, "")
+    fused_name = {"fuse": f".fused-{len(sources)}x", "self-fuse": f".self-fused-{len(sources)}x"}.get(
+        plan.record.command, ""
+    )
     return home.with_name(f"{stem}{fused_name}{noise}{suffix}")
 
 
@@ -287,7 +292,9 @@ def _require_one_dtype(opened: Sequence[Opened], options: Options) -> None:
         if (other := o.checkpoint.leaves[o.full(name)].dtype) != dtype
     ]
     if differences:
-        raise Incompatible("sources of different dtypes", details=shorten(differences), hint="--dtype float32 casts all of them")
+        raise Incompatible(
+            "sources of different dtypes", details=shorten(differences), hint="--dtype float32 casts all of them"
+        )
 
 
 def _optimizer(builder: _Builder, first: Opened, fusion: Fusion, options: Options) -> str:
@@ -328,7 +335,9 @@ def _notes_on(opened: Sequence[Opened], options: Options, record: Record) -> lis
     if not record.self_fused and options.fill.kind == "antisymmetric":
         notes.append("antisymmetric noise cancels between equal copies only; these sources' function changes")
     if not record.self_fused:
-        notes.append("with a norm per source this is the mean of the logits; T5's one norm deviates: verify says how far")
+        notes.append(
+            "with a norm per source this is the mean of the logits; T5's one norm deviates: verify says how far"
+        )
     return notes
 
 
@@ -344,13 +353,17 @@ def _weights(weights: Sequence[float] | None, count: int) -> tuple[float, ...]:
 
 def _source_record(opened: Opened) -> SourceRecord:
     checkpoint = opened.checkpoint
-    return SourceRecord(checkpoint.path, checkpoint.format, checkpoint.step, fingerprint(checkpoint), opened.norm_groups)
+    return SourceRecord(
+        checkpoint.path, checkpoint.format, checkpoint.step, fingerprint(checkpoint), opened.norm_groups
+    )
 
 
 def _record_for(opened: Opened, copies: int | None) -> Record:
     """What fusectl.json would say of a checkpoint that was fused elsewhere from `copies` models of equal width."""
     if copies is None:
-        raise UsageError(f"{opened.label}: no fusectl.json that says how it was fused", hint="--copies K for K equal widths")
+        raise UsageError(
+            f"{opened.label}: no fusectl.json that says how it was fused", hint="--copies K for K equal widths"
+        )
     grown = {axis: n for axis, n in opened.tree.sizes.items() if axis in opened.tree.family.grown}
     uneven = [f"axis {axis!r}: {n}" for axis, n in grown.items() if n % copies]
     if uneven:
@@ -372,10 +385,10 @@ def _record_for(opened: Opened, copies: int | None) -> Record:
 
 def _check_written(plan: Plan, written: Checkpoint) -> None:
     """Raises Corrupt unless the output, opened anew, has exactly the planned tensors."""
-    planned: Mapping[str, tuple[tuple[int, ...], str]] = {o.name: (o.layout.shape, o.layout.dtype) for o in plan.outputs}
+    planned: Mapping[str, tuple[tuple[int, ...], str]] = {
+        o.name: (o.layout.shape, o.layout.dtype) for o in plan.outputs
+    }
     found = {name: (leaf.shape, leaf.dtype) for name, leaf in written.leaves.items()}
     wrong = sorted(name for name in planned.keys() | found.keys() if planned.get(name) != found.get(name))
     if wrong:
         raise Corrupt(f"{written.path}: written, but not as planned", details=shorten(wrong, 5))
-
-

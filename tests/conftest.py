@@ -22,7 +22,7 @@ DATA = Path(__file__).parent / "data"
 
 @pytest.fixture(scope="session")
 def written(tmp_path_factory) -> Path:
-    """What the real T5X wrote after 20 steps: VARIANT/seedN/{legacy,orbax}/checkpoint_20, and the real network's logits."""
+    """What the real T5X wrote after 20 steps, VARIANT/seedN/{legacy,orbax}/checkpoint_20, and its network's logits."""
     root = tmp_path_factory.mktemp("written")
     with tarfile.open(DATA / "t5x-written.tar.xz") as archive:
         archive.extractall(root, filter="data")

@@ -22,7 +22,9 @@ def state(family: str, seed: int, sizes=SIZES, layers=LAYERS, **kwargs):
     return random_t5x_state(family_named(family), sizes, layers, seed, **kwargs)
 
 
-def checkpoint(at: Path, family: str = "t5-1.1", seed: int = 0, sizes=SIZES, layers=LAYERS, format="t5x", **kwargs) -> str:
+def checkpoint(
+    at: Path, family: str = "t5-1.1", seed: int = 0, sizes=SIZES, layers=LAYERS, format="t5x", **kwargs
+) -> str:
     """Writes a random training state as T5X would; its path."""
     save(at, state(family, seed, sizes, layers, **kwargs), format)
     return str(at)

@@ -39,7 +39,9 @@ def test_a_pipeline_of_processes_fuses_fills_and_verifies(models):
     program = f"{sys.executable} -m fusectl"
     line = f"{program} fuse a.ckpt b.ckpt | {program} noise-fill --noise-scale 0.1 | {program} verify"
 
-    done = subprocess.run(["bash", "-o", "pipefail", "-c", line], cwd=at, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", line], cwd=at, capture_output=True, text=True, timeout=120, check=False
+    )
 
     assert done.returncode == 0, done.stderr
     assert "passed" in done.stdout
@@ -98,7 +100,9 @@ def test_a_dry_run_prints_the_plan_for_people(models, fusectl):
 
 def test_the_optimizer_is_reset_to_the_fused_shapes_or_dropped(models, fusectl):
     reset = open_checkpoint(fusectl("fuse", *models, "-q").out.strip())
-    dropped = open_checkpoint(fusectl("fuse", *models, "-q", "--optimizer", "drop", "-o", models[0].parent / "d").out.strip())
+    dropped = open_checkpoint(
+        fusectl("fuse", *models, "-q", "--optimizer", "drop", "-o", models[0].parent / "d").out.strip()
+    )
 
     slot = "state/param_states/decoder/decoder_norm/scale/v"
     assert reset.shapes[slot] == (24,)
@@ -119,7 +123,12 @@ def test_inspect_tells_what_a_checkpoint_is(models, fusectl):
     assert result["optimizer"]["kind"] == "adafactor"
     kernel = next(t for t in result["tensors"] if t["name"] == "target/encoder/layers_0/mlp/wo/kernel")
     assert kernel == {
-        "name": kernel["name"], "axes": ["mlp", "embed"], "shape": [22, 12], "dtype": "float32", "chunks": [22, 12], "codec": "zstd",
+        "name": kernel["name"],
+        "axes": ["mlp", "embed"],
+        "shape": [22, 12],
+        "dtype": "float32",
+        "chunks": [22, 12],
+        "codec": "zstd",
     }
 
 
@@ -186,7 +195,9 @@ def test_progress_is_shown_on_a_terminal_and_not_in_a_log(models):
 
     main, child = pty.openpty()
     command = [sys.executable, "-m", "fusectl", "fuse", *map(str, models)]
-    done = subprocess.run(command, stderr=child, stdout=subprocess.PIPE, timeout=60, check=True, env={**os.environ, "TERM": "xterm"})
+    done = subprocess.run(
+        command, stderr=child, stdout=subprocess.PIPE, timeout=60, check=True, env={**os.environ, "TERM": "xterm"}
+    )
     os.close(child)
     shown = b""
     try:
@@ -443,7 +454,9 @@ def test_signals_end_it_soon_with_their_code_and_leave_nothing(tmp_path, number,
 
 def test_a_closed_pipe_is_no_traceback(models):
     line = f"{sys.executable} -m fusectl inspect {models[0]} | head -1"
-    done = subprocess.run(["bash", "-c", line + "; exit ${PIPESTATUS[0]}"], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        ["bash", "-c", line + "; exit ${PIPESTATUS[0]}"], capture_output=True, text=True, timeout=60, check=False
+    )
 
     assert done.returncode in {0, 141}
     assert "Traceback" not in done.stderr
@@ -499,10 +512,16 @@ HEAVY = {"numpy", "tensorstore", "jax", "flax", "orbax", "rich", "msgpack", "ml_
 
 def imported_by(*argv) -> set[str]:
     done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "fusectl", *map(str, argv)], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-X", "importtime", "-m", "fusectl", *map(str, argv)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-500:]
-    return {line.split("|")[-1].strip().split(".")[0] for line in done.stderr.splitlines() if line.startswith("import time")}
+    return {
+        line.split("|")[-1].strip().split(".")[0] for line in done.stderr.splitlines() if line.startswith("import time")
+    }
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["fuse", "--help"], ["verify", "--help"], ["--version"]])
@@ -540,7 +559,15 @@ def test_help_costs_less_than_150_ms_of_cpu(argv):
 
 
 def test_arguments_after_an_option_are_gathered_until_the_next_option():
-    assert gather(["verify", "F", "--sources", "A", "B", "-q"], "--sources") == ["verify", "F", "--sources", "A", "--sources", "B", "-q"]
+    assert gather(["verify", "F", "--sources", "A", "B", "-q"], "--sources") == [
+        "verify",
+        "F",
+        "--sources",
+        "A",
+        "--sources",
+        "B",
+        "-q",
+    ]
     assert gather(["inspect", "F"], "--sources") == ["inspect", "F"]
 
 

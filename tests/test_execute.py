@@ -71,7 +71,13 @@ def test_the_result_does_not_depend_on_the_sources_chunks(reference, tmp_path, d
         values = {name: x for name, x in state("t5-1.1", i, sizes).items() if not name.startswith("state/param_states")}
         chunks = {name: tuple(data.draw(st.integers(max(1, n // 2), n)) for n in x.shape) for name, x in values.items()}
         # Without OCDBT every chunk is a file that is flushed to the disk: one of the two is enough of them.
-        save(tmp_path / str(i), values, data.draw(st.sampled_from(["orbax", "t5x"])) if i else "orbax", chunks=chunks, force=True)
+        save(
+            tmp_path / str(i),
+            values,
+            data.draw(st.sampled_from(["orbax", "t5x"])) if i else "orbax",
+            chunks=chunks,
+            force=True,
+        )
         paths.append(tmp_path / str(i))
 
     out = fuse(paths, tmp_path / "out", fill=Fill("gaussian", 0.1, 5), format="orbax")
@@ -139,7 +145,9 @@ def test_the_budget_is_never_exceeded():
         task(granted)
         budget.give_back(granted)
 
-    threads = [threading.Thread(target=worker, args=(n,)) for n in itertools.islice(itertools.cycle([10, 40, 70, 250]), 60)]
+    threads = [
+        threading.Thread(target=worker, args=(n,)) for n in itertools.islice(itertools.cycle([10, 40, 70, 250]), 60)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

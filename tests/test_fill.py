@@ -15,7 +15,9 @@ def noise(seed, name, shape):
     return unit_noise(seed, name, shape, whole(shape))
 
 
-@given(st.lists(st.integers(1, 700), min_size=1, max_size=3).filter(lambda s: np.prod(s) < 300_000).map(tuple), st.data())
+@given(
+    st.lists(st.integers(1, 700), min_size=1, max_size=3).filter(lambda s: np.prod(s) < 300_000).map(tuple), st.data()
+)
 def test_a_region_of_the_field_is_the_same_however_it_is_cut(shape, data):
     cut = tuple(data.draw(st.integers(max(1, n // 3), n)) for n in shape)
     field = noise(7, "kernel", shape)

@@ -113,7 +113,7 @@ def match(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[s
         else:
             rows[name] = row
     problems += _missing(family, rows)
-    problems += _sizes_that_disagree({name: row for name, row in rows.items()}, shapes)
+    problems += _sizes_that_disagree(rows, shapes)
     return rows, problems
 
 

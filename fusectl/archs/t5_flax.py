@@ -88,7 +88,7 @@ class Dense(nn.Module):
 
 
 class RelativePositionBias(nn.Module):
-    """A learned bias per head and bucket of distance, the buckets growing with the distance: (1, heads, queries, keys)."""
+    """A learned bias per head and bucket of distance, wider buckets further away: (1, heads, queries, keys)."""
 
     config: T5Config
 
@@ -115,7 +115,7 @@ def relative_position_buckets(queries: int, keys: int, *, bidirectional: bool) -
     exact = buckets // 2
     far = np.log(distance.astype(np.float32) / exact + np.finfo(np.float32).eps) / np.log(RELPOS_MAX_DISTANCE / exact)
     logarithmic = np.minimum(exact + (far * (buckets - exact)).astype(np.int32), buckets - 1)
-    return (offset + np.where(distance < exact, distance, logarithmic)).astype(np.int32)
+    return np.asarray(offset + np.where(distance < exact, distance, logarithmic), np.int32)
 
 
 class Attention(nn.Module):
@@ -252,7 +252,7 @@ def _pairs(queries: Array, keys: Array) -> Array:
 
 
 def config_of(tree: Recognized, norm_groups: tuple[int, ...], dtype: Any, accumulate: Any = None) -> T5Config:
-    """The config of a tree's network. A tree does not name its activations: gated ones are taken to be T5 1.1's GELU."""
+    """The config of a tree's network. No tree names its activations: gated ones are taken to be T5 1.1's GELU."""
     sizes = tree.sizes
     gated = any(name.endswith("mlp/wi_0/kernel") for name in tree.shapes)
     return T5Config(

@@ -1,9 +1,9 @@
 """Checkpoints on disk: opening those that T5X and Orbax wrote, and the layouts that fusectl writes.
 
-    locate.py   which directory is meant           tree.py   keys, leaves, Checkpoint
-    t5x.py      msgpack index + zarr v2            zarr.py   what array metadata says
-    orbax.py    JSON index + zarr, OCDBT or not    store.py  files through tensorstore
-    sink.py     writing: staging, arrays, commit
+locate.py   which directory is meant           tree.py   keys, leaves, Checkpoint
+t5x.py      msgpack index + zarr v2            zarr.py   what array metadata says
+orbax.py    JSON index + zarr, OCDBT or not    store.py  files through tensorstore
+sink.py     writing: staging, arrays, commit
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def format_named(name: str) -> Format:
 
 
 def open_checkpoint(path: str) -> Checkpoint:
-    """The checkpoint at a path (a step, an item, a root of steps, `root/latest`), its metadata read and nothing else."""
+    """The checkpoint at a path (a step, an item, a root of steps, `root/latest`); only its metadata is read."""
     location = locate(path)
     file = location.home / FILE_NAME
     record = Record.from_json(file.read_bytes(), str(file)) if file.is_file() else None

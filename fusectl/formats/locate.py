@@ -63,7 +63,7 @@ def locate(path: str) -> Location:
 
 
 def _at_directory(at: Path) -> Location:
-    names = set(os.listdir(at))
+    names = _names(at)
     _refuse_uncommitted(at, names)
     if ORBAX_INDEX in names:
         return _item(at)
@@ -102,7 +102,7 @@ def _item(at: Path) -> Location:
     in_step = (home / STEP_METADATA).is_file() or (_STEP.fullmatch(home.name) and not (at / STEP_METADATA).is_file())
     if not in_step:
         return Location(at, at, "orbax", step=_step_of(at))
-    _refuse_uncommitted(home, set(os.listdir(home)))
+    _refuse_uncommitted(home, _names(home))
     return Location(at, home, "orbax", item=at.name, step=_step_of(home))
 
 
@@ -110,14 +110,16 @@ def _step_directory(at: Path, items: list[str]) -> Location:
     chosen = next((name for name in _ITEMS if name in items), items[0] if len(items) == 1 else None)
     if chosen is None:
         raise NotFound(f"{at}: several items: {', '.join(items)}", hint=f"name one, such as {at / items[0]}")
-    _refuse_uncommitted(at / chosen, set(os.listdir(at / chosen)))
+    _refuse_uncommitted(at / chosen, _names(at / chosen))
     return Location(at / chosen, at, "orbax", item=chosen, step=_step_of(at))
 
 
 def _newest(root: Path) -> Location:
     if not root.is_dir():
         raise NotFound(f"{root}: no such directory")
-    steps = sorted(((_step_of(p) or 0, p) for p in root.iterdir() if p.is_dir() and _STEP.fullmatch(p.name)), reverse=True)
+    steps = sorted(
+        ((_step_of(p) or 0, p) for p in root.iterdir() if p.is_dir() and _STEP.fullmatch(p.name)), reverse=True
+    )
     notes: list[str] = []
     for _, step in steps:
         try:
@@ -128,6 +130,10 @@ def _newest(root: Path) -> Location:
         notes.append(f"{root}: using {step.name}, the newest committed step")
         return Location(found.index, found.home, found.kind, found.item, found.step, tuple(notes))
     raise NotFound(f"{root}: no committed step", details=tuple(notes), hint=_checkpoints_below(root))
+
+
+def _names(at: Path) -> set[str]:
+    return {child.name for child in at.iterdir()}
 
 
 def _step_of(at: Path) -> int | None:
@@ -190,5 +196,5 @@ def _similar(at: Path) -> str | None:
         return None
     import difflib
 
-    near = difflib.get_close_matches(at.name, os.listdir(at.parent), n=2)
+    near = difflib.get_close_matches(at.name, _names(at.parent), n=2)
     return f"did you mean {' or '.join(str(at.parent / n) for n in near)}?" if near else None

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-
 import numpy as np
 import numpy.typing as npt
 import tensorstore as ts
@@ -50,13 +49,14 @@ class NewTensor:
 
 class Sink:
     """A checkpoint being written below `home`. Tensors are announced with `create`, filled by `write` from any thread,
-    and become a checkpoint with `finish`."""
+    and become a checkpoint with `finish`.
+    """
 
     def __init__(
         self,
         home: Path,
         final: Path,
-        format: Format,  # noqa: A002
+        format: Format,
         item: str | None,
         commit_bytes: int = 32 << 20,
     ) -> None:
@@ -145,13 +145,13 @@ class Sink:
 def save(
     final: Path,
     values: Mapping[str, npt.NDArray[Any]],
-    format: str,  # noqa: A002
+    format: str,
     *,
     item: str | None = "state",
     chunks: Mapping[str, tuple[int, ...]] | None = None,
     force: bool = False,
 ) -> None:
-    """Writes tensors that are in memory as a checkpoint without a record, as a trainer would. `chunks` by tensor name."""
+    """Writes tensors in memory as a checkpoint without a record, as a trainer would. `chunks` by tensor name."""
     with staged(final, force=force) as temporary:
         sink = Sink(temporary, final, format_named(format), item)
         shapes = {name: (chunks or {}).get(name, array.shape) for name, array in values.items()}
@@ -253,7 +253,8 @@ def check_space(final: Path, needed_bytes: int) -> None:
     # A file system without a size of its own, such as /proc or some network ones, says nothing.
     if total and free < needed_bytes:
         raise NotEnoughSpace(
-            f"{final}: not enough disk", details=(f"up to {needed_bytes:,} bytes needed, {free:,} bytes free in {existing}",)
+            f"{final}: not enough disk",
+            details=(f"up to {needed_bytes:,} bytes needed, {free:,} bytes free in {existing}",),
         )
 
 
@@ -265,7 +266,6 @@ def _is_open_as(path: Path, handle: int) -> bool:
 
 
 def _as_json(metadata: Mapping[str, Any]) -> bytes:
-
 
     meta = dict(metadata)
     if "data_type" in meta:
@@ -315,9 +315,9 @@ _AT_FDCWD = -100
 def _exchange(a: Path, b: Path) -> None:
     """Swaps two directories in one step where Linux can; elsewhere in two renames."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if renameat2 is not None:
-        if renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0:
-            return
+    paths = (_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b))
+    if renameat2 is not None and renameat2(*paths, _RENAME_EXCHANGE) == 0:
+        return
     aside = b.with_name(b.name + ".old" + TEMPORARY_SUFFIX)
     b.rename(aside)
     a.rename(b)

@@ -78,7 +78,8 @@ def read_index(path: Path) -> dict[str, Any]:
     version = tree.get("version")
     if not isinstance(version, int) or version < VERSION - 1:
         raise Incompatible(f"{path}: version {version} of T5X's format", hint="re-save it with T5X; 2 and 3 are read")
-    return tree["optimizer"]
+    optimizer: dict[str, Any] = tree["optimizer"]
+    return optimizer
 
 
 def write_index(path: Path, values: Mapping[str, Leaf | npt.NDArray[Any]], codec: Mapping[str, Any]) -> None:

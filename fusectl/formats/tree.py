@@ -88,7 +88,7 @@ class Checkpoint:
     def __init__(
         self,
         location: Location,
-        format: str,  # noqa: A002
+        format: str,
         leaves: Mapping[str, Leaf],
         *,
         files: Files,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -68,7 +69,9 @@ def parse_metadata(raw: bytes, where: str) -> ArrayMetadata:
         meta = json.loads(raw)
         parsed = _parse_v3(meta) if meta["zarr_format"] == 3 else _parse_v2(meta)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise Corrupt(f"{where}: not the metadata of an array", details=(f"{type(error).__name__}: {error}",)) from error
+        raise Corrupt(
+            f"{where}: not the metadata of an array", details=(f"{type(error).__name__}: {error}",)
+        ) from error
     rank = len(parsed.shape)
     if len(parsed.chunks) != rank or len(parsed.stored_chunks) != rank or min((*parsed.chunks, 1)) < 1:
         raise Corrupt(f"{where}: chunks {list(parsed.chunks)} do not fit shape {list(parsed.shape)}")
@@ -157,3 +160,9 @@ def nonfinite_at(values: npt.NDArray[Any]) -> tuple[int, ...] | None:
         if np.isfinite(values.min()) and np.isfinite(values.max()):
             return None
     return tuple(int(i) for i in np.argwhere(~np.isfinite(values))[0])
+
+
+def checksum(values: npt.NDArray[Any]) -> str:
+    """The CRC-32 of an array's bytes in C order, as eight hexadecimal digits."""
+    flat: Any = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+    return f"{zlib.crc32(flat):08x}"

@@ -2,10 +2,10 @@
 
 One rule places every tensor, by the names of its axes:
 
-    no grown axis           the weighted mean of the sources
-    grown axes              source i in cell (i, …, i) of them: one axis concatenates, two make a block diagonal
-    grown on the input side only (the output head)        K streams meet: times the source's weight
-    the norm before a tied head                            times weight * sqrt(D / d), since T5 divides logits by sqrt(D)
+    no grown axis                   the weighted mean of the sources
+    grown axes                      source i in cell (i, …, i) of them: one concatenates, two make a block diagonal
+    grown on the input side only    (the output head) K streams meet: times the source's weight
+    the norm before a tied head     times weight * sqrt(D / d), since T5 divides these logits by sqrt(D)
 
 and noise goes where an input of one source would meet an output of another.
 """
@@ -123,7 +123,8 @@ def fused(fusion: Fusion, name: str, dtype: str, fill: Fill, tensors: Sequence[s
     row = fusion.tree.rows[name]
     axes, shape = row.spec.axes, fusion.fused_shape(name)
     kernels = [
-        Term(i, tensor, whole(fusion.source_shape(name, i)), head_scale(fusion, row, i)) for i, tensor in enumerate(tensors)
+        Term(i, tensor, whole(fusion.source_shape(name, i)), head_scale(fusion, row, i))
+        for i, tensor in enumerate(tensors)
     ]
     if not fusion.widths.keys() & set(axes):
         mean = tuple(replace(term, scale=weight) for term, weight in zip(kernels, fusion.weights, strict=True))
@@ -153,9 +154,7 @@ def noisy(fusion: Fusion, row: Row) -> bool:
     return bool(row.spec.inputs & fusion.widths.keys() and row.spec.outputs & fusion.widths.keys())
 
 
-def with_noise(
-    fusion: Fusion, name: str, fill: Fill, own: Sequence[Block], kernels: Sequence[Term]
-) -> Iterator[Block]:
+def with_noise(fusion: Fusion, name: str, fill: Fill, own: Sequence[Block], kernels: Sequence[Term]) -> Iterator[Block]:
     """The sources' own blocks, and the blocks of noise between them.
 
     The noise between input j and output i is relative to the kernel of i, whose outputs it disturbs. Antisymmetric:

@@ -4,7 +4,8 @@
     state/param_states/<n>/{mu,nu}/<parameter>            optax's Adam inside T5X, with state/param_states/<n>/count
 
 Slot shapes are a function of the parameter's shape and axes, never of the source's slots: growing can turn `v` into
-`v_row` and `v_col`, or swap what they index. Source: t5x/adafactor.py, `HeuristicRule` and `standard_logical_factor_rules`.
+`v_row` and `v_col`, or swap what they index. Source: t5x/adafactor.py, `HeuristicRule` and
+`standard_logical_factor_rules`.
 """
 
 from __future__ import annotations
@@ -67,7 +68,9 @@ def find_state(shapes: Mapping[str, tuple[int, ...]], tree: Recognized, where: s
     raise _unknown(where, wrong)
 
 
-def fresh_slots(state: OptimizerState, tree: Recognized, fused: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+def fresh_slots(
+    state: OptimizerState, tree: Recognized, fused: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
     """The names and shapes of the slots that the optimizer creates for parameters of the fused shapes."""
     if state.kind == "adam":
         return {name: _adam_shape(name.removeprefix(STATE), fused) for name in state.names}
@@ -122,10 +125,14 @@ def _contradictions(
         for slot, shape in adafactor_slots(own, tree.rows[parameter].spec, factored=factored, momentum=momentum).items()
     }
     return [
-        f"{STATE}{name}: shape {list(slots[name]) if name in slots else 'missing'}, expected {expected.get(name, 'nothing')}"
+        f"{STATE}{name}: shape {_shown(slots.get(name))}, expected {_shown(expected.get(name))}"
         for name in sorted(slots.keys() | expected.keys())
         if slots.get(name) != expected.get(name)
     ]
+
+
+def _shown(shape: tuple[int, ...] | None) -> str:
+    return "none" if shape is None else str(list(shape))
 
 
 def _adam_shape(name: str, fused: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:

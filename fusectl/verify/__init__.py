@@ -118,7 +118,7 @@ class Declared:
     arch: str | None = None
 
 
-def verify(path: str, declared: Declared = Declared(), settings: Settings = Settings()) -> Report:  # noqa: B008
+def verify(path: str, declared: Declared = Declared(), settings: Settings = Settings()) -> Report:
     """The Report on a fused checkpoint, against the sources of its record or the ones that the caller names.
 
     Raises UsageError when nobody says what it was fused from, NotFound when a source has gone.
@@ -159,11 +159,16 @@ def _claim(fused: Checkpoint, declared: Declared) -> tuple[Claim, list[str]]:
             try:
                 by_path[path] = open_checkpoint(path)
             except NotFound as error:
-                raise NotFound(f"source {path} is not there any more", hint="--sources A B names where it is now") from error
+                raise NotFound(
+                    f"source {path} is not there any more", hint="--sources A B names where it is now"
+                ) from error
     sources = tuple(by_path[path] for path in paths)
     if record is not None and record.sources and len(sources) != len(record.sources):
         raise UsageError(f"{len(sources)} sources, but {fused.path} is a fusion of {len(record.sources)}")
-    trees = {path: recognize(c.shapes, path, declared.arch or (record.family if record else None)) for path, c in by_path.items()}
+    trees = {
+        path: recognize(c.shapes, path, declared.arch or (record.family if record else None))
+        for path, c in by_path.items()
+    }
     tree = recognize(fused.shapes, fused.path, declared.arch or (record.family if record else None))
     record = _record(fused, record, sources, tuple(trees[p] for p in paths), declared)
     notes += [
@@ -185,7 +190,9 @@ def _record(
 ) -> Record:
     """What to hold the checkpoint against: its own record, with what the caller declares put over it."""
     count = len(sources)
-    groups = tuple(s.record.norm_groups if s.record else (t.sizes["embed"],) for s, t in zip(sources, trees, strict=True))
+    groups = tuple(
+        s.record.norm_groups if s.record else (t.sizes["embed"],) for s, t in zip(sources, trees, strict=True)
+    )
     if record is None:
         record = replace(_nothing_known(), family=trees[0].family.name, weights=(1.0 / count,) * count)
     if not record.sources:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
-
 from fusectl.errors import Corrupt
 from fusectl.formats.tree import Checkpoint, Leaf
-from fusectl.formats.zarr import nonfinite_at
+from fusectl.formats.zarr import checksum, nonfinite_at
 from fusectl.layout import tiles
 from fusectl.record import Checksums, Record
 
@@ -68,7 +65,7 @@ def _value_problems(checkpoint: Checkpoint, leaf: Leaf, sums: Checksums | None) 
             yield f"{error.message}: {'; '.join(error.details)}"
             continue
         at = [r.start for r in region]
-        if sums is not None and f"{zlib.crc32(np.ascontiguousarray(values).reshape(-1).view(np.uint8)):08x}" != sums.crc32[i]:
+        if sums is not None and checksum(values) != sums.crc32[i]:
             yield f"{leaf.name}: the chunk at {at} is not what was written (CRC-32)"
         bad = nonfinite_at(values)
         if bad is not None:

@@ -1,8 +1,8 @@
 """The algebra and native levels: forward passes of the twin, logits against the mean of the sources' logits.
 
-Algebra asks whether the weights are in the right place, so it must hold to rounding: a norm per source, noise that would
-shift the function taken out. Native runs what the trainer will run, norm and noise as they are, and reports how far
-that is from the ensemble; it is a claim only for copies of one model, which one norm does not mix.
+Algebra asks whether the weights are in the right place, so it must hold to rounding: a norm per source, and noise that
+would shift the function taken out. Native runs what the trainer will run, norm and noise as they are, and reports how
+far that is from the ensemble; it is a claim only for copies of one model, which one norm does not mix.
 
 Logits are compared, not labels: top-1 agreement is blind to a wrong scale. Positions whose target is padding are left
 out: their attention is masked whole, so that rounding alone decides it, and no loss looks at them.
@@ -77,8 +77,7 @@ class _Comparison:
         self._precision = precision
         self._fused = {name: claim.fused.read(claim.tree.prefix + name) for name in claim.tree.shapes}
         self._sources = [
-            {name: source.read(tree.prefix + name) for name in tree.shapes}
-            for source, tree in _distinct(claim)
+            {name: source.read(tree.prefix + name) for name in tree.shapes} for source, tree in _distinct(claim)
         ]
         index = {id(source): i for i, (source, _) in enumerate(_distinct(claim))}
         self._place = [index[id(source)] for source in claim.sources]
@@ -95,7 +94,11 @@ class _Comparison:
             says = "a norm per source" + (", noise taken out" if self._noise_shifts else "")
             algebra = self._compare(logits, grouped, self._tolerance(grouped, as_stored=False), says, stored)
         if "native" in settings.levels:
-            plain = grouped if all(len(g) == 1 for g in claim.source_groups) else self._mean(self._source_logits(grouped=False))
+            plain = (
+                grouped
+                if all(len(g) == 1 for g in claim.source_groups)
+                else self._mean(self._source_logits(grouped=False))
+            )
             logits = self._logits(claim.tree, self._fused, (claim.tree.sizes["embed"],))
             # One norm does not mix copies of one model, and antisymmetric noise cancels between them.
             exact = claim.record.self_fused and not self._noise_shifts
@@ -112,17 +115,23 @@ class _Comparison:
 
     @property
     def _rounded(self) -> bool:
-        """Whether storing cost precision that the comparison can see: values were computed, or cast to a coarser dtype."""
+        """Whether storing cost precision that the comparison can see: values were computed, or cast."""
         record = self._claim.record
-        scales = [FusedTensor(name, row, np.empty(0), [], record).scale(i)
-                  for name, row in self._claim.tree.rows.items() for i in range(len(record.weights))]
+        scales = [
+            FusedTensor(name, row, np.empty(0), [], record).scale(i)
+            for name, row in self._claim.tree.rows.items()
+            for i in range(len(record.weights))
+        ]
         computed = record.fill.kind == "antisymmetric" or any(math.frexp(scale)[0] != 0.5 for scale in scales)
         cast = any(values.dtype != self._sources[0][name].dtype for name, values in self._fused.items())
         return cast or computed
 
     def _as_ensemble(self) -> dict[str, Array]:
-        """The fused parameters whose function the algebra is about: shifting noise taken out, and the rounding of stored
-        values undone where they are correctly rounded (a misplaced value is not, and stays)."""
+        """The fused parameters whose function the algebra is about.
+
+        Shifting noise is taken out, and the rounding of stored values undone where they are correctly rounded: a
+        misplaced value is not, and stays.
+        """
         parameters = {}
         for name, row in self._claim.tree.rows.items():
             sources = [self._sources[place][name] for place in self._place]
@@ -132,7 +141,9 @@ class _Comparison:
                 at, exact = view.own(i), view.exact(i)
                 own = np.where(within_rounding(self._fused[name][at], exact), exact, values[at])
                 if self._noise_shifts and self._claim.record.fill.kind == "antisymmetric":
-                    taken_off = [self._fused[name][gap].astype(np.float64) for output, _, gap in view.gaps() if output == i]
+                    taken_off = [
+                        self._fused[name][gap].astype(np.float64) for output, _, gap in view.gaps() if output == i
+                    ]
                     own = own + sum(taken_off)
                 values[at] = own
             if self._noise_shifts:
@@ -150,7 +161,9 @@ class _Comparison:
         return [logits[place] for place in self._place]
 
     def _mean(self, logits: list[Array]) -> Array:
-        return np.asarray(sum(w * x.astype(np.float64) for w, x in zip(self._claim.record.weights, logits, strict=True)))
+        return np.asarray(
+            sum(w * x.astype(np.float64) for w, x in zip(self._claim.record.weights, logits, strict=True))
+        )
 
     def _logits(self, tree: Recognized, parameters: Mapping[str, Array], groups: tuple[int, ...]) -> Array:
         assert tree.family.twin is not None
@@ -163,8 +176,10 @@ class _Comparison:
         return np.asarray(logits[self._tokens.targets > 0])
 
     def _tolerance(self, reference: Array, *, as_stored: bool) -> float:
-        """What rounding may cost: units in the last place per layer, of the precision of the computation; and of the dtype
-        that the values are stored in, where its rounding is part of what is compared."""
+        """What rounding may cost: units in the last place per layer, relative to the largest logit.
+
+        The units are those of the computation, and of the stored dtype where its rounding is part of the comparison.
+        """
         import ml_dtypes
 
         layers = 1 + sum(self._claim.tree.depths.values())

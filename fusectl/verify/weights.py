@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -74,7 +75,7 @@ class FusedTensor:
 
     def own(self, i: int) -> tuple[slice, ...]:
         """Where source i is."""
-        return self._at({axis: i for axis in self.row.spec.axes})
+        return self._at(dict.fromkeys(self.row.spec.axes, i))
 
     def gaps(self) -> list[tuple[int, int, tuple[slice, ...]]]:
         """The blocks that no source covers: (output's source, input's source, where)."""
@@ -97,7 +98,7 @@ class FusedTensor:
         return weight if self.row.spec.inputs == {"embed"} and self.row.spec.outputs == {"vocab"} else 1.0
 
     def exact(self, i: int) -> Array:
-        """What stands at source i's place before rounding: the scaled source less what antisymmetric noise takes off."""
+        """What stands at source i's place before rounding: the scaled source, less what antisymmetric noise takes."""
         values = self.sources[i].astype(np.float64) * self.scale(i)
         if self.record.fill.kind == "antisymmetric":
             for output, _, at in self.gaps():
@@ -159,7 +160,7 @@ class FusedTensor:
             return
         axis = self.row.spec.axes.index("layers")
         for k in range(self.fused.shape[axis]):
-            yield f", layer {k}", lambda values, k=k: values.take(k, axis=axis)
+            yield f", layer {k}", partial(_layer, axis=axis, k=k)
 
     def _at(self, place: dict[str, int]) -> tuple[slice, ...]:
         cut = []
@@ -168,6 +169,10 @@ class FusedTensor:
             start = sum(widths[: place[axis]]) if widths else 0
             cut.append(slice(start, start + widths[place[axis]]) if widths else slice(None))
         return tuple(cut)
+
+
+def _layer(values: Array, axis: int, k: int) -> Array:
+    return np.asarray(values.take(k, axis=axis))
 
 
 def within_rounding(values: Array, exact: Array) -> npt.NDArray[np.bool_]:
@@ -214,5 +219,3 @@ def _slot_problems(claim: Claim, slots: list[str]) -> Iterator[str]:
     for name in slots:
         if claim.fused.read(name).any():
             yield f"{name}: declared as reset, and not zero"
-
-

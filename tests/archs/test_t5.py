@@ -75,7 +75,12 @@ def test_a_tree_that_lost_its_head_is_not_taken_for_a_tied_one():
 
 
 @pytest.mark.parametrize(
-    "lost", ["encoder/layers_1/mlp/wo/kernel", "decoder/layers_1/pre_cross_attention_layer_norm/scale", "encoder/relpos_bias/rel_embedding"]
+    "lost",
+    [
+        "encoder/layers_1/mlp/wo/kernel",
+        "decoder/layers_1/pre_cross_attention_layer_norm/scale",
+        "encoder/relpos_bias/rel_embedding",
+    ],
 )
 def test_a_missing_tensor_is_named(lost):
     damaged = {n: s for n, s in shapes("t5-1.1").items() if n != f"target/{lost}"}
@@ -92,7 +97,10 @@ def test_an_unknown_tensor_is_answered_with_the_nearest_row():
     with pytest.raises(Incompatible) as error:
         recognize(strange, "here")
 
-    assert "encoder/layers_0/mlp/wi_2/kernel: no row for it; nearest: encoder/layers_#/mlp/wi_1/kernel" in error.value.details
+    assert (
+        "encoder/layers_0/mlp/wi_2/kernel: no row for it; nearest: encoder/layers_#/mlp/wi_1/kernel"
+        in error.value.details
+    )
 
 
 def test_axes_that_disagree_are_named_with_both_values():

@@ -43,7 +43,9 @@ def test_a_step_an_item_and_a_symlink_are_the_same_checkpoint(runs):
         assert open_checkpoint(str(runs / path)).step == 30
 
 
-@pytest.mark.parametrize("suffix", [".orbax-checkpoint-tmp", ".tmp-1700000000", ".fusectl-tmp", ".orbax-checkpoint-tmp-123"])
+@pytest.mark.parametrize(
+    "suffix", [".orbax-checkpoint-tmp", ".tmp-1700000000", ".fusectl-tmp", ".orbax-checkpoint-tmp-123"]
+)
 def test_temporary_directories_are_refused(runs, suffix):
     shutil.copytree(runs / "orbax/30", runs / f"orbax/31{suffix}")
 

@@ -14,7 +14,11 @@ from fusectl.formats.t5x import _to_ext, kept_in_index
 
 @pytest.fixture
 def legacy(tmp_path):
-    save(tmp_path / "checkpoint_7", {"target/x": np.arange(12.0).reshape(3, 4), "state/step": np.array(7, np.int32)}, "t5x")
+    save(
+        tmp_path / "checkpoint_7",
+        {"target/x": np.arange(12.0).reshape(3, 4), "state/step": np.array(7, np.int32)},
+        "t5x",
+    )
     return tmp_path / "checkpoint_7"
 
 
@@ -32,7 +36,9 @@ def spec(tree):
 
 
 def test_both_formats_of_one_training_run_hold_the_same(written):
-    legacy, orbax = (open_checkpoint(str(written / "t5_1_1/seed0" / kind / "checkpoint_20")) for kind in ("legacy", "orbax"))
+    legacy, orbax = (
+        open_checkpoint(str(written / "t5_1_1/seed0" / kind / "checkpoint_20")) for kind in ("legacy", "orbax")
+    )
 
     assert (legacy.format, orbax.format) == ("t5x", "orbax-ocdbt-zarr2")
     assert legacy.shapes == orbax.shapes
@@ -114,7 +120,11 @@ def test_what_t5x_keeps_in_its_index(written):
         (lambda t: spec(t)["kvstore"].update(path="../../elsewhere"), Corrupt, "its path leaves the checkpoint"),
         (lambda t: spec(t)["kvstore"].update(path="/etc"), Corrupt, "its path leaves the checkpoint"),
         (lambda t: spec(t).pop("kvstore"), Corrupt, "names no path"),
-        (lambda t: spec(t)["metadata"].update(shape=[4, 3]), Corrupt, r"shape \[4, 3\] in the index, \[3, 4\] in its .zarray"),
+        (
+            lambda t: spec(t)["metadata"].update(shape=[4, 3]),
+            Corrupt,
+            r"shape \[4, 3\] in the index, \[3, 4\] in its .zarray",
+        ),
         (lambda t: spec(t).update(dtype="float32"), Corrupt, "dtype float32 in the index, float64 in its .zarray"),
         (lambda t: t["optimizer"]["state"].update(step=7), Corrupt, "a leaf of type int"),
     ],
@@ -149,4 +159,9 @@ def test_zarray_that_is_no_json_is_refused(legacy):
 
 
 def test_the_random_state_of_the_tests_has_t5xs_slots():
-    assert {n.rsplit("/", 1)[-1] for n in state("t5-1.1", 0) if n.startswith("state/param")} == {"m", "v", "v_row", "v_col"}
+    assert {n.rsplit("/", 1)[-1] for n in state("t5-1.1", 0) if n.startswith("state/param")} == {
+        "m",
+        "v",
+        "v_row",
+        "v_col",
+    }

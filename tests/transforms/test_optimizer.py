@@ -109,5 +109,5 @@ def test_slots_that_do_not_fit_are_named_with_both_shapes():
     with pytest.raises(Incompatible, match="does not fit its parameters") as error:
         find_state(shapes, tree, "here")
 
-    assert error.value.details[0] == f"{STATE}decoder/decoder_norm/scale/v: shape [13], expected (12,)"
+    assert error.value.details[0] == f"{STATE}decoder/decoder_norm/scale/v: shape [13], expected [12]"
     assert "--optimizer drop" in error.value.hint

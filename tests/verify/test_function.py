@@ -26,7 +26,9 @@ def seed(written, variant, number):
 
 
 def fuse(paths, output, fill=Fill(), **options):
-    plan, sources = plan_fusion(paths, Options(fill=fill, **options), command="self-fuse" if len(set(paths)) == 1 else "fuse")
+    plan, sources = plan_fusion(
+        paths, Options(fill=fill, **options), command="self-fuse" if len(set(paths)) == 1 else "fuse"
+    )
     return str(carry_out(plan, sources, Path(output), force=True))
 
 
@@ -94,7 +96,9 @@ def test_two_sources_compute_their_mean_with_a_norm_each(written, tmp_path, vari
         assert report.native.rms > 0.01
 
 
-@pytest.mark.parametrize("family", ["t5-1.1", "t5-1.0", "scalable-t5-1.1", "scalable-t5-1.0", "scalable-t5-1.0-scanned"])
+@pytest.mark.parametrize(
+    "family", ["t5-1.1", "t5-1.0", "scalable-t5-1.1", "scalable-t5-1.0", "scalable-t5-1.0-scanned"]
+)
 def test_unequal_widths_and_weights_compute_the_weighted_mean(tmp_path, family):
     a = checkpoint(tmp_path / "a", family, 0, layers={"encoder": 2, "decoder": 1})
     b = checkpoint(tmp_path / "b", family, 1, WIDER, layers={"encoder": 2, "decoder": 1})

@@ -47,8 +47,18 @@ def leak(values):
 FAULTS = {
     "logits not scaled": ("t5-1.1", "decoder/logits_dense/kernel", lambda v: wrong_factor(v, 2.0), True),
     "logits off by one percent": ("t5-1.1", "decoder/logits_dense/kernel", lambda v: wrong_factor(v, 1.01), True),
-    "tied norm not scaled": ("t5-1.0", "decoder/decoder_norm/scale", lambda v: wrong_factor(v, np.float32(2**0.5)), True),
-    "tied norm scaled by 1/K": ("t5-1.0", "decoder/decoder_norm/scale", lambda v: wrong_factor(v, np.float32(0.5**0.5)), True),
+    "tied norm not scaled": (
+        "t5-1.0",
+        "decoder/decoder_norm/scale",
+        lambda v: wrong_factor(v, np.float32(2**0.5)),
+        True,
+    ),
+    "tied norm scaled by 1/K": (
+        "t5-1.0",
+        "decoder/decoder_norm/scale",
+        lambda v: wrong_factor(v, np.float32(0.5**0.5)),
+        True,
+    ),
     "heads interleaved": ("t5-1.1", "encoder/layers_0/attention/query/kernel", interleave_heads, True),
     "a block transposed": ("t5-1.1", "encoder/layers_0/attention/key/kernel", transpose_block, True),
     "a norm of the other source": ("t5-1.1", "decoder/layers_0/pre_mlp_layer_norm/scale", swap_sources, True),
@@ -59,7 +69,15 @@ FAULTS = {
 
 def fused(tmp_path, family, fill=Fill(), **options):
     # A joined_kv that equals embed lets a block be transposed in place.
-    sizes = {"vocab": 41, "embed": EMBED, "heads": HEADS, "kv": 5, "joined_kv": JOINED, "mlp": MLP, "relpos_buckets": 32}
+    sizes = {
+        "vocab": 41,
+        "embed": EMBED,
+        "heads": HEADS,
+        "kv": 5,
+        "joined_kv": JOINED,
+        "mlp": MLP,
+        "relpos_buckets": 32,
+    }
     paths = [checkpoint(tmp_path / name, family, i, sizes, LAYERS) for i, name in enumerate("ab")]
     plan, sources = plan_fusion(paths, Options(fill=fill, **options))
     return carry_out(plan, sources, tmp_path / "fused")
@@ -126,10 +144,13 @@ def test_a_lost_tensor_fails_the_files_level(tmp_path):
     ("change", "says"),
     [
         (lambda v: v.__setitem__("state/step", np.array(3, np.int32)), "state/step: 3"),
-        (lambda v: v["state/param_states/decoder/decoder_norm/scale/v"].__setitem__(0, 1.0), "declared as reset, and not zero"),
+        (
+            lambda v: v["state/param_states/decoder/decoder_norm/scale/v"].__setitem__(0, 1.0),
+            "declared as reset, and not zero",
+        ),
         (
             lambda v: v.__setitem__("state/param_states/decoder/decoder_norm/scale/v", np.zeros(5, np.float32)),
-            "decoder_norm/scale/v: shape [5], expected (24,)",
+            "decoder_norm/scale/v: shape [5], expected [24]",
         ),
     ],
 )
