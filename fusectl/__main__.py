@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 
@@ -12,6 +13,8 @@ BY_SIGNAL = 128
 
 def main() -> None:
     """Runs the command line on sys.argv and exits with its code."""
+    # Until the program's own handlers are in place, an interrupt ends it without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     if sys.argv[1:] == ["--version"]:
         import fusectl
 

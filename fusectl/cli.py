@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from fusectl.errors import UsageError, VerificationFailed
+from fusectl.errors import StorageError, UsageError, VerificationFailed
 from fusectl.memory import return_memory
 from fusectl.render import Screen, Terminated
 
@@ -35,14 +35,14 @@ app = typer.Typer(
     ),
     no_args_is_help=True,
     # Rich's help costs 80 ms and needs a terminal.
-    rich_markup_mode="rich" if sys.stdout.isatty() else None,
+    rich_markup_mode="rich" if sys.stdout and sys.stdout.isatty() else None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 Source = Annotated[str | None, typer.Argument(metavar="[CKPT]", help="The checkpoint; read from a pipe if left out.")]
 Output = Annotated[
-    Path | None, typer.Option("-o", "--output", help="The checkpoint to write. [default: a sibling of the source]")
+    str | None, typer.Option("-o", "--output", help="The checkpoint to write. [default: a sibling of the source]")
 ]
 # The choices are spelt out for the parser and for completion, which must not import what defines them; tests compare.
 FillKind = Annotated[
@@ -214,7 +214,7 @@ def verify(
     x64: Annotated[bool, typer.Option("--x64", help="Run the forward passes in float64.")] = False,
     batch: Annotated[int, typer.Option(help="Rows of random tokens.", min=1)] = 4,
     length: Annotated[int, typer.Option(help="Tokens per row.", min=4)] = 16,
-    seed: Annotated[int, typer.Option(help="The seed of the tokens.")] = 0,
+    seed: Annotated[int, typer.Option(help="The seed of the tokens.", min=0)] = 0,
     max_native_rms: Annotated[
         float | None, typer.Option(help="Fail if the native logits are further than this (rms) from the ensemble's.")
     ] = None,
@@ -289,9 +289,13 @@ def demo(
 def run(arguments: Sequence[str]) -> int:
     """Runs the command line; its exit code. Never raises."""
     return_memory()
+    _prepare_streams()
     argv = gather(list(arguments), "--sources")
-    screen = Screen("fusectl", json="--json" in argv, quiet=False, debug="--debug" in argv)
-    signal.signal(signal.SIGTERM, _terminated)
+    command = next((word for word in argv if not word.startswith("-")), "fusectl")
+    screen = Screen(command, json="--json" in argv, quiet=False, debug="--debug" in argv)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _terminated)
     try:
         code = app(args=argv, prog_name="fusectl", standalone_mode=False)
         sys.stdout.flush()
@@ -301,11 +305,30 @@ def run(arguments: Sequence[str]) -> int:
         # Typer turns a broken pipe into an exit. Python flushes once more at its own, and would complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        # The result could not be printed: standard output is a full disk, say.
+        print(f"error: standard output: {error}", file=sys.stderr)  # noqa: T201
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return StorageError.exit_code
+    except Terminated as error:
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
     return int(code or 0)
 
 
-def _terminated(*_: Any) -> None:
-    raise Terminated
+def _prepare_streams() -> None:
+    """Makes standard streams that are closed or know few characters harmless."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
+def _terminated(number: int, _: Any) -> None:
+    raise Terminated(number)
 
 
 def gather(argv: list[str], option: str) -> list[str]:
@@ -316,9 +339,12 @@ def gather(argv: list[str], option: str) -> list[str]:
     """
     out: list[str] = []
     gathering = False
-    for word in argv:
+    for i, word in enumerate(argv):
         if word == option:
             gathering = True
+            if i + 1 == len(argv) or argv[i + 1].startswith("-"):
+                # Without a value the option is an error, which the parser words.
+                out.append(word)
         elif word.startswith("-"):
             gathering = False
             out.append(word)
@@ -393,7 +419,7 @@ def _write(
     screen: Screen,
     plan: Plan,
     opened: Sequence[Any],
-    output: Path | None,
+    output: str | None,
     force: bool,
     jobs: int | None,
     dry_run: bool,
@@ -405,7 +431,7 @@ def _write(
 
     if jobs is not None and jobs < 1:
         raise UsageError(f"--jobs {jobs}: one thread or more")
-    final = default_output(opened, plan) if output is None else local(str(output))
+    final = default_output(opened, plan) if output is None else local(output)
     check_output(final, opened, force=force)
     for note in plan.notes:
         screen.note(note)

@@ -176,7 +176,19 @@ class _Reader:
             std = std[own.start : own.stop].reshape([-1 if a == noise.stacked_axis else 1 for a in range(len(region))])
         assert self._work.fill.seed is not None
         field = unit_noise(self._work.fill.seed, self._output.noise_name, self._output.layout.shape, region)
-        return (field * std).astype(self.dtype).astype(np.float64) * math.copysign(1.0, noise.scale)
+        return self.stored(field * std).astype(np.float64) * math.copysign(1.0, noise.scale)
+
+    def stored(self, values: Array) -> Array:
+        """The values in the output's dtype and C order; raises Incompatible where they do not fit into it."""
+        if values.dtype == self.dtype:
+            return np.asarray(values, order="C")
+        with np.errstate(over="ignore"):
+            cast = np.asarray(values, self.dtype, order="C")
+        if not self._work.allow_nonfinite:
+            at = nonfinite_at(cast)
+            if at is not None:
+                raise Incompatible(f"{self._output.name}: {values[at]:g} does not fit into {self.dtype.name}")
+        return cast
 
     def _read(self, term: Term, region: Region) -> Array:
         values = read_finite(self._work, term, region)
@@ -194,7 +206,7 @@ def compute(chunk: Region, reader: _Reader) -> Array:
             continue
         values = _sum(block, part, reader)
         if part == chunk:
-            return np.asarray(values, reader.dtype, order="C")
+            return values
         if out is None:
             out = np.zeros(tuple(map(len, chunk)), reader.dtype)
         out[tuple(slice(p.start - c.start, p.stop - c.start) for p, c in zip(part, chunk, strict=True))] = values
@@ -206,7 +218,7 @@ def _sum(block: Block, part: Region, reader: _Reader) -> Array:
     if not is_computed(block.terms):
         (term,) = block.terms
         assert isinstance(term, Term)
-        return reader.source(term, shifted(part, block.at, term.region))
+        return reader.stored(reader.source(term, shifted(part, block.at, term.region)))
     total = np.zeros(tuple(map(len, part)), np.float64)
     for term in block.terms:
         region = shifted(part, block.at, term.region)
@@ -214,7 +226,7 @@ def _sum(block: Block, part: Region, reader: _Reader) -> Array:
             total += reader.noise(term, region)
         elif not term.must_be_zero:
             total += reader.source(term, region).astype(np.float64) * term.scale
-    return total.astype(reader.dtype)
+    return reader.stored(total)
 
 
 def read_finite(work: Work, term: Term, region: Region) -> Array:

@@ -20,7 +20,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import combinations
 
 
 Region = tuple[range, ...]
@@ -124,6 +123,16 @@ class Layout:
             for term in block.terms:
                 if tuple(map(len, term.region)) != tuple(map(len, block.at)):
                     yield f"block {block.at} is given a region of another shape: {term.region}"
-        for a, b in combinations(self.blocks, 2):
+        for a, b in _neighbours(self.blocks):
             if intersect(a.at, b.at):
                 yield f"blocks {a.at} and {b.at} overlap"
+
+
+def _neighbours(blocks: tuple[Block, ...]) -> Iterator[tuple[Block, Block]]:
+    """The pairs of blocks that meet along the first axis: all that can overlap."""
+    reaching: list[Block] = []
+    for block in sorted(blocks, key=lambda b: b.at[0].start if b.at else 0):
+        reaching = [other for other in reaching if not block.at or other.at[0].stop > block.at[0].start]
+        for other in reaching:
+            yield other, block
+        reaching.append(block)

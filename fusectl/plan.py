@@ -19,6 +19,8 @@ from fusectl.record import Record
 
 # T5X's limit for a chunk; readers of larger ones need memory for a whole one at once.
 LARGEST_CHUNK_BYTES = 64 << 20
+# And below this a chunk costs more to handle than to hold.
+SMALLEST_CHUNK_BYTES = 64 << 10
 # What a chunk of the output takes while it is written: itself and its encoded bytes; computed ones are float64 before.
 COPIED_COPIES = 2
 COMPUTED_COPIES = 6
@@ -116,7 +118,8 @@ def choose_chunks(layout: Layout, source_chunks: Sequence[int] | None, budget_by
     Chunks stay below 64 MiB, and small enough for the budget to hold two.
     """
     itemsize = np_dtype(layout.dtype).itemsize
-    limit = max(1, min(LARGEST_CHUNK_BYTES, budget_bytes // (2 * COMPUTED_COPIES)) // itemsize)
+    fitting = max(SMALLEST_CHUNK_BYTES, budget_bytes // (2 * COMPUTED_COPIES))
+    limit = max(1, min(LARGEST_CHUNK_BYTES, fitting) // itemsize)
     chunks = list(layout.shape if source_chunks is None or len(source_chunks) != len(layout.shape) else source_chunks)
     for axis, (n, edges) in enumerate(zip(layout.shape, _edges(layout), strict=True)):
         chunk = max(1, min(chunks[axis], n))

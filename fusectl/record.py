@@ -11,15 +11,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fusectl.errors import Corrupt
+from fusectl.errors import Corrupt, UsageError
 
 
 FILE_NAME = "fusectl.json"
 SCHEMA = "fusectl/record/1"
+# How far the weights of a mean may be from summing to one.
+SUM_TOLERANCE = 1e-6
 FILLS = ("zeros", "gaussian", "antisymmetric")
 
 
@@ -78,6 +81,8 @@ class Record:
     norm_groups: tuple[int, ...]
     fill: Fill
     optimizer: str
+    # Patterns of tensors of the sources that were left out on purpose.
+    drop: tuple[str, ...] = ()
     tensors: Mapping[str, Checksums] = field(default_factory=dict, repr=False)
 
     @property
@@ -91,27 +96,76 @@ class Record:
 
     @classmethod
     def from_json(cls, raw: bytes, where: str) -> Record:
-        """The record in a file's bytes; raises Corrupt when they are none."""
+        """The record in a file's bytes; raises Corrupt when they are none, or when they contradict themselves.
+
+        Fields that this version does not know are ignored.
+        """
         try:
             tree = json.loads(raw)
-            if tree.pop("schema") != SCHEMA:
-                raise ValueError(f"not of schema {SCHEMA}")  # noqa: TRY301
-            return cls(
-                **{
-                    **tree,
-                    "sources": tuple(
-                        SourceRecord(**{**s, "norm_groups": tuple(s["norm_groups"])}) for s in tree["sources"]
-                    ),
-                    "weights": tuple(map(float, tree["weights"])),
-                    "widths": {axis: tuple(map(int, sizes)) for axis, sizes in tree["widths"].items()},
-                    "norm_groups": tuple(map(int, tree["norm_groups"])),
-                    "fill": Fill(**tree["fill"]),
-                    "tensors": {name: _checksums(entry) for name, entry in tree["tensors"].items()},
-                }
+            if tree["schema"] != SCHEMA:
+                raise ValueError(f"of schema {tree['schema']}, not {SCHEMA}")  # noqa: TRY301
+            record = cls(
+                version=str(tree["version"]),
+                command=str(tree["command"]),
+                family=_text(tree["family"]),
+                parameters=_text(tree["parameters"]),
+                sources=tuple(_source(entry) for entry in tree["sources"]),
+                weights=tuple(map(float, tree["weights"])),
+                widths={axis: tuple(map(int, sizes)) for axis, sizes in tree["widths"].items()},
+                norm_groups=tuple(map(int, tree["norm_groups"])),
+                fill=Fill(tree["fill"]["kind"], float(tree["fill"]["noise_scale"]), tree["fill"]["seed"]),
+                optimizer=_text(tree["optimizer"]),
+                drop=tuple(map(_text, tree.get("drop", ()))),
+                tensors={name: _checksums(entry) for name, entry in tree["tensors"].items()},
             )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            record._check()
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise Corrupt(f"{where}: not a record of fusectl", details=(f"{type(error).__name__}: {error}",)) from error
+        return record
+
+    def _check(self) -> None:
+        count = len(self.weights)
+        if count < 2 or len(self.sources) not in {0, count}:
+            raise ValueError(f"{count} weights for {len(self.sources)} sources")
+        wrong = [axis for axis, sizes in self.widths.items() if len(sizes) != count or min(sizes) < 1]
+        if wrong or not self.widths:
+            raise ValueError(f"widths of {wrong or 'no axis'}")
+        if min(self.norm_groups, default=0) < 1 or sum(self.norm_groups) != sum(self.widths.get("embed", ())):
+            raise ValueError(f"norm groups {list(self.norm_groups)} do not sum up to the width")
+
+
+def mean_weights(weights: Sequence[float] | None, count: int) -> tuple[float, ...]:
+    """The weights of the mean of `count` sources, equal ones by default; raises UsageError unless they sum to one."""
+    if weights is None:
+        return (1.0 / count,) * count
+    if len(weights) != count:
+        raise UsageError(f"{len(weights)} weights for {count} sources")
+    if not all(map(math.isfinite, weights)) or abs(math.fsum(weights) - 1.0) > SUM_TOLERANCE:
+        raise UsageError(f"the weights sum to {math.fsum(weights):g}, not to 1", hint="--weights 0.7,0.3")
+    return tuple(weights)
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return value
+
+
+def _source(entry: Mapping[str, Any]) -> SourceRecord:
+    groups = tuple(map(int, entry["norm_groups"]))
+    return SourceRecord(
+        _text(entry["path"]), _text(entry["format"]), entry["step"], _text(entry["fingerprint"]), groups
+    )
 
 
 def _checksums(entry: Mapping[str, Any]) -> Checksums:
-    return Checksums(tuple(entry["shape"]), entry["dtype"], tuple(entry["chunks"]), tuple(entry["crc32"]))
+    sums = Checksums(
+        tuple(map(int, entry["shape"])),
+        _text(entry["dtype"]),
+        tuple(map(int, entry["chunks"])),
+        tuple(map(_text, entry["crc32"])),
+    )
+    chunks = math.prod(math.ceil(n / c) for n, c in zip(sums.shape, sums.chunks, strict=True))
+    if min((*sums.chunks, 1)) < 1 or len(sums.crc32) != chunks:
+        raise ValueError(f"{len(sums.crc32)} checksums for {chunks} chunks")
+    return sums

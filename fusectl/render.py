@@ -38,7 +38,11 @@ PLAIN_WIDTH = 1000
 
 
 class Terminated(BaseException):
-    """SIGTERM arrived."""
+    """A signal that ends the process arrived: SIGTERM, or SIGHUP when a terminal closes."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.exit_code = 128 + number
 
 
 class Screen:
@@ -58,11 +62,13 @@ class Screen:
             yield
         except (typer.Exit, typer.TyperException, BrokenPipeError):
             raise
-        except KeyboardInterrupt as error:
-            raise typer.Exit(self._stopped(130, "interrupted")) from error
-        except Terminated as error:
-            raise typer.Exit(self._stopped(143, "terminated")) from error
+        except (KeyboardInterrupt, Terminated) as error:
+            raise typer.Exit(self._stopped(error)) from error
         except Exception as error:
+            # A signal in the middle of an import comes out as an ImportError.
+            cause = error.__cause__ or error.__context__
+            if isinstance(error, ImportError) and isinstance(cause, KeyboardInterrupt | Terminated):
+                raise typer.Exit(self._stopped(cause)) from error
             raise typer.Exit(self._error(error)) from error
         self._emit("ok", 0, None)
 
@@ -163,7 +169,8 @@ class Screen:
         )
         return code
 
-    def _stopped(self, code: int, how: str) -> int:
+    def _stopped(self, by: KeyboardInterrupt | Terminated) -> int:
+        code, how = (by.exit_code, "terminated") if isinstance(by, Terminated) else (130, "interrupted")
         self._say(f"fusectl: {how}; nothing was written")
         self._emit("error", code, {"code": how, "message": how, "details": [], "hint": None})
         return code

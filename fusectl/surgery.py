@@ -8,8 +8,6 @@ Planning opens the sources and reads their metadata only; carrying out moves the
 
 from __future__ import annotations
 
-import fnmatch
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,18 +18,20 @@ from fusectl.archs import Recognized, recognize
 from fusectl.errors import Corrupt, Incompatible, OutputExists, UsageError, counted, shorten
 from fusectl.execute import Progress, Silent, Work, execute
 from fusectl.formats import Format, fingerprint, format_named, open_checkpoint
-from fusectl.formats.sink import Sink, check_space, staged
-from fusectl.formats.tree import Checkpoint, Key, dict_keys
+from fusectl.formats.locate import is_checkpoint
+from fusectl.formats.sink import Sink, check_space, staged, storage_errors
+from fusectl.formats.tree import Checkpoint, EmptyNode, Key, dict_keys, is_dropped
+from fusectl.formats.zarr import is_float
 from fusectl.layout import Block, Layout, Term, whole
 from fusectl.plan import Output, Plan, choose_chunks, choose_tile
-from fusectl.record import Fill, Record, SourceRecord
-from fusectl.transforms.grow import Fusion, check_fill, filled, fused, line_up
+from fusectl.record import Fill, Record, SourceRecord, mean_weights
+from fusectl.transforms.grow import Fusion, check_fill, filled, fused, line_up, require_widths
 from fusectl.transforms.optimizer import STATE, find_state, fresh_slots
 
 
 DEFAULT_MAX_MEMORY_BYTES = 256 << 20
 STEP = "state/step"
-SUM_TOLERANCE = 1e-6
+STEPS = (STEP, "step")
 LARGEST_COMMIT_BYTES = 32 << 20
 
 
@@ -68,15 +68,19 @@ class Opened:
 
     def full(self, parameter: str) -> str:
         """The full name of a parameter in this checkpoint."""
-        return self.tree.prefix + parameter
+        return self.tree.full(parameter)
 
 
 def open_source(path: str, options: Options) -> Opened:
     """A source ready for planning; raises Corrupt if a chunk of it is missing, all of them listed."""
     checkpoint = open_checkpoint(path)
-    dropped = tuple(n for n in checkpoint.leaves if any(fnmatch.fnmatchcase(n, pattern) for pattern in options.drop))
+    dropped = tuple(name for name in checkpoint.leaves if is_dropped(name, options.drop))
     shapes = {name: shape for name, shape in checkpoint.shapes.items() if name not in dropped}
     tree = recognize(shapes, checkpoint.path, options.arch)
+    dtypes = {name: checkpoint.leaves[name].dtype for name in map(tree.full, tree.shapes)}
+    integers = [f"{name}: {dtype}" for name, dtype in dtypes.items() if not is_float(dtype)]
+    if integers:
+        raise Incompatible(f"{checkpoint.path}: parameters that are no real numbers", details=shorten(integers))
     missing = [chunk for name in shapes for chunk in checkpoint.missing_chunks(name)]
     if missing:
         raise Corrupt(
@@ -96,7 +100,7 @@ def plan_fusion(
     """
     if len(paths) < 2:
         raise UsageError("fusing takes two checkpoints or more", hint="fusectl self-fuse CKPT --copies 2 for one")
-    shares = _weights(weights, len(paths))
+    shares = mean_weights(weights, len(paths))
     by_path = {path: open_source(path, options) for path in dict.fromkeys(paths)}
     opened = [by_path[path] for path in paths]
     first = opened[0]
@@ -111,7 +115,7 @@ def plan_fusion(
         layout = fused(fusion, parameter, options.dtype or stored, options.fill, tensors)
         builder.add(prefix + parameter, layout, like=tensors[0], noise_name=parameter)
     optimizer = _optimizer(builder, first, fusion, options)
-    _step_and_rest(builder, first, out_format)
+    _step(builder, first, out_format)
     record = Record(
         version=fusectl.__version__,
         command=command,
@@ -123,6 +127,7 @@ def plan_fusion(
         norm_groups=tuple(group for o in opened for group in o.norm_groups),
         fill=options.fill,
         optimizer=optimizer,
+        drop=options.drop,
     )
     notes = [*builder.notes, *_notes_on(opened, options, record)]
     return builder.plan(record, item, notes), [o.checkpoint for o in opened]
@@ -133,6 +138,8 @@ def plan_noise_fill(path: str, options: Options, *, copies: int | None = None) -
 
     Its record says how it was fused; `copies` (of equal width) says it for a checkpoint without one.
     """
+    if copies is not None and copies < 2:
+        raise UsageError(f"--copies {copies}: a fusion has two or more")
     opened = open_source(path, options)
     record = opened.checkpoint.record or _record_for(opened, copies)
     if record.fill.kind != "zeros":
@@ -142,6 +149,7 @@ def plan_noise_fill(path: str, options: Options, *, copies: int | None = None) -
         )
     if copies not in {None, len(record.weights)}:
         raise UsageError(f"--copies {copies}, but {opened.label} is a fusion of {len(record.weights)}")
+    require_widths(opened.tree, record, opened.label)
     fusion = Fusion(opened.tree, record.weights, record.widths)
     check_fill(fusion, options.fill)
     out_format, item, prefix = _target(opened, options)
@@ -151,11 +159,19 @@ def plan_noise_fill(path: str, options: Options, *, copies: int | None = None) -
         stored = opened.checkpoint.leaves[tensor].dtype
         layout = filled(fusion, parameter, options.dtype or stored, options.fill, tensor)
         builder.add(prefix + parameter, layout, like=tensor, noise_name=parameter)
+    _step(builder, opened, out_format)
     for name in opened.checkpoint.leaves:
         if name not in builder.used and name not in opened.dropped:
             builder.copy(name)
+    kept = any(output.name.startswith(STATE) for output in builder.outputs)
     record = replace(
-        record, version=fusectl.__version__, command="noise-fill", fill=options.fill, parameters=prefix, tensors={}
+        record,
+        version=fusectl.__version__,
+        command="noise-fill",
+        fill=options.fill,
+        parameters=prefix,
+        optimizer=record.optimizer if kept else "drop",
+        tensors={},
     )
     return builder.plan(record, item, builder.notes), [opened.checkpoint]
 
@@ -196,15 +212,20 @@ def default_output(sources: Sequence[Checkpoint], plan: Plan) -> Path:
 
 
 def check_output(output: Path, sources: Sequence[Checkpoint], *, force: bool) -> None:
-    """Raises OutputExists when the output is, contains, or lies inside a source, or exists without `force`."""
-    real = Path(os.path.realpath(output))
-    for source in sources:
-        home = Path(os.path.realpath(source.location.home))
-        if real == home or home in real.parents or real in home.parents:
-            relation = "is" if real == home else "lies inside" if home in real.parents else "contains"
-            raise OutputExists(f"{output}: {relation} the source {source.path}", hint="choose another -o")
-    if output.exists() and not force:
-        raise OutputExists(f"{output}: exists", hint="choose another -o, or --force to replace it")
+    """Raises OutputExists when the output is, contains, or lies inside a source, or exists and may not be replaced."""
+    with storage_errors(output):
+        real = Path(os.path.realpath(output))
+        for source in sources:
+            home = Path(os.path.realpath(source.location.home))
+            if real == home or home in real.parents or real in home.parents:
+                relation = "is" if real == home else "lies inside" if home in real.parents else "contains"
+                raise OutputExists(f"{output}: {relation} the source {source.path}", hint="choose another -o")
+        if not os.path.lexists(output):
+            return
+        if not force:
+            raise OutputExists(f"{output}: exists", hint="choose another -o, or --force to replace it")
+        if output.is_symlink() or not output.is_dir() or not (is_checkpoint(output) or not any(output.iterdir())):
+            raise OutputExists(f"{output}: exists and is no checkpoint; --force replaces nothing else")
 
 
 def default_jobs() -> int:
@@ -242,13 +263,20 @@ class _Builder:
         axes = tuple(f"axis{i}" for i in range(len(leaf.shape)))
         self.add(to or name, Layout(axes, leaf.shape, leaf.dtype, (block,)), like=name)
 
+    def _empty(self) -> tuple[EmptyNode, ...]:
+        """The empty nodes that the output keeps: a position of a list must not outlive its dropped neighbours."""
+        if self._format.name == "t5x":
+            return ()
+        nodes = self._sources[0].checkpoint.empty
+        return tuple(node for node in nodes if not is_dropped(node.name, self._options.drop))
+
     def plan(self, record: Record, item: str | None, notes: Sequence[str]) -> Plan:
         """The Plan, checked: every tensor of every source is used or dropped on purpose."""
         unknown = [
             f"{o.label}: {name}"
             for o in dict.fromkeys(self._sources)
             for name in o.checkpoint.leaves
-            if name not in self.used and name not in o.dropped and not name.startswith(STATE) and name != STEP
+            if name not in self.used and name not in o.dropped and not name.startswith(STATE) and name not in STEPS
         ]
         if unknown:
             raise Incompatible(
@@ -258,7 +286,7 @@ class _Builder:
             )
         plan = Plan(
             outputs=tuple(self.outputs),
-            empty=self._sources[0].checkpoint.empty if self._format.name != "t5x" else (),
+            empty=self._empty(),
             format=self._format.name,
             item=item,
             record=record,
@@ -313,16 +341,14 @@ def _optimizer(builder: _Builder, first: Opened, fusion: Fusion, options: Option
     return "reset"
 
 
-def _step_and_rest(builder: _Builder, first: Opened, out_format: Format) -> None:
-    """Plans what is neither a parameter nor a slot: the step. T5X needs one even where the source has none."""
-    if STEP in first.checkpoint.leaves:
-        builder.copy(STEP)
+def _step(builder: _Builder, first: Opened, out_format: Format) -> None:
+    """Plans the step under the name that the format's readers look for; T5X needs one in any case."""
+    stored = next((name for name in STEPS if name in first.checkpoint.leaves and name not in first.dropped), None)
+    if stored is not None:
+        builder.copy(stored, to=STEP if out_format.name == "t5x" else stored)
     elif out_format.name == "t5x":
         builder.notes.append("the source has no step; T5X gets step 0")
         builder.add(STEP, Layout((), (), "int32", ()), like=None)
-    for name in ("step",):
-        if name in first.checkpoint.leaves and out_format.name != "t5x":
-            builder.copy(name)
 
 
 def _notes_on(opened: Sequence[Opened], options: Options, record: Record) -> list[str]:
@@ -339,16 +365,6 @@ def _notes_on(opened: Sequence[Opened], options: Options, record: Record) -> lis
             "with a norm per source this is the mean of the logits; T5's one norm deviates: verify says how far"
         )
     return notes
-
-
-def _weights(weights: Sequence[float] | None, count: int) -> tuple[float, ...]:
-    if weights is None:
-        return (1.0 / count,) * count
-    if len(weights) != count:
-        raise UsageError(f"{len(weights)} weights for {count} sources")
-    if not all(math.isfinite(w) for w in weights) or abs(math.fsum(weights) - 1.0) > SUM_TOLERANCE:
-        raise UsageError(f"the weights sum to {math.fsum(weights):g}, not to 1", hint="--weights 0.7,0.3")
-    return tuple(weights)
 
 
 def _source_record(opened: Opened) -> SourceRecord:

@@ -53,6 +53,10 @@ class Recognized:
                 depths[stack] = self.shapes[name][row.spec.axes.index("layers")]
         return dict(sorted(depths.items(), reverse=True))
 
+    def full(self, parameter: str) -> str:
+        """The full name of a parameter in the whole tree."""
+        return self.prefix + parameter
+
     @property
     def parameters(self) -> int:
         """The number of parameters."""

@@ -28,7 +28,6 @@ Array = Any
 
 EPSILON = 1e-6
 MASKED = -1e10
-RELPOS_BUCKETS = 32
 RELPOS_MAX_DISTANCE = 128
 
 
@@ -46,6 +45,7 @@ class T5Config:
     mlp_activations: tuple[str, ...] = ("gelu", "linear")
     logits_via_embedding: bool = False
     relpos_per_layer: bool = False
+    relpos_buckets: int = 32
     norm_groups: tuple[int, ...] = ()
     dtype: Any = jnp.float32
     # In which dtype sums are accumulated before they are rounded to `dtype`; None leaves it to XLA.
@@ -94,18 +94,18 @@ class RelativePositionBias(nn.Module):
 
     @nn.compact
     def __call__(self, queries: int, keys: int, *, bidirectional: bool) -> Array:
-        shape = (self.config.num_heads, RELPOS_BUCKETS)
+        buckets = self.config.relpos_buckets
+        shape = (self.config.num_heads, buckets)
         table = self.param("rel_embedding", nn.initializers.normal(1.0), shape, self.config.dtype)
-        return table[:, relative_position_buckets(queries, keys, bidirectional=bidirectional)][None]
+        return table[:, relative_position_buckets(queries, keys, buckets, bidirectional=bidirectional)][None]
 
 
-def relative_position_buckets(queries: int, keys: int, *, bidirectional: bool) -> npt.NDArray[np.int32]:
+def relative_position_buckets(queries: int, keys: int, buckets: int, *, bidirectional: bool) -> npt.NDArray[np.int32]:
     """The bucket of every (query, key): exact distances up to half of the buckets, then logarithmic up to 128.
 
     Computed in float32 as T5X does, also under float64: a distance on the border must not change its bucket.
     """
     distance = np.arange(queries, dtype=np.int32)[:, None] - np.arange(keys, dtype=np.int32)[None, :]
-    buckets = RELPOS_BUCKETS
     offset = np.zeros_like(distance)
     if bidirectional:
         buckets //= 2
@@ -265,6 +265,7 @@ def config_of(tree: Recognized, norm_groups: tuple[int, ...], dtype: Any, accumu
         num_decoder_layers=tree.depths["decoder"],
         mlp_activations=("gelu", "linear") if gated else ("relu",),
         logits_via_embedding="decoder/logits_dense/kernel" not in tree.shapes,
+        relpos_buckets=sizes["relpos_buckets"],
         relpos_per_layer="encoder/relpos_bias/rel_embedding" not in tree.shapes,
         norm_groups=norm_groups,
         dtype=dtype,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
-from fusectl.errors import UsageError
+from fusectl.errors import Corrupt, UsageError
 from fusectl.formats.locate import locate
 from fusectl.formats.orbax import open_orbax
 from fusectl.formats.t5x import open_t5x
@@ -28,6 +28,8 @@ class Format:
     zarr: int
     ocdbt: bool
 
+
+_MALFORMED = (AttributeError, TypeError, ValueError, LookupError, RecursionError)
 
 FORMATS = {
     format.name: format
@@ -53,7 +55,13 @@ def open_checkpoint(path: str) -> Checkpoint:
     location = locate(path)
     file = location.home / FILE_NAME
     record = Record.from_json(file.read_bytes(), str(file)) if file.is_file() else None
-    return (open_t5x if location.kind == "t5x" else open_orbax)(location, record)
+    try:
+        return (open_t5x if location.kind == "t5x" else open_orbax)(location, record)
+    except _MALFORMED as error:
+        # Whatever an index may hold in place of what it should.
+        raise Corrupt(
+            f"{location.index}: an index that makes no sense", details=(f"{type(error).__name__}: {error}",)
+        ) from error
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:

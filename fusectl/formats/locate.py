@@ -14,6 +14,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from fusectl.errors import Corrupt, FusectlError, NotFound, StorageError, UsageError
@@ -38,7 +39,13 @@ def local(path: str) -> Path:
         raise UsageError(f"{path}: only local paths so far", hint="copy the checkpoint, or mount the bucket")
     if not path:
         raise UsageError("the path of the checkpoint is empty")
-    return Path(os.path.abspath(os.path.expanduser(path.removeprefix("file://"))))  # noqa: PTH100, PTH111
+    try:
+        path.encode()
+        return Path(os.path.abspath(os.path.expanduser(path.removeprefix("file://"))))  # noqa: PTH100, PTH111
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{path!r}: not UTF-8, which the stores need") from error
+    except FileNotFoundError as error:
+        raise NotFound("the current directory has gone", hint="cd to one that exists") from error
 
 
 def locate(path: str) -> Location:
@@ -62,19 +69,19 @@ def locate(path: str) -> Location:
         raise NotFound(f"{at}: cannot be opened", details=(str(error),)) from error
 
 
-def _at_directory(at: Path) -> Location:
+def _at_directory(at: Path, *, or_root: bool = True) -> Location:
     names = _names(at)
     _refuse_uncommitted(at, names)
     if ORBAX_INDEX in names:
         return _item(at)
     if T5X_INDEX in names and (at / T5X_INDEX).is_file():
         return Location(at, at, "t5x", step=_step_of(at))
-    items = [n for n in sorted(names) if (at / n / ORBAX_INDEX).is_file()]
+    items = _items(at, names)
     if items:
         return _step_directory(at, items)
     if STEP_METADATA in names or _half_written(at, names):
         raise Corrupt(f"{at}: a checkpoint without its index", details=(_what_lacks(at, names),))
-    if any(_STEP.fullmatch(n) for n in names):
+    if or_root and any(_STEP.fullmatch(n) for n in names):
         return _newest(at)
     raise NotFound(f"{at}: no checkpoint", hint=_checkpoint_above(at) or _checkpoints_below(at))
 
@@ -85,16 +92,27 @@ def _refuse_uncommitted(at: Path, names: set[str]) -> None:
     if STEP_METADATA in names:
         try:
             times = json.loads((at / STEP_METADATA).read_bytes())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise Corrupt(f"{at / STEP_METADATA}: not JSON", details=(str(error),)) from error
         if isinstance(times, dict) and times.get("init_timestamp_nsecs") and not times.get("commit_timestamp_nsecs"):
             raise Corrupt(f"{at}: never committed", details=(f"{STEP_METADATA} has no commit timestamp",))
-    items = [n for n in names if (at / n / ORBAX_INDEX).is_file()]
+    items = _items(at, names)
     if COMMITTED not in names and any((at / n / COMMITTED).is_file() for n in items):
         # Orbax >= 0.12.3 marks items first and the step last.
         raise Corrupt(f"{at}: never committed", details=(f"its items have {COMMITTED}, the step has not",))
     if "manifest.ocdbt" not in names and any(n.startswith("ocdbt.process_") for n in names):
         raise Corrupt(f"{at}: never committed", details=("the OCDBT databases of its writers were not merged",))
+
+
+def _items(at: Path, names: set[str]) -> list[str]:
+    """The items of a step; in a root, what looks like one is a step that was saved without items."""
+    in_root = STEP_METADATA not in names
+    return [n for n in sorted(names) if (at / n / ORBAX_INDEX).is_file() and not (in_root and _STEP.fullmatch(n))]
+
+
+def _chosen(items: list[str]) -> str | None:
+    """The item that is meant where a step is named: the best known one, or the only one."""
+    return next((name for name in _ITEMS if name in items), items[0] if len(items) == 1 else None)
 
 
 def _item(at: Path) -> Location:
@@ -103,11 +121,12 @@ def _item(at: Path) -> Location:
     if not in_step:
         return Location(at, at, "orbax", step=_step_of(at))
     _refuse_uncommitted(home, _names(home))
-    return Location(at, home, "orbax", item=at.name, step=_step_of(home))
+    by_home = _chosen(_items(home, _names(home))) == at.name
+    return Location(at, home, "orbax", item=at.name, step=_step_of(home), by_home=by_home)
 
 
 def _step_directory(at: Path, items: list[str]) -> Location:
-    chosen = next((name for name in _ITEMS if name in items), items[0] if len(items) == 1 else None)
+    chosen = _chosen(items)
     if chosen is None:
         raise NotFound(f"{at}: several items: {', '.join(items)}", hint=f"name one, such as {at / items[0]}")
     _refuse_uncommitted(at / chosen, _names(at / chosen))
@@ -123,12 +142,12 @@ def _newest(root: Path) -> Location:
     notes: list[str] = []
     for _, step in steps:
         try:
-            found = _at_directory(step)
+            found = _at_directory(step, or_root=False)
         except FusectlError as error:
             notes.append(f"skipped {step.name}: {'; '.join(error.details) or error.message}")
             continue
         notes.append(f"{root}: using {step.name}, the newest committed step")
-        return Location(found.index, found.home, found.kind, found.item, found.step, tuple(notes))
+        return replace(found, notes=tuple(notes))
     raise NotFound(f"{root}: no committed step", details=tuple(notes), hint=_checkpoints_below(root))
 
 
@@ -157,7 +176,8 @@ def _what_lacks(at: Path, names: set[str]) -> str:
     return f"no `{ORBAX_INDEX}` in {at} or its items"
 
 
-def _is_checkpoint(at: Path) -> bool:
+def is_checkpoint(at: Path) -> bool:
+    """Whether a directory has the looks of a checkpoint: a step or an item, sound or not."""
     return (
         (at / ORBAX_INDEX).is_file()
         or ((at / T5X_INDEX).is_file())
@@ -168,7 +188,7 @@ def _is_checkpoint(at: Path) -> bool:
 
 def _checkpoint_above(at: Path) -> str | None:
     for parent in list(at.parents)[:3]:
-        if parent.is_dir() and _is_checkpoint(parent):
+        if parent.is_dir() and is_checkpoint(parent):
             return f"one level too deep? the checkpoint is {parent}"
     return None
 
@@ -187,7 +207,7 @@ def _below(at: Path) -> Iterator[Path]:
 
 
 def _checkpoints_below(at: Path) -> str | None:
-    found = [str(p) for p in _below(at) if not _TEMPORARY.search(p.name) and _is_checkpoint(p)]
+    found = [str(p) for p in _below(at) if not _TEMPORARY.search(p.name) and is_checkpoint(p)]
     return f"one level too high? there is {' and '.join(found[:3])}" if found else None
 
 

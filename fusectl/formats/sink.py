@@ -12,10 +12,12 @@ import fcntl
 import json
 import os
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from concurrent.futures import CancelledError
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,9 @@ from fusectl.formats.tree import EmptyNode, Key, Leaf, dict_keys
 from fusectl.formats.zarr import new_metadata, np_dtype, parse_metadata
 from fusectl.layout import Region, whole
 from fusectl.record import FILE_NAME, Record
+
+
+REMOVALS = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +103,11 @@ class Sink:
             if transaction is not None:
                 transaction.commit_sync()
         except ValueError as error:
+            _settle(pending.values())
             raise translate(error, str(self._final)) from error
+        except BaseException:
+            _settle(pending.values())
+            raise
         self._arrays = {name: array.with_transaction(None) for name, array in opened.items()}
 
     def write(self, name: str, region: Region, values: npt.NDArray[Any]) -> None:
@@ -140,6 +149,15 @@ class Sink:
     def _store(self, base: str) -> Spec:
         at = str(self._index)
         return ocdbt(at, base + "/") if self._format.ocdbt else directory(f"{at}/{base}")
+
+
+def _settle(futures: Iterable[Any]) -> None:
+    """Waits for operations whose results nobody wants any more: they must not go on beside the cleaning up."""
+    for future in futures:
+        future.cancel()
+    for future in futures:
+        with suppress(ValueError, CancelledError):
+            future.result()
 
 
 def save(
@@ -206,7 +224,7 @@ def staged(final: Path, *, force: bool) -> Iterator[Path]:
 
     Raises OutputExists when `final` exists and `force` is not given, or when another process is writing it.
     """
-    if final.exists() and not force:
+    if os.path.lexists(final) and not force:
         raise OutputExists(f"{final}: exists", hint="choose another -o, or --force to replace it")
     temporary = final.with_name(final.name + TEMPORARY_SUFFIX)
     with storage_errors(final):
@@ -227,10 +245,36 @@ def staged(final: Path, *, force: bool) -> Iterator[Path]:
                 _sync(temporary)
                 _publish(temporary, final)
         except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
+            with undisturbed():
+                _remove(temporary)
             raise
     finally:
         os.close(lock)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Puts off signals that would end the process, as far as the main thread can."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {
+        number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _remove(at: Path) -> None:
+    """Removes a directory; a file that a thread was still creating must not keep it."""
+    for _ in range(REMOVALS):
+        shutil.rmtree(at, ignore_errors=True)
+        if not at.exists():
+            return
+        time.sleep(0.01)
 
 
 @contextmanager

@@ -48,6 +48,8 @@ def open_t5x(location: Location, record: Record | None) -> Checkpoint:
     leaves: dict[str, Leaf] = {}
     specs: dict[str, Mapping[str, Any]] = {}
     for name, value in _flatten(tree):
+        if name in leaves or name in specs:
+            raise Corrupt(f"{where}: two leaves are called {name}")
         if isinstance(value, np.ndarray):
             leaves[name] = Leaf(name, dict_keys(name), value.shape, value.dtype.name, value=value)
         else:
@@ -72,7 +74,10 @@ def read_index(path: Path) -> dict[str, Any]:
         tree = msgpack.unpackb(raw, ext_hook=_from_ext, strict_map_key=False)
     except Exception as error:
         # msgpack documents no common base for what it raises on arbitrary bytes, and the hook below adds numpy's.
-        raise Corrupt(f"{path}: not a msgpack index", details=(f"{type(error).__name__}: {error}",)) from error
+        details = (f"{type(error).__name__}: {error}",)
+        if any(child.name.startswith("target.") for child in path.parent.iterdir()):
+            raise Corrupt(f"{path}: not a msgpack index", details=details) from error
+        raise NotFound(f"{path}: not the index of a T5X checkpoint", details=details) from error
     if not isinstance(tree, dict) or not isinstance(tree.get("optimizer"), dict):
         raise NotFound(f"{path}: not the index of a T5X checkpoint", details=("it has no tree `optimizer`",))
     version = tree.get("version")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fnmatch
+import itertools
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +25,8 @@ from fusectl.record import Record
 # The kinds of key in Orbax's tree metadata: a position in a sequence, a key of a dictionary.
 SEQUENCE, DICT = 1, 2
 
+MOST_MISSING = 1000
+
 
 @dataclass(frozen=True, slots=True)
 class Key:
@@ -35,6 +39,11 @@ class Key:
 def dict_keys(name: str) -> tuple[Key, ...]:
     """The keys of a leaf in a tree of dictionaries whose keys hold no slash, as in T5X."""
     return tuple(Key(part) for part in name.split("/"))
+
+
+def is_dropped(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a tensor's name matches one of the patterns of those to leave out."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +75,10 @@ class EmptyNode:
     keys: tuple[Key, ...]
     value_type: str
 
+    @property
+    def name(self) -> str:
+        return "/".join(key.name for key in self.keys)
+
 
 @dataclass(frozen=True, slots=True)
 class Location:
@@ -77,6 +90,12 @@ class Location:
     item: str | None = None
     step: int | None = None
     notes: tuple[str, ...] = ()
+    # Whether `home` alone leads here, or the item must be named.
+    by_home: bool = True
+
+    @property
+    def path(self) -> Path:
+        return self.home if self.by_home else self.index
 
 
 class Checkpoint:
@@ -110,8 +129,8 @@ class Checkpoint:
 
     @property
     def path(self) -> str:
-        """The path to pass to find it again."""
-        return str(self.location.home)
+        """The path to pass to find it again: the step, or the item where the step would lead to another."""
+        return str(self.location.path)
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -122,7 +141,7 @@ class Checkpoint:
         """The training step: the tree's own, else the directory's name."""
         for name in ("state/step", "step"):
             leaf = self.leaves.get(name)
-            if leaf is not None and not leaf.shape:
+            if leaf is not None and not leaf.shape and np_dtype(leaf.dtype).kind in "iu":
                 return int(self.read(name)[()])
         return self.location.step
 
@@ -132,7 +151,9 @@ class Checkpoint:
         if leaf.stored is None or self._fills(leaf.stored):
             return []
         base = self._file_of[name]
-        return [key for chunk in leaf.stored.chunk_keys() if (key := f"{base}/{chunk}") not in self._files.names]
+        missing = (key for chunk in leaf.stored.chunk_keys() if (key := f"{base}/{chunk}") not in self._files.names)
+        # A grid may claim 10**18 chunks; the first of those that are missing say it all.
+        return list(itertools.islice(missing, MOST_MISSING))
 
     def read(self, name: str, region: Region | None = None) -> npt.NDArray[Any]:
         """The values of a tensor's region, in C order and the stored dtype."""

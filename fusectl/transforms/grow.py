@@ -20,7 +20,7 @@ from fusectl.archs import Recognized
 from fusectl.archs.table import Row
 from fusectl.errors import Incompatible
 from fusectl.layout import Block, Layout, Noise, Region, Term, whole
-from fusectl.record import Fill
+from fusectl.record import Fill, Record
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ def line_up(sources: Sequence[Recognized], weights: Sequence[float], labels: Seq
         raise Incompatible(
             f"{len(sources)} sources that do not fit together",
             details=differences,
-            hint="embed, heads and mlp may differ in size; everything else must be equal",
+            hint="grown axes (embed, heads, mlp) may differ in size; everything else must be equal",
         )
     widths = {axis: tuple(s.sizes[axis] for s in sources) for axis in first.sizes if axis in first.family.grown}
     return Fusion(first, tuple(weights), widths)
@@ -175,6 +175,18 @@ def with_noise(fusion: Fusion, name: str, fill: Fill, own: Sequence[Block], kern
         yield Block(block.at, (*block.terms, *taken_off))
         for at in between:
             yield Block(at, (Noise(at, kernel, fill.noise_scale, stacked),))
+
+
+def require_widths(tree: Recognized, record: Record, where: str) -> None:
+    """Raises Incompatible unless a fused tree is as wide as its record says that its sources are together."""
+    grown = {axis: n for axis, n in tree.sizes.items() if axis in tree.family.grown}
+    wrong = [
+        f"axis {axis!r}: {grown.get(axis, 'none')} in {where}, {' + '.join(map(str, sizes)) or 'none'} in its sources"
+        for axis in sorted(grown.keys() | record.widths.keys())
+        if grown.get(axis) != sum(sizes := record.widths.get(axis, ()))
+    ]
+    if wrong:
+        raise Incompatible(f"{where} is no fusion of these {len(record.weights)} sources", details=wrong)
 
 
 def check_fill(fusion: Fusion, fill: Fill) -> None:

@@ -16,8 +16,9 @@ import fusectl
 from fusectl.archs import Recognized, recognize
 from fusectl.errors import Incompatible, NotFound, UsageError
 from fusectl.formats import fingerprint, open_checkpoint
-from fusectl.formats.tree import Checkpoint
-from fusectl.record import Fill, Record, SourceRecord
+from fusectl.formats.tree import Checkpoint, is_dropped
+from fusectl.record import Fill, Record, SourceRecord, mean_weights
+from fusectl.transforms.grow import require_widths
 from fusectl.verify.files import FilesResult, check_files
 from fusectl.verify.weights import WeightsResult, check_weights
 
@@ -126,6 +127,9 @@ def verify(path: str, declared: Declared = Declared(), settings: Settings = Sett
     unknown = [level for level in settings.levels if level not in LEVELS]
     if unknown:
         raise UsageError(f"no level is called {unknown[0]!r}", hint=f"levels: {', '.join(LEVELS)}")
+    limit = settings.max_native_rms
+    if limit is not None and ("native" not in settings.levels or not limit >= 0.0):
+        raise UsageError("--max-native-rms: a distance, and the level native to hold to it")
     fused = open_checkpoint(path)
     files = check_files(fused) if "files" in settings.levels else None
     if settings.levels == ("files",):
@@ -163,13 +167,18 @@ def _claim(fused: Checkpoint, declared: Declared) -> tuple[Claim, list[str]]:
                     f"source {path} is not there any more", hint="--sources A B names where it is now"
                 ) from error
     sources = tuple(by_path[path] for path in paths)
+    if len(sources) < 2:
+        raise UsageError(
+            f"{len(sources)} source: a fusion has two or more", hint="--sources A A for one fused with itself"
+        )
     if record is not None and record.sources and len(sources) != len(record.sources):
         raise UsageError(f"{len(sources)} sources, but {fused.path} is a fusion of {len(record.sources)}")
-    trees = {
-        path: recognize(c.shapes, path, declared.arch or (record.family if record else None))
-        for path, c in by_path.items()
-    }
-    tree = recognize(fused.shapes, fused.path, declared.arch or (record.family if record else None))
+    arch = declared.arch or (record.family if record else None)
+    drop = record.drop if record else ()
+    trees = {}
+    for path, source in by_path.items():
+        trees[path] = recognize({n: s for n, s in source.shapes.items() if not is_dropped(n, drop)}, path, arch)
+    tree = recognize(fused.shapes, fused.path, arch)
     record = _record(fused, record, sources, tuple(trees[p] for p in paths), declared)
     notes += [
         f"{source.path} has changed since it was fused"
@@ -177,7 +186,8 @@ def _claim(fused: Checkpoint, declared: Declared) -> tuple[Claim, list[str]]:
         if entry.fingerprint and entry.fingerprint != fingerprint(source)
     ]
     claim = Claim(fused, tree, sources, tuple(trees[p] for p in paths), record)
-    _require_sums(claim)
+    require_widths(tree, record, fused.path)
+    _require_depths(claim)
     return claim, list(dict.fromkeys(notes))
 
 
@@ -201,7 +211,7 @@ def _record(
         )
         record = replace(record, sources=entries, norm_groups=tuple(w for g in groups for w in g))
     if declared.weights is not None:
-        record = replace(record, weights=declared.weights)
+        record = replace(record, weights=mean_weights(declared.weights, count))
     if declared.fill is not None:
         record = replace(record, fill=declared.fill)
     if len(record.weights) != count:
@@ -212,16 +222,10 @@ def _record(
     return replace(record, widths=widths)
 
 
-def _require_sums(claim: Claim) -> None:
-    wrong = [
-        f"axis {axis!r}: {claim.tree.sizes[axis]} in {claim.fused.path}, {' + '.join(map(str, sizes))} in the sources"
-        for axis, sizes in claim.record.widths.items()
-        if claim.tree.sizes[axis] != sum(sizes)
-    ]
+def _require_depths(claim: Claim) -> None:
     if claim.tree.depths != claim.trees[0].depths:
-        wrong.append(f"depth: {claim.tree.depths} in {claim.fused.path}, {claim.trees[0].depths} in the sources")
-    if wrong:
-        raise Incompatible(f"{claim.fused.path} is no fusion of these {len(claim.sources)} sources", details=wrong)
+        differ = f"depth: {claim.tree.depths} in {claim.fused.path}, {claim.trees[0].depths} in the sources"
+        raise Incompatible(f"{claim.fused.path} is no fusion of these {len(claim.sources)} sources", details=(differ,))
 
 
 def _nothing_known() -> Record:

@@ -38,6 +38,7 @@ Twin = Callable[[Array, Array, Array], Array]
 # Units in the last place that one layer may cost, relative to the largest logit. float64 has bits to spare: loose in
 # units, it is still a million times as tight in value.
 UNITS_PER_LAYER = {"float32": 16, "float64": 512}
+UNITS_AS_STORED = 4
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,7 @@ class _Comparison:
         if as_stored and self._rounded:
             coarsest = max(float(ml_dtypes.finfo(values.dtype).eps) for values in self._fused.values())
             # The roundings of the weights of one layer are many and independent: they add up like a random walk.
-            relative += coarsest * UNITS_PER_LAYER["float32"] * math.sqrt(layers)
+            relative += coarsest * UNITS_AS_STORED * math.sqrt(layers)
         return relative * float(np.abs(self._wanted(reference)).max())
 
     def _compare(

@@ -201,8 +201,8 @@ def test_declared_sources_stand_in_for_a_record(written, tmp_path):
 
 
 def test_distant_positions_share_buckets_as_in_t5():
-    buckets = relative_position_buckets(1, 200, bidirectional=True)[0]
-    causal = relative_position_buckets(200, 1, bidirectional=False)[:, 0]
+    buckets = relative_position_buckets(1, 200, 32, bidirectional=True)[0]
+    causal = relative_position_buckets(200, 1, 32, bidirectional=False)[:, 0]
 
     assert buckets[:8].tolist() == [0, 17, 18, 19, 20, 21, 22, 23]
     assert buckets[-1] == 31
