@@ -343,8 +343,8 @@ def gather(argv: list[str], option: str) -> list[str]:
         if word == option:
             gathering = True
             if i + 1 == len(argv) or argv[i + 1].startswith("-"):
-                # Without a value the option is an error, which the parser words.
-                out.append(word)
+                # An empty path is refused where paths are; the parser would take the next option for the value.
+                out.append(f"{word}=")
         elif word.startswith("-"):
             gathering = False
             out.append(word)

@@ -165,7 +165,9 @@ def _checksums(entry: Mapping[str, Any]) -> Checksums:
         tuple(map(int, entry["chunks"])),
         tuple(map(_text, entry["crc32"])),
     )
+    if min((*sums.chunks, 1)) < 1:
+        raise ValueError(f"chunks of shape {list(sums.chunks)}")
     chunks = math.prod(math.ceil(n / c) for n, c in zip(sums.shape, sums.chunks, strict=True))
-    if min((*sums.chunks, 1)) < 1 or len(sums.crc32) != chunks:
+    if len(sums.crc32) != chunks:
         raise ValueError(f"{len(sums.crc32)} checksums for {chunks} chunks")
     return sums

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
-from fusectl.errors import FusectlError, NotEnoughSpace
+from fusectl.errors import FusectlError, NotEnoughSpace, StorageError
 from fusectl.memory import peak_rss_bytes
 
 
@@ -149,6 +149,8 @@ class Screen:
             traceback.print_exc()
         if isinstance(error, MemoryError):
             error = NotEnoughSpace("out of memory", hint="a smaller --max-memory")
+        elif isinstance(error, OSError):
+            error = StorageError(str(error))
         if isinstance(error, FusectlError):
             message, details, hint, code, name = error.message, error.details, error.hint, error.exit_code, error.code
         else:

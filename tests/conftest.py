@@ -14,7 +14,9 @@ import pytest
 
 
 # Before JAX is imported anywhere: the tests restore onto a mesh of eight CPU devices.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Compiling the small networks costs more than running them, and optimising them most of all.
+FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 DATA = Path(__file__).parent / "data"

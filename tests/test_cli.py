@@ -266,6 +266,14 @@ KERNEL = "target.encoder.layers_0.mlp.wo.kernel"
         ("noise-fill {a} --copies 5", 6, "widths that 5 equal models do not have"),
         ("noise-fill {a} --fill zeros", 2, "there are zeros already"),
         ("fuse gs://bucket/a {b}", 2, "only local paths"),
+        ("fuse {a} {b} -o gs://bucket/out", 2, "only local paths"),
+        ("fuse {a} {b} -o {tmp}/" + 300 * "n", 8, "name too long"),
+        ("noise-fill {a} --copies 1", 2, "a fusion has two or more"),
+        ("verify {a} --sources {a}", 2, "a fusion has two or more"),
+        ("verify {a} --sources", 2, "the path of the checkpoint is empty"),
+        ("verify {a} --sources {a} {b} --weights 0.9,0.3", 2, "sum to 1.2"),
+        ("verify {a} --sources {a} {b} --levels files,weights --max-native-rms 1", 2, "the level native"),
+        ("verify {a} --sources {a} {b}", 6, "is no fusion of these 2 sources"),
     ],
 )
 def test_bad_requests_are_answered_with_their_exit_code(models, fusectl, arguments, code, words):
@@ -476,10 +484,32 @@ def test_debug_shows_where_it_happened(fusectl, tmp_path):
     assert "Traceback" in fusectl("inspect", tmp_path, "--debug").err
 
 
-def test_it_works_in_the_c_locale(models):
-    done = process("inspect", models[0], env={**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0"})
+def test_it_works_in_the_c_locale(models, fusectl):
+    path = fusectl("fuse", *models, "-q").out.strip()
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+    done = process("verify", path, env={**os.environ, **locale})
 
     assert done.returncode == 0, done.stderr
+    assert "max |?logit|" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("redirection", "code"),
+    [(">&-", 0), ("2>&-", 0), (">&- 2>&-", 0), ("<&-", 0), (">/dev/full", 8), ("--json >/dev/full", 8)],
+)
+def test_streams_that_are_closed_or_full_are_no_traceback(models, redirection, code):
+    line = f"{sys.executable} -m fusectl inspect {models[0]} {redirection}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60, check=False)
+
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_errors_never_reach_standard_output(models):
+    line = f"{sys.executable} -m fusectl inspect {models[0]}/nothing 2>&-"
+
+    assert subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60, check=False).stdout == ""
 
 
 # Start

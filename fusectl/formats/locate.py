@@ -166,7 +166,7 @@ def _half_written(at: Path, names: set[str]) -> bool:
     return not inside_array and (
         "manifest.ocdbt" in names
         or any(n.startswith("target.") for n in names)
-        or any((at / n / "manifest.ocdbt").is_file() for n in names)
+        or any((at / n / "manifest.ocdbt").is_file() for n in names if not _STEP.fullmatch(n))
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import zlib
@@ -15,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fusectl.errors import Corrupt
+from fusectl.layout import tiles
 
 
 METADATA_FILE = {2: ".zarray", 3: "zarr.json"}
@@ -55,12 +55,13 @@ class ArrayMetadata:
 
     def chunk_keys(self) -> Iterator[str]:
         """The keys of all chunks, relative to the array, in C order of the grid."""
-        counts = [math.ceil(n / c) for n, c in zip(self.shape, self.stored_chunks, strict=True)]
+        counts = tuple(math.ceil(n / c) for n, c in zip(self.shape, self.stored_chunks, strict=True))
         if not counts:
             yield self.prefix.rstrip(self.separator) if self.zarr == 3 else "0"
             return
-        for index in itertools.product(*map(range, counts)):
-            yield self.prefix + self.separator.join(map(str, index))
+        # Lazily: itertools.product would first hold every axis, and a hostile grid has 10**9 chunks on one.
+        for index in tiles(counts, (1,) * len(counts)):
+            yield self.prefix + self.separator.join(str(at.start) for at in index)
 
 
 def parse_metadata(raw: bytes, where: str) -> ArrayMetadata:

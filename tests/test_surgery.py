@@ -1,0 +1,260 @@
+"""Edges of the verbs: items, drops, steps, records, small budgets, outputs that must not be replaced."""
+
+import json
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from models import LAYERS, SIZES, checkpoint, state
+
+from fusectl.archs import family_named
+from fusectl.demo import random_parameters
+from fusectl.errors import Corrupt, Incompatible, OutputExists
+from fusectl.formats import open_checkpoint
+from fusectl.formats.sink import save
+from fusectl.record import FILE_NAME, Fill, Record
+from fusectl.surgery import Options, carry_out, plan_fusion, plan_noise_fill
+
+
+def parameters(seed, **changes):
+    values = random_parameters(family_named("t5-1.1"), SIZES, LAYERS, seed)
+    return {**values, **changes}
+
+
+def fuse(fusectl, *arguments):
+    done = fusectl("fuse", *arguments, "-q")
+    assert done.code == 0, done.err
+    return done.out.strip()
+
+
+@pytest.fixture
+def pair(tmp_path):
+    return checkpoint(tmp_path / "a", seed=0), checkpoint(tmp_path / "b", seed=1)
+
+
+def test_an_item_that_is_not_the_steps_first_choice_is_found_again(tmp_path, fusectl):
+    """A step with the items `state` and `ema`: a fusion of `ema` must be verified against `ema`."""
+    for name, seed in (("a", 0), ("b", 1)):
+        save(tmp_path / name / "3", parameters(seed), "orbax", item="state")
+        save(tmp_path / f"{name}-ema", parameters(seed + 10), "orbax", item="ema")
+        (tmp_path / f"{name}-ema/ema").rename(tmp_path / name / "3/ema")
+
+    path = fuse(fusectl, tmp_path / "a/3/ema", tmp_path / "b/3/ema", "-o", tmp_path / "out")
+
+    record = open_checkpoint(path).record
+    assert [source.path for source in record.sources] == [str(tmp_path / "a/3/ema"), str(tmp_path / "b/3/ema")]
+    assert fusectl("verify", path, "--levels", "files,weights").code == 0
+    two = plan_fusion([str(tmp_path / "a/3/state"), str(tmp_path / "a/3/ema")], Options())[0]
+    assert not two.record.self_fused
+
+
+def test_dropping_a_list_drops_its_empty_nodes_and_orbax_restores_the_rest(tmp_path, fusectl):
+    import orbax.checkpoint as ocp
+
+    for name, seed in (("a", 0), ("b", 1)):
+        tree: dict = {"opt_state": [{"mu": np.ones(3, np.float32)}, None, np.int32(4)]}
+        for path, values in parameters(seed).items():
+            node = tree.setdefault("params", {})
+            *parents, last = path.split("/")
+            for parent in parents:
+                node = node.setdefault(parent, {})
+            node[last] = values
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ocp.PyTreeCheckpointer().save(tmp_path / name, tree)
+
+    refused = fusectl("fuse", tmp_path / "a", tmp_path / "b")
+    assert (refused.code, "opt_state" in refused.err) == (6, True)
+    path = fuse(fusectl, tmp_path / "a", tmp_path / "b", "--drop", "opt_state*", "-o", tmp_path / "out")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        restored = ocp.PyTreeCheckpointer().restore(Path(path))
+    assert restored.keys() == {"params"}
+    assert restored["params"]["encoder"]["encoder_norm"]["scale"].shape == (24,)
+    # What was dropped is in the record, so that the sources are still recognised.
+    assert fusectl("verify", path, "--levels", "files,weights").code == 0
+
+
+def test_dropped_tensors_of_the_sources_are_remembered_by_verify(tmp_path, fusectl):
+    for name, seed in (("a", 0), ("b", 1)):
+        values = state("t5-1.1", seed)
+        values["target/adapter/kernel"] = np.ones((2, 2), np.float32)
+        save(tmp_path / name, values, "t5x")
+
+    path = fuse(fusectl, tmp_path / "a", tmp_path / "b", "--drop", "*adapter*", "--optimizer", "drop")
+
+    assert fusectl("verify", path, "--levels", "files,weights").code == 0
+
+
+def test_noise_fill_that_drops_the_slots_says_so(pair, fusectl):
+    filled = fusectl("noise-fill", fuse(fusectl, *pair), "--drop", "state/param_states*", "-q").out.strip()
+
+    assert open_checkpoint(filled).record.optimizer == "drop"
+    assert fusectl("verify", filled, "--levels", "files,weights").code == 0
+
+
+@pytest.mark.parametrize("step", [{"step": np.array(70, np.int32)}, {}])
+def test_t5x_gets_its_step_under_its_own_name(tmp_path, fusectl, step):
+    for name, seed in (("a", 0), ("b", 1)):
+        values = {f"params/{n}": v for n, v in parameters(seed).items()}
+        save(tmp_path / name, {**values, **step}, "orbax", item=None)
+    fused = fuse(fusectl, tmp_path / "a", tmp_path / "b", "-o", tmp_path / "fused")
+
+    direct = fuse(fusectl, tmp_path / "a", tmp_path / "b", "-o", tmp_path / "t5x", "--format", "t5x")
+    filled = fusectl("noise-fill", fused, "--format", "t5x", "-o", tmp_path / "filled", "-q").out.strip()
+
+    for path in (direct, filled):
+        opened = open_checkpoint(path)
+        assert opened.step == (70 if step else 0)
+        assert "state/step" in opened.leaves
+        assert "target/decoder/logits_dense/kernel" in opened.leaves
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (Options(fill=Fill("gaussian", 1e39, 0)), "does not fit into float32"),
+        (Options(dtype="float16"), "does not fit into float16"),
+    ],
+)
+def test_values_that_overflow_their_dtype_are_refused(tmp_path, options, message):
+    values = state("t5-1.1", 0)
+    values["target/decoder/layers_0/mlp/wo/kernel"][0, 0] = 1e5
+    save(tmp_path / "a", values, "t5x")
+    plan, sources = plan_fusion([str(tmp_path / "a")] * 2, options)
+
+    with pytest.raises(Incompatible, match=message):
+        carry_out(plan, sources, tmp_path / "out")
+
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_parameters_that_are_integers_are_refused(tmp_path):
+    values = state("t5-1.1", 0)
+    values["target/encoder/encoder_norm/scale"] = np.ones(12, np.int32)
+    save(tmp_path / "a", values, "t5x")
+
+    with pytest.raises(Incompatible, match="no real numbers"):
+        plan_fusion([str(tmp_path / "a")] * 2, Options())
+
+
+def test_a_root_of_steps_that_were_saved_without_items_is_a_root(tmp_path):
+    for step in (3, 12):
+        save(tmp_path / "root" / str(step), parameters(step), "orbax", item=None)
+
+    opened = open_checkpoint(str(tmp_path / "root"))
+
+    assert (opened.location.step, opened.location.item) == (12, None)
+
+
+def test_steps_that_contain_each_other_end(tmp_path):
+    (tmp_path / "root/20").mkdir(parents=True)
+    for name in ("20", "21", "22"):
+        (tmp_path / "root/20" / name).symlink_to(".")
+    started = time.monotonic()
+
+    with pytest.raises(Exception, match="no committed step"):
+        open_checkpoint(str(tmp_path / "root"))
+
+    assert time.monotonic() - started < 2
+
+
+def test_a_grid_of_absurdly_many_chunks_is_not_walked(tmp_path):
+    save(tmp_path / "c", {"target/x": np.ones((4, 4), np.float32)}, "t5x")
+    zarray = tmp_path / "c/target.x/.zarray"
+    zarray.write_text(json.dumps({**json.loads(zarray.read_text()), "shape": [10**9, 10**9], "chunks": [1, 1]}))
+    index = (tmp_path / "c/checkpoint").read_bytes()
+    assert b"\xa5shape\x92\x04\x04" in index
+    (tmp_path / "c/checkpoint").write_bytes(index.replace(b"\xa5shape\x92\x04\x04", b"\xa5shape\xc0"))
+
+    assert len(open_checkpoint(str(tmp_path / "c")).missing_chunks("target/x")) == 1000
+
+
+def test_a_tiny_budget_makes_no_tiny_chunks(pair):
+    plan, _ = plan_fusion(pair, Options(max_memory_bytes=1))
+
+    chunks = {output.name: output.chunks for output in plan.outputs}
+    assert chunks["target/decoder/layers_0/mlp/wo/kernel"] == (22, 12)
+
+
+def test_many_copies_are_planned_in_no_time(pair):
+    started = time.monotonic()
+
+    plan_fusion([pair[0]] * 300, Options())
+
+    assert time.monotonic() - started < 20
+
+
+OBSTACLES = {
+    "a file": lambda path: path.write_text("x"),
+    "a link": lambda path: path.symlink_to("a"),
+    "work of somebody": lambda path: (path / "notes").mkdir(parents=True),
+}
+
+
+@pytest.mark.parametrize("obstacle", OBSTACLES)
+def test_force_replaces_nothing_but_checkpoints(tmp_path, obstacle):
+    source = checkpoint(tmp_path / "a")
+    OBSTACLES[obstacle](tmp_path / "out")
+    plan, sources = plan_fusion([source] * 2, Options())
+
+    with pytest.raises(OutputExists, match="is no checkpoint|is the source"):
+        carry_out(plan, sources, tmp_path / "out", force=True)
+
+
+RECORD_FAULTS = {
+    "not json": lambda r: "{",
+    "deep": lambda r: "[" * 100_000,
+    "another schema": lambda r: {**r, "schema": "fusectl/record/99"},
+    "a family that is a number": lambda r: {**r, "family": 5},
+    "a path that is a number": lambda r: {**r, "sources": [{**s, "path": 5} for s in r["sources"]]},
+    "one weight for two": lambda r: {**r, "weights": [1.0]},
+    "no widths": lambda r: {**r, "widths": {}},
+    "groups that do not sum up": lambda r: {**r, "norm_groups": [7]},
+    "an unknown fill": lambda r: {**r, "fill": {**r["fill"], "kind": "sand"}},
+    "too few checksums": lambda r: {**r, "tensors": {n: {**t, "crc32": []} for n, t in r["tensors"].items()}},
+    "chunks of nothing": lambda r: {**r, "tensors": {n: {**t, "chunks": [0]} for n, t in r["tensors"].items()}},
+}
+
+
+@pytest.mark.parametrize("fault", RECORD_FAULTS)
+def test_a_record_that_makes_no_sense_is_refused(pair, tmp_path, fault):
+    plan, sources = plan_fusion(pair, Options())
+    path = carry_out(plan, sources, tmp_path / "out")
+    changed = RECORD_FAULTS[fault](json.loads((path / FILE_NAME).read_text()))
+    (path / FILE_NAME).write_text(changed if isinstance(changed, str) else json.dumps(changed))
+
+    with pytest.raises(Corrupt, match="not a record of fusectl"):
+        open_checkpoint(str(path))
+
+
+def test_a_record_of_a_later_version_is_read(pair, tmp_path):
+    plan, sources = plan_fusion(pair, Options())
+    path = carry_out(plan, sources, tmp_path / "out")
+    raw = json.dumps({**json.loads((path / FILE_NAME).read_text()), "news": 1}).encode()
+
+    record = Record.from_json(raw, "here")
+
+    assert Record.from_json(record.to_json(), "here") == record == open_checkpoint(str(path)).record
+
+
+def test_a_record_of_other_widths_than_the_tree_is_refused(pair, tmp_path):
+    plan, sources = plan_fusion(pair, Options())
+    path = carry_out(plan, sources, tmp_path / "out")
+    record = json.loads((path / FILE_NAME).read_text())
+    record["widths"]["mlp"] = [20, 22]
+    (path / FILE_NAME).write_text(json.dumps(record))
+
+    with pytest.raises(Incompatible, match="is no fusion of these 2 sources"):
+        plan_noise_fill(str(path), Options(fill=Fill("gaussian", 0.1, 0)))
+
+
+def test_every_tensor_is_planned_once_and_the_source_is_used_up(pair):
+    plan, sources = plan_fusion(pair, Options())
+
+    names = [output.name for output in plan.outputs]
+    assert sorted(names) == sorted(sources[0].leaves)
+    assert len(set(names)) == len(names)
