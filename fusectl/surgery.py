@@ -250,7 +250,8 @@ class _Builder:
         budget = self._options.max_memory_bytes
         terms = [term for block in layout.blocks for term in block.terms if isinstance(term, Term)]
         feeding = {self._sources[term.source].checkpoint.leaves[term.tensor].chunks for term in terms}
-        chunks = choose_chunks(layout, leaf.chunks if leaf else None, budget)
+        # A slot that is reset may have nothing in common with the source's but its name.
+        chunks = choose_chunks(layout, leaf.chunks if leaf and terms else None, budget)
         tile, cost = choose_tile(layout, chunks, sorted(feeding), budget)
         keys: tuple[Key, ...] = leaf.keys if leaf and leaf.name == name else dict_keys(name)
         self.outputs.append(Output(name, keys, layout, chunks, tile, cost, noise_name or name))

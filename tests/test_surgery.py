@@ -180,6 +180,17 @@ def test_a_tiny_budget_makes_no_tiny_chunks(pair):
     assert chunks["target/decoder/layers_0/mlp/wo/kernel"] == (22, 12)
 
 
+def test_slots_that_growing_factors_do_not_inherit_the_chunks_of_unused_ones(tmp_path):
+    """96 x 140 is not factored, 192 x 280 is: v_row grows from an unused (1,) to (192,)."""
+    sizes = {**SIZES, "embed": 96, "mlp": 140}
+    plan, _ = plan_fusion([checkpoint(tmp_path / "a", sizes=sizes)] * 2, Options(format="orbax"))
+
+    slots = {o.name: o for o in plan.outputs if o.name.startswith("state/param_states/")}
+    v_row = slots["state/param_states/encoder/layers_0/mlp/wi_0/kernel/v_row"]
+    assert v_row.layout.shape == v_row.chunks == (192,)
+    assert all(o.chunks == o.layout.shape for o in slots.values())
+
+
 def test_many_copies_are_planned_in_no_time(pair):
     started = time.monotonic()
 
