@@ -14,7 +14,8 @@ BY_SIGNAL = 128
 def main() -> None:
     """Runs the command line on sys.argv and exits with its code."""
     # Until the program's own handlers are in place, an interrupt ends it without a traceback.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     if sys.argv[1:] == ["--version"]:
         import fusectl
 

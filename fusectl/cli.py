@@ -193,7 +193,7 @@ def noise_fill(
 
         if fill == "zeros":
             raise UsageError("--fill zeros: there are zeros already", hint="--fill gaussian or antisymmetric")
-        options = _options(_fill(fill, noise_scale, seed), "keep", format, arch, drop, dtype, max_memory)
+        options = _options(_fill(fill, noise_scale, seed), "reset", format, arch, drop, dtype, max_memory)
         plan, opened = plan_noise_fill(_path(source), options, copies=copies)
         _write(screen, plan, opened, output, force, jobs, dry_run, allow_nonfinite)
 
@@ -287,15 +287,16 @@ def demo(
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Runs the command line; its exit code. Never raises."""
+    """Runs the command line; its exit code."""
     return_memory()
     _prepare_streams()
     argv = gather(list(arguments), "--sources")
     command = next((word for word in argv if not word.startswith("-")), "fusectl")
     screen = Screen(command, json="--json" in argv, quiet=False, debug="--debug" in argv)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _terminated)
+    # What nohup, or a shell for its background jobs, has set to be ignored stays ignored.
+    for number, handler in ((signal.SIGINT, _interrupted), (signal.SIGTERM, _terminated), (signal.SIGHUP, _terminated)):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handler)
     try:
         code = app(args=argv, prog_name="fusectl", standalone_mode=False)
         sys.stdout.flush()
@@ -325,6 +326,10 @@ def _prepare_streams() -> None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+
+
+def _interrupted(*_: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def _terminated(number: int, _: Any) -> None:

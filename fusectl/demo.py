@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from fusectl.archs import family_named, recognize
 from fusectl.archs.table import Family
+from fusectl.errors import OutputExists
 from fusectl.formats.sink import save
 from fusectl.record import Fill
 from fusectl.surgery import Options, carry_out, plan_fusion, plan_noise_fill
@@ -40,11 +41,13 @@ class DemoRow:
 
 def demo(directory: Path | None, note: Callable[[str], None]) -> list[DemoRow]:
     """Makes the demo's checkpoints in `directory` (or in a temporary one) and verifies each that fusectl wrote."""
+    if directory is not None and directory.exists() and any(directory.iterdir()):
+        raise OutputExists(f"{directory}: not empty", hint="choose another -o")
     with nullcontext(directory) if directory else tempfile.TemporaryDirectory(prefix="fusectl-demo-") as root:
         at = Path(root)
         a, b = (at / name / f"checkpoint_{STEP}" for name in ("a", "b"))
         for seed, path in enumerate((a, b)):
-            save(path, random_t5x_state(family_named("t5-1.1"), SIZES, LAYERS, seed), "t5x", force=True)
+            save(path, random_t5x_state(family_named("t5-1.1"), SIZES, LAYERS, seed), "t5x")
         note(f"two random T5 1.1 models of width {SIZES['embed']} in {at}, as T5X writes them")
         two = plan_fusion([str(a), str(b)], Options())
         twice = plan_fusion([str(a)] * 2, Options(), command="self-fuse")
@@ -62,7 +65,7 @@ def demo(directory: Path | None, note: Callable[[str], None]) -> list[DemoRow]:
 
 def _row(what: str, planned: tuple[Any, Any], output: Path) -> DemoRow:
     started = time.monotonic()
-    path = carry_out(*planned, output, force=True)
+    path = carry_out(*planned, output)
     report = verify(str(path))
     return DemoRow(what, path, time.monotonic() - started, report)
 

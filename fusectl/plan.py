@@ -21,8 +21,11 @@ from fusectl.record import Record
 LARGEST_CHUNK_BYTES = 64 << 20
 # And below this a chunk costs more to handle than to hold.
 SMALLEST_CHUNK_BYTES = 64 << 10
-# What a chunk of the output takes while it is written: itself and its encoded bytes; computed ones are float64 before.
+# What a chunk of the output takes while it is written: itself and its encoded bytes; computed ones are float64 before,
+# twice while a term is added.
 COPIED_COPIES = 2
+FLOAT64_BYTES = 16
+# Of float32, six times in all: the share of the budget that a chunk may have follows from it.
 COMPUTED_COPIES = 6
 # What a chunk of a source takes while it is read: its encoded bytes and the decoded ones.
 READ_COPIES = 2
@@ -131,36 +134,36 @@ def choose_chunks(layout: Layout, source_chunks: Sequence[int] | None, budget_by
         chunks[axis] = chunk
     while math.prod(chunks) > limit:
         axis = max(range(len(chunks)), key=chunks.__getitem__)
-        chunks[axis] = max((d for d in _divisors(chunks[axis]) if d < chunks[axis]), default=1)
+        smaller = max((d for d in _divisors(chunks[axis]) if d < chunks[axis]), default=1)
+        # A prime has no divisor worth having: then the last chunk is a ragged one.
+        chunks[axis] = smaller if smaller * 4 >= chunks[axis] else math.ceil(chunks[axis] / 2)
     return tuple(chunks)
 
 
 def choose_tile(
-    layout: Layout, chunks: tuple[int, ...], source_chunks: Sequence[tuple[int, ...]], budget_bytes: int
+    layout: Layout, chunks: tuple[int, ...], sources: Sequence[tuple[tuple[int, ...], int]], budget_bytes: int
 ) -> tuple[tuple[int, ...], int]:
-    """The unit of work and the memory that it takes: whole output chunks, so many that each source chunk is read once.
+    """The unit of work and the memory that it takes: whole output chunks, enough to read an aligned source chunk once.
 
-    `source_chunks` are those of every source tensor that goes in. Where the memory does not suffice for that, the unit
-    is one output chunk, and source chunks are decoded several times.
+    `sources` are the chunk shape and the itemsize of every source tensor that goes in. Where the memory does not
+    suffice, the unit is one output chunk, and source chunks are decoded several times.
     """
-    itemsize = np_dtype(layout.dtype).itemsize
-    writing = (
-        math.prod(chunks)
-        * itemsize
-        * (COMPUTED_COPIES if any(is_computed(b.terms) for b in layout.blocks) else COPIED_COPIES)
-    )
+    computed = any(is_computed(block.terms) for block in layout.blocks)
+    per_element = np_dtype(layout.dtype).itemsize * COPIED_COPIES + (FLOAT64_BYTES if computed else 0)
+    writing = math.prod(chunks) * per_element
     wide = chunks
-    for source in source_chunks:
+    for source, _ in sources:
         wide = tuple(
             c * math.ceil(min(s, n) / c) if s > w else w
             for n, c, s, w in zip(layout.shape, chunks, source, wide, strict=True)
         )
-    costs = []
-    for tile in (wide, chunks):
-        touched = max((_touched(tile, source, layout.shape) for source in source_chunks), default=0)
-        costs.append((tile, touched * itemsize * READ_COPIES + writing))
-    (wide, cost), (narrow, narrow_cost) = costs
-    return (wide, cost) if cost <= budget_bytes + TOLERATED_EXCESS_BYTES else (narrow, narrow_cost)
+
+    def cost(tile: tuple[int, ...]) -> int:
+        reading = (_touched(tile, source, layout.shape) * itemsize for source, itemsize in sources)
+        return max(reading, default=0) * READ_COPIES + writing
+
+    tile = wide if cost(wide) <= budget_bytes + TOLERATED_EXCESS_BYTES else chunks
+    return tile, cost(tile)
 
 
 def _touched(tile: tuple[int, ...], source_chunks: tuple[int, ...], shape: tuple[int, ...]) -> int:

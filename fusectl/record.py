@@ -28,7 +28,7 @@ FILLS = ("zeros", "gaussian", "antisymmetric")
 
 @dataclass(frozen=True, slots=True)
 class SourceRecord:
-    """A checkpoint that went in. `fingerprint` covers its index and the names of its files, not their contents."""
+    """A checkpoint that went in. `fingerprint` covers its index, and the names and sizes of its files."""
 
     path: str
     format: str
@@ -52,6 +52,8 @@ class Fill:
     def __post_init__(self) -> None:
         if self.kind not in FILLS:
             raise ValueError(f"no fill is called {self.kind!r}; there are {', '.join(FILLS)}")
+        if self.kind != "zeros" and not 0.0 < self.noise_scale < math.inf:
+            raise ValueError(f"noise of scale {self.noise_scale}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +142,9 @@ def mean_weights(weights: Sequence[float] | None, count: int) -> tuple[float, ..
         return (1.0 / count,) * count
     if len(weights) != count:
         raise UsageError(f"{len(weights)} weights for {count} sources")
-    if not all(map(math.isfinite, weights)) or abs(math.fsum(weights) - 1.0) > SUM_TOLERANCE:
+    if not all(0.0 < weight < math.inf for weight in weights):
+        raise UsageError(f"weights of a mean are positive: {', '.join(f'{weight:g}' for weight in weights)}")
+    if abs(math.fsum(weights) - 1.0) > SUM_TOLERANCE:
         raise UsageError(f"the weights sum to {math.fsum(weights):g}, not to 1", hint="--weights 0.7,0.3")
     return tuple(weights)
 

@@ -202,7 +202,7 @@ class Screen:
                 # Rich would exit with 1; `| head` is no failure.
                 raise BrokenPipeError
 
-        return Quietly(file=stream, highlight=False, width=None if stream.isatty() else PLAIN_WIDTH)
+        return Quietly(file=stream, highlight=False, markup=False, width=None if stream.isatty() else PLAIN_WIDTH)
 
 
 class _Heartbeat:

@@ -17,11 +17,11 @@ import fusectl
 from fusectl.archs import Recognized, recognize
 from fusectl.errors import Corrupt, Incompatible, OutputExists, UsageError, counted, shorten
 from fusectl.execute import Progress, Silent, Work, execute
-from fusectl.formats import Format, fingerprint, format_named, open_checkpoint
+from fusectl.formats import Format, fingerprint, format_named, open_checkpoint, open_location
 from fusectl.formats.locate import is_checkpoint
 from fusectl.formats.sink import Sink, check_space, staged, storage_errors
-from fusectl.formats.tree import Checkpoint, EmptyNode, Key, dict_keys, is_dropped
-from fusectl.formats.zarr import is_float
+from fusectl.formats.tree import STEPS, T5X_STEP, Checkpoint, EmptyNode, Key, dict_keys, is_dropped
+from fusectl.formats.zarr import is_float, np_dtype
 from fusectl.layout import Block, Layout, Term, whole
 from fusectl.plan import Output, Plan, choose_chunks, choose_tile
 from fusectl.record import Fill, Record, SourceRecord, mean_weights
@@ -30,8 +30,9 @@ from fusectl.transforms.optimizer import STATE, find_state, fresh_slots
 
 
 DEFAULT_MAX_MEMORY_BYTES = 256 << 20
-STEP = "state/step"
-STEPS = (STEP, "step")
+OPTIMIZERS = ("reset", "drop")
+# Above this, antisymmetric noise loses digits of the kernels that it is taken off from.
+LARGE_NOISE_SCALE = 0.5
 LARGEST_COMMIT_BYTES = 32 << 20
 
 
@@ -46,6 +47,10 @@ class Options:
     drop: tuple[str, ...] = ()
     dtype: str | None = None
     max_memory_bytes: int = DEFAULT_MAX_MEMORY_BYTES
+
+    def __post_init__(self) -> None:
+        if self.optimizer not in OPTIMIZERS or self.max_memory_bytes < 1:
+            raise UsageError(f"optimizer {self.optimizer!r}, {self.max_memory_bytes} bytes of memory")
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +82,8 @@ def open_source(path: str, options: Options) -> Opened:
     dropped = tuple(name for name in checkpoint.leaves if is_dropped(name, options.drop))
     shapes = {name: shape for name, shape in checkpoint.shapes.items() if name not in dropped}
     tree = recognize(shapes, checkpoint.path, options.arch)
+    if checkpoint.record is not None:
+        require_widths(tree, checkpoint.record, checkpoint.path)
     dtypes = {name: checkpoint.leaves[name].dtype for name in map(tree.full, tree.shapes)}
     integers = [f"{name}: {dtype}" for name, dtype in dtypes.items() if not is_float(dtype)]
     if integers:
@@ -149,7 +156,6 @@ def plan_noise_fill(path: str, options: Options, *, copies: int | None = None) -
         )
     if copies not in {None, len(record.weights)}:
         raise UsageError(f"--copies {copies}, but {opened.label} is a fusion of {len(record.weights)}")
-    require_widths(opened.tree, record, opened.label)
     fusion = Fusion(opened.tree, record.weights, record.widths)
     check_fill(fusion, options.fill)
     out_format, item, prefix = _target(opened, options)
@@ -173,7 +179,8 @@ def plan_noise_fill(path: str, options: Options, *, copies: int | None = None) -
         optimizer=record.optimizer if kept else "drop",
         tensors={},
     )
-    return builder.plan(record, item, builder.notes), [opened.checkpoint]
+    notes = [*opened.checkpoint.location.notes, *builder.notes, *_notes_on_fill(options.fill)]
+    return builder.plan(record, item, notes), [opened.checkpoint]
 
 
 def carry_out(
@@ -186,7 +193,9 @@ def carry_out(
     allow_nonfinite: bool = False,
     progress: Progress | None = None,
 ) -> Path:
-    """Writes the planned checkpoint to `output`, which appears when complete, and re-opens it to check its tree."""
+    """Writes the planned checkpoint to `output`, which appears once it is complete and was found as planned."""
+    if allow_nonfinite and plan.record.fill.kind != "zeros":
+        raise UsageError("noise is relative to a kernel's deviation, which a NaN or Inf leaves undefined")
     check_output(output, sources, force=force)
     check_space(output, plan.nonzero_bytes)
     work = Work(sources, plan.record.fill, allow_nonfinite)
@@ -195,7 +204,7 @@ def carry_out(
         sink = Sink(temporary, output, format_named(plan.format), plan.item, commit_bytes)
         sums = execute(plan, work, sink, jobs=jobs or default_jobs(), progress=progress or Silent())
         sink.finish(replace(plan.record, tensors=sums), plan.empty)
-    _check_written(plan, open_checkpoint(str(output)))
+        _check_written(plan, open_location(sink.location))
     return output
 
 
@@ -249,7 +258,11 @@ class _Builder:
         leaf = self._sources[0].checkpoint.leaves[like] if like else None
         budget = self._options.max_memory_bytes
         terms = [term for block in layout.blocks for term in block.terms if isinstance(term, Term)]
-        feeding = {self._sources[term.source].checkpoint.leaves[term.tensor].chunks for term in terms}
+        feeding = {
+            (source.chunks, np_dtype(source.dtype).itemsize)
+            for term in terms
+            for source in [self._sources[term.source].checkpoint.leaves[term.tensor]]
+        }
         # A slot that is reset may have nothing in common with the source's but its name.
         chunks = choose_chunks(layout, leaf.chunks if leaf and terms else None, budget)
         tile, cost = choose_tile(layout, chunks, sorted(feeding), budget)
@@ -346,10 +359,16 @@ def _step(builder: _Builder, first: Opened, out_format: Format) -> None:
     """Plans the step under the name that the format's readers look for; T5X needs one in any case."""
     stored = next((name for name in STEPS if name in first.checkpoint.leaves and name not in first.dropped), None)
     if stored is not None:
-        builder.copy(stored, to=STEP if out_format.name == "t5x" else stored)
+        builder.copy(stored, to=T5X_STEP if out_format.name == "t5x" else stored)
     elif out_format.name == "t5x":
         builder.notes.append("the source has no step; T5X gets step 0")
-        builder.add(STEP, Layout((), (), "int32", ()), like=None)
+        builder.add(T5X_STEP, Layout((), (), "int32", ()), like=None)
+
+
+def _notes_on_fill(fill: Fill) -> list[str]:
+    if fill.kind == "antisymmetric" and fill.noise_scale > LARGE_NOISE_SCALE:
+        return ["so much noise cancels only up to rounding, which grows with every layer: verify says how far"]
+    return []
 
 
 def _notes_on(opened: Sequence[Opened], options: Options, record: Record) -> list[str]:

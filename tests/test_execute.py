@@ -64,7 +64,7 @@ def test_the_result_does_not_depend_on_threads_or_memory(pair, reference, tmp_pa
     assert_identical(reference, values_of(out))
 
 
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_the_result_does_not_depend_on_the_sources_chunks(reference, tmp_path, data):
     paths = []

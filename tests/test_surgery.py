@@ -11,9 +11,11 @@ from models import LAYERS, SIZES, checkpoint, state
 
 from fusectl.archs import family_named
 from fusectl.demo import random_parameters
-from fusectl.errors import Corrupt, Incompatible, OutputExists
-from fusectl.formats import open_checkpoint
+from fusectl.errors import Corrupt, Incompatible, OutputExists, UsageError
+from fusectl.formats import fingerprint, open_checkpoint
 from fusectl.formats.sink import save
+from fusectl.layout import Block, Layout, Term, whole
+from fusectl.plan import choose_chunks, choose_tile
 from fusectl.record import FILE_NAME, Fill, Record
 from fusectl.surgery import Options, carry_out, plan_fusion, plan_noise_fill
 
@@ -269,3 +271,104 @@ def test_every_tensor_is_planned_once_and_the_source_is_used_up(pair):
     names = [output.name for output in plan.outputs]
     assert sorted(names) == sorted(sources[0].leaves)
     assert len(set(names)) == len(names)
+
+
+def test_a_source_with_the_record_of_another_checkpoint_is_refused(pair, tmp_path):
+    """A fusectl.json that was copied along with a directory would give the fusion norm groups that are not its own."""
+    plan, sources = plan_fusion(pair, Options())
+    fused = carry_out(plan, sources, tmp_path / "fused")
+    (Path(pair[0]) / FILE_NAME).write_bytes((fused / FILE_NAME).read_bytes())
+
+    with pytest.raises(Incompatible, match="is no fusion of these 2 sources"):
+        plan_fusion(pair, Options())
+
+
+def test_an_output_that_is_not_as_planned_never_gets_its_name(pair, tmp_path, monkeypatch):
+    from fusectl import surgery
+
+    plan, sources = plan_fusion(pair, Options())
+    forget = dict(list(sources[0].leaves.items())[1:])
+    opened = surgery.open_location
+
+    def without_one(location):
+        checkpoint = opened(location)
+        checkpoint.leaves = {name: checkpoint.leaves[name] for name in forget}
+        return checkpoint
+
+    monkeypatch.setattr(surgery, "open_location", without_one)
+    with pytest.raises(Corrupt, match="written, but not as planned"):
+        carry_out(plan, sources, tmp_path / "out")
+
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_noise_relative_to_a_kernel_that_is_not_finite_is_refused(pair, tmp_path):
+    plan, sources = plan_fusion(pair, Options(fill=Fill("gaussian", 0.1, 0)))
+
+    with pytest.raises(UsageError, match="undefined"):
+        carry_out(plan, sources, tmp_path / "out", allow_nonfinite=True)
+
+
+@pytest.mark.parametrize("format", ["t5x", "orbax", "orbax-zarr3"])
+def test_the_fingerprint_tells_a_checkpoint_that_was_written_anew(tmp_path, format):
+    paths = [checkpoint(tmp_path / str(i), seed=i, format=format) for i in range(2)]
+
+    a, b = (fingerprint(open_checkpoint(path)) for path in paths)
+
+    assert a != b
+    assert a == fingerprint(open_checkpoint(paths[0]))
+
+
+def test_a_prime_axis_is_cut_into_a_few_ragged_chunks():
+    layout = Layout(("vocab", "embed"), (32003, 1024), "float32", ())
+
+    chunks = choose_chunks(layout, None, 1 << 30)
+
+    assert chunks[1] == 1024
+    assert 2 <= -(-32003 // chunks[0]) <= 4
+
+
+def test_a_narrowing_cast_counts_the_sources_bytes():
+    shape = (4096, 4096)
+    layout = Layout(("a", "b"), shape, "bfloat16", (Block(whole(shape), (Term(0, "x", whole(shape)),)),))
+
+    _, cost = choose_tile(layout, (512, 4096), [(shape, 4)], 1 << 30)
+
+    assert cost >= 2 * 4 * 4096 * 4096
+
+
+@pytest.mark.parametrize("options", [{"optimizer": "carry"}, {"max_memory_bytes": 0}])
+def test_options_that_make_no_sense_are_refused_by_the_library_too(options):
+    with pytest.raises(UsageError):
+        Options(**options)
+
+
+def test_the_demo_overwrites_nothing(tmp_path, fusectl):
+    (tmp_path / "notes").write_text("mine")
+
+    done = fusectl("demo", "-o", tmp_path)
+
+    assert (done.code, "not empty" in done.err) == (7, True)
+    assert [p.name for p in tmp_path.iterdir()] == ["notes"]
+
+
+def test_paths_with_brackets_are_printed_as_they_are(tmp_path, fusectl):
+    path = checkpoint(tmp_path / "[red]a[/x]")
+
+    assert path in fusectl("inspect", path).out
+
+
+def test_nohup_is_honoured(pair, tmp_path):
+    import signal
+    import subprocess
+    import sys
+
+    command = f"trap '' HUP; exec {sys.executable} -m fusectl fuse {pair[0]} {pair[1]} -o {tmp_path}/out"
+    running = subprocess.Popen(["bash", "-c", command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "out.fusectl-tmp").exists() and running.poll() is None:
+        time.sleep(0.005)
+    running.send_signal(signal.SIGHUP)
+    running.communicate(timeout=60)
+
+    assert running.returncode == 0
+    assert (tmp_path / "out/fusectl.json").is_file()

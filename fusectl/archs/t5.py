@@ -31,30 +31,24 @@ ATTENTIONS = (("encoder", "attention"), ("decoder", "{self_attention,encoder_dec
 
 
 def _minimal(wi: str, head: tuple[Row, ...]) -> tuple[Row, ...]:
-    return (
-        *STEM,
-        Row("{encoder,decoder}/relpos_bias/rel_embedding", "heads <- relpos_buckets"),
-        *(Row(f"{stack}/layers_#/{attention}/{READ}", "embed -> joined_kv") for stack, attention in ATTENTIONS),
-        *(Row(f"{stack}/layers_#/{attention}/out/kernel", "joined_kv -> embed") for stack, attention in ATTENTIONS),
-        Row(f"{{encoder,decoder}}/layers_#/mlp/{wi}/kernel", "embed -> mlp"),
-        Row("{encoder,decoder}/layers_#/mlp/wo/kernel", "mlp -> embed"),
-        Row(f"encoder/layers_#/{ENCODER_NORMS}", "-> embed"),
-        Row(f"decoder/layers_#/{DECODER_NORMS}", "-> embed"),
-        *head,
-    )
+    relpos = Row("{encoder,decoder}/relpos_bias/rel_embedding", "heads <- relpos_buckets")
+    return (*STEM, relpos, *_layers(wi, "joined_kv"), *head)
 
 
 def _scalable(wi: str, head: tuple[Row, ...]) -> tuple[Row, ...]:
+    relpos = Row("{encoder,decoder}/layers_#/relpos_bias/rel_embedding", "heads <- relpos_buckets")
+    return (*STEM, relpos, *_layers(wi, "heads kv"), *head)
+
+
+def _layers(wi: str, heads: str) -> tuple[Row, ...]:
+    """One tensor for each layer; `heads` are the axes that the attention kernels have for them."""
     return (
-        *STEM,
-        Row("{encoder,decoder}/layers_#/relpos_bias/rel_embedding", "heads <- relpos_buckets"),
-        *(Row(f"{stack}/layers_#/{attention}/{READ}", "embed -> heads kv") for stack, attention in ATTENTIONS),
-        *(Row(f"{stack}/layers_#/{attention}/out/kernel", "heads kv -> embed") for stack, attention in ATTENTIONS),
+        *(Row(f"{stack}/layers_#/{attention}/{READ}", f"embed -> {heads}") for stack, attention in ATTENTIONS),
+        *(Row(f"{stack}/layers_#/{attention}/out/kernel", f"{heads} -> embed") for stack, attention in ATTENTIONS),
         Row(f"{{encoder,decoder}}/layers_#/mlp/{wi}/kernel", "embed -> mlp"),
         Row("{encoder,decoder}/layers_#/mlp/wo/kernel", "mlp -> embed"),
         Row(f"encoder/layers_#/{ENCODER_NORMS}", "-> embed"),
         Row(f"decoder/layers_#/{DECODER_NORMS}", "-> embed"),
-        *head,
     )
 
 

@@ -6,6 +6,7 @@ which the next run to the same output replaces.
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import errno
 import fcntl
@@ -16,7 +17,6 @@ import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,7 @@ from fusectl.formats.locate import T5X_INDEX, TEMPORARY_SUFFIX
 from fusectl.formats.orbax import mark_committed, write_metadata, write_step_metadata
 from fusectl.formats.store import CONTEXT, Spec, directory, ocdbt, translate
 from fusectl.formats.t5x import kept_in_index, write_index
-from fusectl.formats.tree import EmptyNode, Key, Leaf, dict_keys
+from fusectl.formats.tree import EmptyNode, Key, Leaf, Location, dict_keys
 from fusectl.formats.zarr import new_metadata, np_dtype, parse_metadata
 from fusectl.layout import Region, whole
 from fusectl.record import FILE_NAME, Record
@@ -77,6 +77,11 @@ class Sink:
         self._kept: dict[str, npt.NDArray[Any]] = {}
         self._commits = _Commits(commit_bytes) if format.ocdbt else None
 
+    @property
+    def location(self) -> Location:
+        """Where it can be opened once it is finished."""
+        return Location(self._index, self._home, "t5x" if self._format.name == "t5x" else "orbax", self._item)
+
     def create(self, tensors: Iterable[NewTensor]) -> None:
         """Announces tensors; `write` must then cover each of them."""
         pending: dict[str, Any] = {}
@@ -104,7 +109,7 @@ class Sink:
                 transaction.commit_sync()
         except ValueError as error:
             _settle(pending.values())
-            raise translate(error, str(self._final)) from error
+            raise translate(error, str(self._final), StorageError) from error
         except BaseException:
             _settle(pending.values())
             raise
@@ -124,7 +129,7 @@ class Sink:
                 with self._commits.joined(values.nbytes) as transaction:
                     array.with_transaction(transaction)[at].write(values).result()
         except ValueError as error:
-            raise translate(error, f"{self._final}: {name}") from error
+            raise translate(error, f"{self._final}: {name}", StorageError) from error
 
     def finish(self, record: Record | None = None, empty: Iterable[EmptyNode] = ()) -> None:
         """Commits what is pending, then writes the record, the index and the markers, in this order."""
@@ -132,7 +137,7 @@ class Sink:
             try:
                 self._commits.finish()
             except ValueError as error:
-                raise translate(error, str(self._final)) from error
+                raise translate(error, str(self._final), StorageError) from error
         if record is not None:
             (self._home / FILE_NAME).write_bytes(record.to_json())
         if self._format.name == "t5x":
@@ -156,7 +161,7 @@ def _settle(futures: Iterable[Any]) -> None:
     for future in futures:
         future.cancel()
     for future in futures:
-        with suppress(ValueError, CancelledError):
+        with suppress(ValueError, asyncio.CancelledError):
             future.result()
 
 
@@ -243,7 +248,8 @@ def staged(final: Path, *, force: bool) -> Iterator[Path]:
                 _empty(temporary)
                 yield temporary
                 _sync(temporary)
-                _publish(temporary, final)
+                with undisturbed():
+                    _publish(temporary, final)
         except BaseException:
             with undisturbed():
                 _remove(temporary)
@@ -254,7 +260,7 @@ def staged(final: Path, *, force: bool) -> Iterator[Path]:
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Puts off signals that would end the process, as far as the main thread can."""
+    """Ignores the signals that would end the process, where this is the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

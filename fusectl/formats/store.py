@@ -12,16 +12,9 @@ from fusectl.errors import Corrupt, FusectlError, NotEnoughSpace, StorageError
 
 Spec = dict[str, Any]
 
-# Beyond this a metadata file is no metadata file.
-LARGEST_METADATA_BYTES = 1 << 30
 
-
-def context() -> ts.Context:
-    """The context that all stores share: no chunk cache, since every chunk is read once."""
-    return ts.Context({"cache_pool": {"total_bytes_limit": 0}})
-
-
-CONTEXT = context()
+# The context that all stores share: no chunk cache, since every chunk is read once.
+CONTEXT = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
 
 
 def directory(path: str) -> Spec:
@@ -39,17 +32,17 @@ def ocdbt(path: str, inside: str = "") -> Spec:
     }
 
 
-def translate(error: Exception, where: str) -> FusectlError:
-    """The fusectl error for a tensorstore error met at `where`."""
+def translate(error: Exception, where: str, otherwise: type[FusectlError] = Corrupt) -> FusectlError:
+    """The fusectl error for a tensorstore error met at `where`; of the class `otherwise` if its text tells no more."""
     text = str(error).split(" [")[0]
     status = text.split(":", 1)[0]
     if "No space left" in text or "File too large" in text or "quota" in text.lower():
         return NotEnoughSpace(f"{where}: the disk is full", details=(text,))
     if status in {"PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE_EXCEEDED"} or "Read-only" in text:
         return StorageError(f"{where}: storage refused", details=(text,))
-    if status == "NOT_FOUND":
+    if status == "NOT_FOUND" and otherwise is Corrupt:
         return Corrupt(f"{where}: data is missing", details=(text,))
-    return Corrupt(f"{where}: cannot be decoded", details=(text,))
+    return otherwise(f"{where}: cannot be {'decoded' if otherwise is Corrupt else 'written'}", details=(text,))
 
 
 class Files:

@@ -25,6 +25,10 @@ from fusectl.record import Record
 # The kinds of key in Orbax's tree metadata: a position in a sequence, a key of a dictionary.
 SEQUENCE, DICT = 1, 2
 
+# Where trees keep the training step.
+T5X_STEP = "state/step"
+STEPS = (T5X_STEP, "step")
+
 MOST_MISSING = 1000
 
 
@@ -139,7 +143,7 @@ class Checkpoint:
     @cached_property
     def step(self) -> int | None:
         """The training step: the tree's own, else the directory's name."""
-        for name in ("state/step", "step"):
+        for name in STEPS:
             leaf = self.leaves.get(name)
             if leaf is not None and not leaf.shape and np_dtype(leaf.dtype).kind in "iu":
                 return int(self.read(name)[()])

@@ -1,4 +1,7 @@
-"""Arrays on disk: what a `.zarray` or `zarr.json` says, which chunks must exist, and the metadata of new arrays."""
+"""Arrays on disk: what a `.zarray` or `zarr.json` says, which chunks must exist, the metadata of new arrays.
+
+And what is asked of values that come from there: their dtype by name, whether they are finite, their checksum.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ def np_dtype(name: str) -> np.dtype[Any]:
 
 def is_float(name: str) -> bool:
     """Whether the dtype of this name holds real floating point numbers."""
-    return np_dtype(name).kind == "f" or hasattr(ml_dtypes, name)
+    return np_dtype(name).kind == "f" or (hasattr(ml_dtypes, name) and "int" not in name)
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,13 @@
 """Is the fused checkpoint what it should be? Four questions, each by a path of its own.
 
     files      is it all there?                          every chunk read, checksums, key set, shapes    files.py
-    weights    is every block where it belongs?          numpy slices of the sources by the family's table  weights.py
+    weights    is every block where it belongs?          numpy slices of the sources, by the family's table  weights.py
     algebra    does it compute the ensemble?             forward passes with a norm per source            function.py
     native     how far is the model that will train?     the same with the trainer's own norm             function.py
 
-Nothing here uses the planner or the executor. JAX is imported for the last two levels only.
+Blocks are re-derived without the planner and the executor. What is shared: the family's table, the noise field (its
+values are pinned by a test) and the rule for the shapes of the optimizer's slots (held against T5X's by another).
+JAX is imported for the last two levels only.
 """
 
 from __future__ import annotations
@@ -150,7 +152,7 @@ def verify(path: str, declared: Declared = Declared(), settings: Settings = Sett
 
 
 def _claim(fused: Checkpoint, declared: Declared) -> tuple[Claim, list[str]]:
-    notes: list[str] = []
+    notes = list(fused.location.notes)
     record = fused.record
     if record is None and not declared.sources:
         raise UsageError(f"{fused.path}: no fusectl.json that names its sources", hint="--sources A B")
@@ -179,11 +181,12 @@ def _claim(fused: Checkpoint, declared: Declared) -> tuple[Claim, list[str]]:
     for path, source in by_path.items():
         trees[path] = recognize({n: s for n, s in source.shapes.items() if not is_dropped(n, drop)}, path, arch)
     tree = recognize(fused.shapes, fused.path, arch)
+    recorded = record.sources if record else ()
     record = _record(fused, record, sources, tuple(trees[p] for p in paths), declared)
     notes += [
         f"{source.path} has changed since it was fused"
-        for source, entry in zip(sources, record.sources, strict=True)
-        if entry.fingerprint and entry.fingerprint != fingerprint(source)
+        for source, entry in zip(sources, recorded)  # noqa: B905
+        if entry.fingerprint != fingerprint(source)
     ]
     claim = Claim(fused, tree, sources, tuple(trees[p] for p in paths), record)
     require_widths(tree, record, fused.path)
@@ -205,11 +208,13 @@ def _record(
     )
     if record is None:
         record = replace(_nothing_known(), family=trees[0].family.name, weights=(1.0 / count,) * count)
-    if not record.sources:
+    if declared.sources or not record.sources:
         entries = tuple(
             SourceRecord(s.path, s.format, s.step, fingerprint(s), g) for s, g in zip(sources, groups, strict=True)
         )
-        record = replace(record, sources=entries, norm_groups=tuple(w for g in groups for w in g))
+        record = replace(record, sources=entries)
+    if not record.norm_groups:
+        record = replace(record, norm_groups=tuple(w for g in groups for w in g))
     if declared.weights is not None:
         record = replace(record, weights=mean_weights(declared.weights, count))
     if declared.fill is not None:

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from fusectl.archs.table import Row
 from fusectl.errors import FusectlError
 from fusectl.fill import unit_noise
+from fusectl.formats.tree import STEPS
 from fusectl.formats.zarr import np_dtype
 from fusectl.record import Record
 from fusectl.transforms.optimizer import STATE, find_state
@@ -200,11 +201,11 @@ def _epsilon(dtype: str) -> float:
 
 
 def _slot_problems(claim: Claim, slots: list[str]) -> Iterator[str]:
-    for name in ("state/step", "step"):
-        if name in claim.fused.leaves and name in claim.sources[0].leaves:
-            now, then = claim.fused.read(name), claim.sources[0].read(name)
-            if now.dtype != then.dtype or now != then:
-                yield f"{name}: {now} ({now.dtype}), {then} ({then.dtype}) in the first source"
+    first = claim.sources[0]
+    steps = [next((c.read(name) for name in STEPS if name in c.leaves), None) for c in (claim.fused, first)]
+    now, then = steps
+    if now is not None and then is not None and (now.dtype != then.dtype or now != then):
+        yield f"the step: {now} ({now.dtype}), {then} ({then.dtype}) in the first source"
     if claim.record.optimizer == "drop" and slots:
         yield f"{slots[0]}: declared as dropped, and there"
     if claim.record.optimizer != "reset":

@@ -143,7 +143,7 @@ def test_a_lost_tensor_fails_the_files_level(tmp_path):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda v: v.__setitem__("state/step", np.array(3, np.int32)), "state/step: 3"),
+        (lambda v: v.__setitem__("state/step", np.array(3, np.int32)), "the step: 3"),
         (
             lambda v: v["state/param_states/decoder/decoder_norm/scale/v"].__setitem__(0, 1.0),
             "declared as reset, and not zero",
