@@ -141,7 +141,7 @@ def test_noise_fill_of_a_fusion_is_the_fusion_with_noise(written, tmp_path):
     sources = [seed(written, "t5_1_1", 0)] * 3
     for fill in (Fill("gaussian", 0.1, 4), Fill("antisymmetric", 0.2, 4)):
         at_once = open_checkpoint(fuse(sources, tmp_path / f"once-{fill.kind}", fill))
-        plan, opened = plan_noise_fill(fuse(sources, tmp_path / "zeros"), Options(fill=fill, optimizer="keep"))
+        plan, opened = plan_noise_fill(fuse(sources, tmp_path / "zeros"), Options(fill=fill))
         later = open_checkpoint(str(carry_out(plan, opened, tmp_path / f"later-{fill.kind}")))
 
         for name in at_once.leaves:
