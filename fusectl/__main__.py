@@ -7,10 +7,6 @@ import signal
 import sys
 
 
-# Exit codes above this say which signal ended the run, as shells have it.
-BY_SIGNAL = 128
-
-
 def main() -> None:
     """Runs the command line on sys.argv and exits with its code."""
     # Until the program's own handlers are in place, an interrupt ends it without a traceback.

@@ -136,6 +136,11 @@ class Record:
             raise ValueError(f"norm groups {list(self.norm_groups)} do not sum up to the width")
 
 
+def norm_groups(record: Record | None, width: int) -> tuple[int, ...]:
+    """The widths to take a checkpoint's norms over for the fusion property: its record's, else the whole width."""
+    return record.norm_groups if record else (width,)
+
+
 def mean_weights(weights: Sequence[float] | None, count: int) -> tuple[float, ...]:
     """The weights of the mean of `count` sources, equal ones by default; raises UsageError unless they sum to one."""
     if weights is None:

@@ -24,7 +24,7 @@ from fusectl.formats.tree import STEPS, T5X_STEP, Checkpoint, EmptyNode, Key, di
 from fusectl.formats.zarr import is_float, np_dtype
 from fusectl.layout import Block, Layout, Term, whole
 from fusectl.plan import Output, Plan, choose_chunks, choose_tile
-from fusectl.record import Fill, Record, SourceRecord, mean_weights
+from fusectl.record import Fill, Record, SourceRecord, mean_weights, norm_groups
 from fusectl.transforms.grow import Fusion, check_fill, filled, fused, line_up, require_widths
 from fusectl.transforms.optimizer import STATE, find_state, fresh_slots
 
@@ -68,8 +68,7 @@ class Opened:
     @property
     def norm_groups(self) -> tuple[int, ...]:
         """The widths that its norms are to be taken over for the fusion property; its record knows them."""
-        record = self.checkpoint.record
-        return record.norm_groups if record else (self.tree.sizes["embed"],)
+        return norm_groups(self.checkpoint.record, self.tree.sizes["embed"])
 
     def full(self, parameter: str) -> str:
         """The full name of a parameter in this checkpoint."""

@@ -79,8 +79,13 @@ def line_up(sources: Sequence[Recognized], weights: Sequence[float], labels: Seq
             details=differences,
             hint="grown axes (embed, heads, mlp) may differ in size; everything else must be equal",
         )
-    widths = {axis: tuple(s.sizes[axis] for s in sources) for axis in first.sizes if axis in first.family.grown}
-    return Fusion(first, tuple(weights), widths)
+    return Fusion(first, tuple(weights), widths_of(sources))
+
+
+def widths_of(sources: Sequence[Recognized]) -> dict[str, tuple[int, ...]]:
+    """Per grown axis, the size that each source brings."""
+    first = sources[0]
+    return {axis: tuple(s.sizes[axis] for s in sources) for axis in first.sizes if axis in first.family.grown}
 
 
 def _differences(first: Recognized, other: Recognized, a: str, b: str) -> Iterator[str]:

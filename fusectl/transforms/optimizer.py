@@ -20,7 +20,6 @@ from fusectl.errors import Incompatible, shorten
 
 
 STATE = "state/param_states/"
-ADAFACTOR_SLOTS = ("m", "v", "v_row", "v_col")
 UNUSED = (1,)
 
 # T5X factors the second moments of a matrix only if both of its dimensions reach this.

@@ -19,8 +19,8 @@ from fusectl.archs import Recognized, recognize
 from fusectl.errors import Incompatible, NotFound, UsageError
 from fusectl.formats import fingerprint, open_checkpoint
 from fusectl.formats.tree import Checkpoint, is_dropped
-from fusectl.record import Fill, Record, SourceRecord, mean_weights
-from fusectl.transforms.grow import require_widths
+from fusectl.record import Fill, Record, SourceRecord, mean_weights, norm_groups
+from fusectl.transforms.grow import require_widths, widths_of
 from fusectl.verify.files import FilesResult, check_files
 from fusectl.verify.weights import WeightsResult, check_weights
 
@@ -203,9 +203,7 @@ def _record(
 ) -> Record:
     """What to hold the checkpoint against: its own record, with what the caller declares put over it."""
     count = len(sources)
-    groups = tuple(
-        s.record.norm_groups if s.record else (t.sizes["embed"],) for s, t in zip(sources, trees, strict=True)
-    )
+    groups = tuple(norm_groups(s.record, t.sizes["embed"]) for s, t in zip(sources, trees, strict=True))
     if record is None:
         record = replace(_nothing_known(), family=trees[0].family.name, weights=(1.0 / count,) * count)
     if declared.sources or not record.sources:
@@ -222,9 +220,7 @@ def _record(
     if len(record.weights) != count:
         raise UsageError(f"{len(record.weights)} weights for {count} sources of {fused.path}")
     # The widths are measured, never taken on trust.
-    grown = trees[0].family.grown
-    widths = {axis: tuple(t.sizes[axis] for t in trees) for axis in trees[0].sizes if axis in grown}
-    return replace(record, widths=widths)
+    return replace(record, widths=widths_of(trees))
 
 
 def _require_depths(claim: Claim) -> None:
