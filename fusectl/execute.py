@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,50 +24,12 @@ from fusectl.formats.sink import NewTensor, Sink
 from fusectl.formats.tree import Checkpoint
 from fusectl.formats.zarr import checksum, nonfinite_at, np_dtype
 from fusectl.layout import Block, Noise, Region, Term, intersect, shifted, size, tiles
+from fusectl.parallel import Progress, in_parallel
 from fusectl.plan import COMPUTED_COPIES, Output, Plan, is_computed
 from fusectl.record import Checksums, Fill
 
 
 Array = npt.NDArray[Any]
-
-
-class Progress(Protocol):
-    """What the executor tells while it works."""
-
-    def start(self, what: str, total_bytes: int) -> None: ...
-
-    def advance(self, tensor: str, done_bytes: int) -> None: ...
-
-
-class Silent:
-    """A Progress that nobody watches."""
-
-    def start(self, what: str, total_bytes: int) -> None:
-        pass
-
-    def advance(self, tensor: str, done_bytes: int) -> None:
-        pass
-
-
-class Budget:
-    """Bytes in flight: `taken` blocks until so many are free. A request beyond the whole budget waits for all of it."""
-
-    def __init__(self, limit_bytes: int) -> None:
-        self._limit = limit_bytes
-        self._free = limit_bytes
-        self._changed = threading.Condition()
-
-    def take(self, wanted_bytes: int) -> int:
-        granted = min(wanted_bytes, self._limit)
-        with self._changed:
-            self._changed.wait_for(lambda: self._free >= granted)
-            self._free -= granted
-        return granted
-
-    def give_back(self, granted_bytes: int) -> None:
-        with self._changed:
-            self._free += granted_bytes
-            self._changed.notify_all()
 
 
 @dataclass(frozen=True)
@@ -110,42 +70,6 @@ def execute(plan: Plan, work: Work, sink: Sink, *, jobs: int, progress: Progress
         jobs=jobs,
     )
     return {output.name: _checksums(output, sums[output.name]) for output in plan.outputs}
-
-
-def in_parallel(tasks: Iterable[tuple[int, Callable[[], None]]], *, budget_bytes: int, jobs: int) -> None:
-    """Runs tasks, each with the bytes it holds, on `jobs` threads within the budget. The first failure ends it."""
-    budget = Budget(budget_bytes)
-    failures: list[BaseException] = []
-
-    def run(task: Callable[[], None], granted: int) -> None:
-        try:
-            if not failures:
-                task()
-        except BaseException as error:  # noqa: BLE001
-            failures.append(error)
-        finally:
-            budget.give_back(granted)
-
-    with _pool(jobs) as pool:
-        for cost, task in tasks:
-            granted = budget.take(cost)
-            if failures:
-                break
-            pool.submit(run, task, granted)
-    if failures:
-        raise failures[0]
-
-
-@contextmanager
-def _pool(jobs: int) -> Iterator[ThreadPoolExecutor]:
-    pool = ThreadPoolExecutor(jobs, thread_name_prefix="fusectl")
-    try:
-        yield pool
-        pool.shutdown(wait=True)
-    except BaseException:
-        # An interrupt must not wait for the queue, only for what is being written.
-        pool.shutdown(wait=True, cancel_futures=True)
-        raise
 
 
 class _Reader:

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from fusectl.demo import DemoRow
-    from fusectl.execute import Progress
     from fusectl.inspection import Inspection
+    from fusectl.parallel import Progress
     from fusectl.plan import Plan
     from fusectl.record import Fill
     from fusectl.verify import FunctionResult, Report
@@ -90,7 +90,7 @@ class Screen:
     @contextmanager
     def progress(self) -> Iterator[Progress]:
         """A progress bar on a terminal, a line every half minute elsewhere, nothing when quiet."""
-        from fusectl.execute import Silent
+        from fusectl.parallel import Silent
 
         if self._quiet:
             yield Silent()

@@ -16,13 +16,14 @@ from pathlib import Path
 import fusectl
 from fusectl.archs import Recognized, recognize
 from fusectl.errors import Corrupt, Incompatible, OutputExists, UsageError, counted, shorten
-from fusectl.execute import Progress, Silent, Work, execute
+from fusectl.execute import Work, execute
 from fusectl.formats import Format, fingerprint, format_named, open_checkpoint, open_location
 from fusectl.formats.locate import is_checkpoint
 from fusectl.formats.sink import Sink, check_space, staged, storage_errors
 from fusectl.formats.tree import STEPS, T5X_STEP, Checkpoint, EmptyNode, Key, dict_keys, is_dropped
 from fusectl.formats.zarr import is_float, np_dtype
 from fusectl.layout import Block, Layout, Term, whole
+from fusectl.parallel import Progress, Silent, default_jobs
 from fusectl.plan import Output, Plan, choose_chunks, choose_tile
 from fusectl.record import Fill, Record, SourceRecord, mean_weights, norm_groups
 from fusectl.transforms.grow import Fusion, check_fill, filled, fused, line_up, require_widths
@@ -234,11 +235,6 @@ def check_output(output: Path, sources: Sequence[Checkpoint], *, force: bool) ->
             raise OutputExists(f"{output}: exists", hint="choose another -o, or --force to replace it")
         if output.is_symlink() or not output.is_dir() or not (is_checkpoint(output) or not any(output.iterdir())):
             raise OutputExists(f"{output}: exists and is no checkpoint; --force replaces nothing else")
-
-
-def default_jobs() -> int:
-    """One thread per core that this process may use, two at least: one reads while the other writes."""
-    return max(2, len(os.sched_getaffinity(0)))
 
 
 class _Builder:

@@ -1,10 +1,7 @@
 """The executor: what comes out does not depend on how it was cut up, and memory stays in its budget."""
 
-import itertools
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +12,6 @@ from models import SIZES, WIDER, checkpoint, state
 
 from fusectl import plan
 from fusectl.errors import Corrupt, NotEnoughSpace
-from fusectl.execute import Budget, in_parallel
 from fusectl.formats import FORMATS, open_checkpoint
 from fusectl.formats.sink import save
 from fusectl.record import Fill
@@ -129,48 +125,6 @@ def test_a_budget_too_small_for_one_chunk_is_refused_before_anything_is_written(
 
     assert error.value.hint.startswith("--max-memory ")
     assert not (tmp_path / "out").exists()
-
-
-def test_the_budget_is_never_exceeded():
-    budget, held, most = Budget(100), [], []
-
-    def task(n):
-        held.append(n)
-        most.append(sum(held))
-        time.sleep(0.001)
-        held.remove(n)
-
-    def worker(n):
-        granted = budget.take(n)
-        task(granted)
-        budget.give_back(granted)
-
-    threads = [
-        threading.Thread(target=worker, args=(n,)) for n in itertools.islice(itertools.cycle([10, 40, 70, 250]), 60)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-
-    assert max(most) <= 100
-    assert len(most) == 60
-
-
-def test_the_first_failure_ends_the_work_and_is_raised():
-    done = []
-
-    def tasks():
-        for i in range(1000):
-            yield 1, (lambda i=i: fail() if i == 3 else done.append(i))
-
-    def fail():
-        raise Corrupt("the third")
-
-    with pytest.raises(Corrupt, match="the third"):
-        in_parallel(tasks(), budget_bytes=4, jobs=2)
-
-    assert len(done) < 100
 
 
 MEASURE = """

@@ -1,0 +1,90 @@
+"""Work on threads within a budget of bytes in flight, and the Progress that long work tells."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Protocol
+
+
+class Progress(Protocol):
+    """What long work tells while it goes on."""
+
+    def start(self, what: str, total_bytes: int) -> None: ...
+
+    def advance(self, tensor: str, done_bytes: int) -> None: ...
+
+
+class Silent:
+    """A Progress that nobody watches."""
+
+    def start(self, what: str, total_bytes: int) -> None:
+        pass
+
+    def advance(self, tensor: str, done_bytes: int) -> None:
+        pass
+
+
+class Budget:
+    """Bytes in flight: `taken` blocks until so many are free. A request beyond the whole budget waits for all of it."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit = limit_bytes
+        self._free = limit_bytes
+        self._changed = threading.Condition()
+
+    def take(self, wanted_bytes: int) -> int:
+        granted = min(wanted_bytes, self._limit)
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= granted)
+            self._free -= granted
+        return granted
+
+    def give_back(self, granted_bytes: int) -> None:
+        with self._changed:
+            self._free += granted_bytes
+            self._changed.notify_all()
+
+
+def in_parallel(tasks: Iterable[tuple[int, Callable[[], None]]], *, budget_bytes: int, jobs: int) -> None:
+    """Runs tasks, each with the bytes it holds, on `jobs` threads within the budget. The first failure ends it."""
+    budget = Budget(budget_bytes)
+    failures: list[BaseException] = []
+
+    def run(task: Callable[[], None], granted: int) -> None:
+        try:
+            if not failures:
+                task()
+        except BaseException as error:  # noqa: BLE001
+            failures.append(error)
+        finally:
+            budget.give_back(granted)
+
+    with _pool(jobs) as pool:
+        for cost, task in tasks:
+            granted = budget.take(cost)
+            if failures:
+                break
+            pool.submit(run, task, granted)
+    if failures:
+        raise failures[0]
+
+
+def default_jobs() -> int:
+    """One thread per core that this process may use, two at least: one reads while the other writes."""
+    return max(2, len(os.sched_getaffinity(0)))
+
+
+@contextmanager
+def _pool(jobs: int) -> Iterator[ThreadPoolExecutor]:
+    pool = ThreadPoolExecutor(jobs, thread_name_prefix="fusectl")
+    try:
+        yield pool
+        pool.shutdown(wait=True)
+    except BaseException:
+        # An interrupt must not wait for the queue, only for what is being written.
+        pool.shutdown(wait=True, cancel_futures=True)
+        raise
