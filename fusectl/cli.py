@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -21,6 +22,7 @@ from fusectl.render import Screen, Terminated
 
 
 if TYPE_CHECKING:
+    from fusectl.formats.tree import Checkpoint
     from fusectl.plan import Plan
     from fusectl.record import Fill
     from fusectl.surgery import Options
@@ -70,6 +72,12 @@ MaxMemory = Annotated[str, typer.Option(help="The most bytes in flight, such as 
 Jobs = Annotated[int | None, typer.Option("-j", "--jobs", help="Threads. [default: one per core]")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")]
+Verify = Annotated[
+    bool, typer.Option("--verify", help="Prove the checkpoint before it appears; if that fails, it does not.")
+]
+WithReport = Annotated[
+    bool, typer.Option("--report/--no-report", help="With --verify: leave fusectl-verify.json and .md in it.")
+]
 AllowNonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Let NaN and Inf in the sources pass.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Nothing on standard error but errors.")]
@@ -77,6 +85,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 
 DEFAULT_NOISE_SCALE = 0.1
 DEFAULT_MAX_MEMORY = "256MiB"
+DEFAULT_LEVELS = "files,weights,algebra,native"
 
 
 @app.callback(invoke_without_command=True)
@@ -96,6 +105,20 @@ def fuse(
     sources: Annotated[list[str], typer.Argument(metavar="A B [C ...]", help="The checkpoints to fuse.")],
     output: Output = None,
     weights: Annotated[str | None, typer.Option(help="Weights of the mean, such as 0.7,0.3. [default: equal]")] = None,
+    norm: Annotated[
+        Literal["rule", "property"],
+        typer.Option(help="What it will train with: T5's one norm, or a norm per source (fusectl.archs.t5_flax)."),
+    ] = "rule",
+    equalize: Annotated[
+        bool, typer.Option("--equalize", help="Make the sources' residual streams equally large for the one norm.")
+    ] = False,
+    equalize_by: Annotated[
+        Literal["trace", "weights"],
+        typer.Option(help="Measure the streams in forward passes, or estimate them from the weights alone."),
+    ] = "trace",
+    tokens: Annotated[
+        str | None, typer.Option(help="For --equalize: a .npz or .jsonl of tokens. [default: random ones]")
+    ] = None,
     fill: FillKind = "zeros",
     noise_scale: NoiseScale = None,
     seed: Seed = 0,
@@ -108,6 +131,8 @@ def fuse(
     jobs: Jobs = None,
     force: Force = False,
     dry_run: DryRun = False,
+    verify: Verify = False,
+    report: WithReport = True,
     allow_nonfinite: AllowNonfinite = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -116,11 +141,18 @@ def fuse(
     """Fuse K checkpoints block-diagonally into one of their summed widths, which computes the mean of their logits."""
     screen = Screen("fuse", json=json, quiet=quiet, debug=debug)
     with screen.errors():
+        _stay_on_the_cpu()
+        from fusectl.equalize import Equalize
         from fusectl.surgery import plan_fusion
 
-        options = _options(_fill(fill, noise_scale, seed), optimizer, format, arch, drop, dtype, max_memory)
-        plan, opened = plan_fusion(sources, options, weights=_numbers(weights, "--weights"))
-        _write(screen, plan, opened, output, force, jobs, dry_run, allow_nonfinite)
+        if not equalize and (equalize_by != "trace" or tokens is not None):
+            raise UsageError("--equalize-by and --tokens say how to --equalize")
+        options = _options(_fill(fill, noise_scale, seed), optimizer, format, arch, drop, dtype, max_memory, norm)
+        shares = _numbers(weights, "--weights")
+        with screen.progress() as progress:
+            how = Equalize(equalize_by, tokens, progress, jobs) if equalize else None
+            plan, opened = plan_fusion(sources, options, weights=shares, equalize=how)
+        _write(screen, plan, opened, output, force, jobs, dry_run, allow_nonfinite, verify, report)
 
 
 @app.command(
@@ -143,6 +175,8 @@ def self_fuse(
     jobs: Jobs = None,
     force: Force = False,
     dry_run: DryRun = False,
+    verify: Verify = False,
+    report: WithReport = True,
     allow_nonfinite: AllowNonfinite = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -157,7 +191,7 @@ def self_fuse(
             raise UsageError(f"--copies {copies}: fusing takes two or more")
         options = _options(_fill(fill, noise_scale, seed), optimizer, format, arch, drop, dtype, max_memory)
         plan, opened = plan_fusion([_path(source)] * copies, options, command="self-fuse")
-        _write(screen, plan, opened, output, force, jobs, dry_run, allow_nonfinite)
+        _write(screen, plan, opened, output, force, jobs, dry_run, allow_nonfinite, verify, report)
 
 
 @app.command(
@@ -181,6 +215,8 @@ def noise_fill(
     jobs: Jobs = None,
     force: Force = False,
     dry_run: DryRun = False,
+    verify: Verify = False,
+    report: WithReport = True,
     allow_nonfinite: AllowNonfinite = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -195,7 +231,7 @@ def noise_fill(
             raise UsageError("--fill zeros: there are zeros already", hint="--fill gaussian or antisymmetric")
         options = _options(_fill(fill, noise_scale, seed), "reset", format, arch, drop, dtype, max_memory)
         plan, opened = plan_noise_fill(_path(source), options, copies=copies)
-        _write(screen, plan, opened, output, force, jobs, dry_run, allow_nonfinite)
+        _write(screen, plan, opened, output, force, jobs, dry_run, allow_nonfinite, verify, report)
 
 
 @app.command(
@@ -208,13 +244,27 @@ def verify(
         list[str],
         typer.Option("--sources", metavar="A B ...", help="What it was fused from. [default: as in fusectl.json]"),
     ] = [],  # noqa: B006
-    levels: Annotated[
-        str, typer.Option(help="Which of files, weights, algebra, native to run.")
-    ] = "files,weights,algebra,native",
+    levels: Annotated[str, typer.Option(help="Which of files, weights, algebra, native to run.")] = DEFAULT_LEVELS,
     x64: Annotated[bool, typer.Option("--x64", help="Run the forward passes in float64.")] = False,
-    batch: Annotated[int, typer.Option(help="Rows of random tokens.", min=1)] = 4,
-    length: Annotated[int, typer.Option(help="Tokens per row.", min=4)] = 16,
-    seed: Annotated[int, typer.Option(help="The seed of the tokens.", min=0)] = 0,
+    tokens: Annotated[
+        str | None, typer.Option(metavar="FILE", help="A .npz or .jsonl of tokens. [default: random ones]")
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="Rows of random tokens, or the most of FILE. [default: 4, or all]", min=1)
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option(help="Tokens per row, or the most of FILE. [default: 16, or all]", min=4)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="The seed of random tokens.", min=0)] = 0,
+    trace: Annotated[
+        bool, typer.Option("--trace", help="Print what reaches every norm, and what one norm multiplies it with.")
+    ] = False,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw the trace, such as out.png; needs fusectl[plot].")
+    ] = None,
+    report: Annotated[
+        bool, typer.Option("--report", help="Leave fusectl-verify.json and fusectl-verify.md in the checkpoint.")
+    ] = False,
     max_native_rms: Annotated[
         float | None, typer.Option(help="Fail if the native logits are further than this (rms) from the ensemble's.")
     ] = None,
@@ -225,6 +275,17 @@ def verify(
     ] = None,
     noise_scale: NoiseScale = None,
     arch: Arch = None,
+    layered: Annotated[
+        bool | None,
+        typer.Option(
+            "--layered/--whole", help="Run models layer by layer, or all layers at once. [default: whole if it fits]"
+        ),
+    ] = None,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(help="The most bytes of values at a time. [default: 256MiB; half of the free memory for models]"),
+    ] = None,
+    jobs: Jobs = None,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -232,18 +293,68 @@ def verify(
     """Prove a fused checkpoint: files, weights, the ensemble's function, and how far the trainer's model is from it."""
     screen = Screen("verify", json=json, quiet=quiet, debug=debug)
     with screen.errors():
-        # A verification beside a training job must not claim its accelerators.
-        os.environ.setdefault("JAX_PLATFORMS", "cpu")
-        from fusectl.verify import Declared, Settings
-        from fusectl.verify import verify as run_verify
+        _stay_on_the_cpu()
+        from fusectl.formats import open_checkpoint
+        from fusectl.verify import Declared, Settings, verify_checkpoint, write_report
 
+        if plot is not None:
+            from fusectl.verify.page import check_plot
+
+            check_plot(plot)
         declared_fill = None if fill is None else _fill(fill, noise_scale, None)
         declared = Declared(tuple(sources), _numbers(weights, "--weights"), declared_fill, arch)
-        chosen = tuple(level.strip() for level in levels.split(","))
-        report = run_verify(_path(fused), declared, Settings(chosen, x64, batch, length, seed, max_native_rms))
-        screen.report(report)
-        if not report.passed:
-            raise VerificationFailed(f"{report.path}: verification failed", details=report.failures())
+        settings = Settings(
+            levels=tuple(level.strip() for level in levels.split(",")),
+            x64=x64,
+            tokens=tokens,
+            batch=batch,
+            length=length,
+            seed=seed,
+            max_native_rms=max_native_rms,
+            trace=trace or plot is not None,
+            layered=layered,
+            max_memory_bytes=None if max_memory is None else parse_bytes(max_memory, "--max-memory"),
+            jobs=_jobs(jobs),
+        )
+        opened = open_checkpoint(_path(fused))
+        with screen.progress() as progress:
+            found = verify_checkpoint(opened, declared, settings, progress)
+        if report:
+            write_report(found, opened.location.home)
+        if plot is not None:
+            from fusectl.verify.page import draw
+
+            draw(found.trace, plot)
+        screen.report(found)
+        if not found.passed:
+            raise VerificationFailed(f"{found.path}: verification failed", details=found.failures())
+
+
+@app.command(
+    short_help="Show what two checkpoints differ in.",
+    epilog="Example: fusectl diff runs/a/checkpoint_1000 runs/b/latest",
+)
+def diff(
+    a: Annotated[str, typer.Argument(metavar="A", help="A checkpoint.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="The one to compare it with, of any format.")],
+    atol: Annotated[float, typer.Option(help="Values no further apart than this are equal.")] = 0.0,
+    max_memory: MaxMemory = DEFAULT_MAX_MEMORY,
+    jobs: Jobs = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Compare two checkpoints tensor by tensor: names, shapes, dtypes, steps, values. Exit code 3 if they differ."""
+    screen = Screen("diff", json=json, quiet=quiet, debug=debug)
+    with screen.errors():
+        from fusectl.diff import diff as run_diff
+
+        budget_bytes = parse_bytes(max_memory, "--max-memory")
+        with screen.progress() as progress:
+            found = run_diff(a, b, atol=atol, max_memory_bytes=budget_bytes, jobs=_jobs(jobs), progress=progress)
+        screen.diff(found)
+        if not found.same:
+            raise VerificationFailed(f"{found.a} and {found.b} differ")
 
 
 @app.command(
@@ -277,7 +388,7 @@ def demo(
     """Make two small T5 checkpoints, fuse, self-fuse and noise-fill them, and verify the results."""
     screen = Screen("demo", json=json, quiet=quiet, debug=debug)
     with screen.errors():
-        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+        _stay_on_the_cpu()
         from fusectl.demo import demo as run_demo
 
         rows = run_demo(directory, screen.note)
@@ -378,10 +489,22 @@ def _options(
     drop: list[str],
     dtype: str | None,
     max_memory: str,
+    norm: str = "rule",
 ) -> Options:
     from fusectl.surgery import Options
 
-    return Options(fill, optimizer, format, arch, tuple(drop), dtype, parse_bytes(max_memory, "--max-memory"))
+    return Options(fill, optimizer, format, arch, tuple(drop), dtype, parse_bytes(max_memory, "--max-memory"), norm)
+
+
+def _stay_on_the_cpu() -> None:
+    """What runs beside a training job must not claim its accelerators. To be called before JAX is imported."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+def _jobs(jobs: int | None) -> int | None:
+    if jobs is not None and jobs < 1:
+        raise UsageError(f"--jobs {jobs}: one thread or more")
+    return jobs
 
 
 def _fill(kind: str, noise_scale: float | None, seed: int | None) -> Fill:
@@ -429,13 +552,13 @@ def _write(
     jobs: int | None,
     dry_run: bool,
     allow_nonfinite: bool,
+    verify: bool,
+    report: bool,
 ) -> None:
     """What every writing command ends with: the plan shown, or carried out and the output's path printed."""
     from fusectl.formats.locate import local
     from fusectl.surgery import carry_out, check_output, default_output
 
-    if jobs is not None and jobs < 1:
-        raise UsageError(f"--jobs {jobs}: one thread or more")
     final = default_output(opened, plan) if output is None else local(output)
     check_output(final, opened, force=force)
     for note in plan.notes:
@@ -444,5 +567,29 @@ def _write(
         screen.plan(plan, final)
         return
     with screen.progress() as progress:
-        carry_out(plan, opened, final, force=force, jobs=jobs, allow_nonfinite=allow_nonfinite, progress=progress)
+
+        def check(written: Checkpoint) -> None:
+            _stay_on_the_cpu()
+            from fusectl.verify import Settings, verify_checkpoint, write_report
+
+            # Where it is going to appear, not where it has been staged.
+            found = replace(
+                verify_checkpoint(written, settings=Settings(jobs=jobs), progress=progress), path=str(final)
+            )
+            screen.verified(found)
+            if not found.passed:
+                raise VerificationFailed(f"{final}: verification failed, nothing was kept", details=found.failures())
+            if report:
+                write_report(found, written.location.home)
+
+        carry_out(
+            plan,
+            opened,
+            final,
+            force=force,
+            jobs=_jobs(jobs),
+            allow_nonfinite=allow_nonfinite,
+            progress=progress,
+            check=check if verify else None,
+        )
     screen.written(plan, final)

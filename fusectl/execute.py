@@ -213,7 +213,10 @@ def _kernel_std(kernel: Term, stacked: int | None, plan: Plan, work: Work, *, jo
 
     def pieces(tile: Region) -> Iterator[tuple[int, Array]]:
         region = tuple(range(k.start + t.start, k.start + t.stop) for k, t in zip(kernel.region, tile, strict=True))
-        values = read_finite(work, kernel, region).astype(np.float64)
+        values = read_finite(work, kernel, region)
+        # As it will stand in the output, if that has the source's dtype: filling it later measures the same.
+        scaled = values.astype(np.float64) * kernel.scale
+        values = (values if kernel.scale == 1.0 else scaled.astype(values.dtype)).astype(np.float64)
         progress.advance(kernel.tensor, values.size * _itemsize(work.sources[kernel.source], kernel))
         if stacked is None:
             yield 0, values

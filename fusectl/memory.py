@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import re
 import resource
+import sys
 from pathlib import Path
 
 
@@ -38,3 +39,12 @@ def peak_rss_bytes() -> int:
     except OSError:
         found = None
     return (int(found.group(1)) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * 1024
+
+
+def available_bytes() -> int:
+    """The memory that the machine has free, caches that it can drop counted in."""
+    try:
+        found = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
+    except OSError:
+        found = None
+    return int(found.group(1)) * 1024 if found else sys.maxsize

@@ -197,7 +197,9 @@ def summary(plan: Plan) -> Mapping[str, object]:
         "sources": [{"path": s.path, "format": s.format, "step": s.step} for s in plan.record.sources],
         "weights": list(plan.record.weights),
         "widths": {axis: list(sizes) for axis, sizes in plan.record.widths.items()},
+        "norm": plan.record.norm,
         "norm_groups": list(plan.record.norm_groups),
+        "residual_scales": list(plan.record.residual_scales),
         "fill": {
             "kind": plan.record.fill.kind,
             "noise_scale": plan.record.fill.noise_scale,

@@ -3,7 +3,8 @@
 {"schema": "fusectl/record/1", "version": …, "command": "fuse", "family": "t5-1.1", "parameters": "target/",
  "sources": [{"path": …, "format": …, "step": …, "fingerprint": …, "norm_groups": [512]}, …],
  "weights": [0.5, 0.5], "widths": {"embed": [512, 512], …}, "norm_groups": [512, 512],
- "fill": {"kind": "gaussian", "noise_scale": 0.1, "seed": 0}, "optimizer": "reset",
+ "norm": "rule", "residual_scales": [1.0, 0.98], "fill": {"kind": "gaussian", "noise_scale": 0.1, "seed": 0},
+ "optimizer": "reset",
  "tensors": {"target/…": {"shape": […], "dtype": …, "chunks": […], "crc32": ["9ae0daaf", …]}, …}}
 """
 
@@ -24,6 +25,8 @@ SCHEMA = "fusectl/record/1"
 # How far the weights of a mean may be from summing to one.
 SUM_TOLERANCE = 1e-6
 FILLS = ("zeros", "gaussian", "antisymmetric")
+# Which norm the fused model will be trained with: one over the whole width, or one per source (Deep Fusion, section 3).
+NORMS = ("rule", "property")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +88,14 @@ class Record:
     optimizer: str
     # Patterns of tensors of the sources that were left out on purpose.
     drop: tuple[str, ...] = ()
+    norm: str = "rule"
+    # The constant that each source's residual stream was multiplied with, so that one norm mixes them less.
+    residual_scales: tuple[float, ...] = ()
     tensors: Mapping[str, Checksums] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.residual_scales:
+            object.__setattr__(self, "residual_scales", (1.0,) * len(self.weights))
 
     @property
     def self_fused(self) -> bool:
@@ -118,6 +128,8 @@ class Record:
                 fill=Fill(tree["fill"]["kind"], float(tree["fill"]["noise_scale"]), tree["fill"]["seed"]),
                 optimizer=_text(tree["optimizer"]),
                 drop=tuple(map(_text, tree.get("drop", ()))),
+                norm=_text(tree.get("norm", "rule")),
+                residual_scales=tuple(map(float, tree.get("residual_scales", ()))),
                 tensors={name: _checksums(entry) for name, entry in tree["tensors"].items()},
             )
             record._check()
@@ -132,8 +144,21 @@ class Record:
         wrong = [axis for axis, sizes in self.widths.items() if len(sizes) != count or min(sizes) < 1]
         if wrong or not self.widths:
             raise ValueError(f"widths of {wrong or 'no axis'}")
+        if self.norm not in NORMS:
+            raise ValueError(f"no norm is called {self.norm!r}")
+        if len(self.residual_scales) != count or not all(0.0 < scale < math.inf for scale in self.residual_scales):
+            raise ValueError(f"residual scales {list(self.residual_scales)} of {count} sources")
         if min(self.norm_groups, default=0) < 1 or sum(self.norm_groups) != sum(self.widths.get("embed", ())):
             raise ValueError(f"norm groups {list(self.norm_groups)} do not sum up to the width")
+
+
+def finite(value: Any) -> Any:
+    """The same tree for JSON, which has no NaN: a number that is none is null."""
+    if isinstance(value, Mapping):
+        return {key: finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def norm_groups(record: Record | None, width: int) -> tuple[int, ...]:

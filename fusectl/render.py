@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json as json_module
-import math
 import sys
 import threading
 import time
@@ -23,11 +22,12 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from fusectl.demo import DemoRow
+    from fusectl.diff import Diff
     from fusectl.inspection import Inspection
     from fusectl.parallel import Progress
     from fusectl.plan import Plan
     from fusectl.record import Fill
-    from fusectl.verify import FunctionResult, Report
+    from fusectl.verify import Report
 
 
 SCHEMA = "fusectl/1"
@@ -54,6 +54,7 @@ class Screen:
         self._quiet = quiet
         self._debug = debug
         self._result: Mapping[str, Any] | None = None
+        self._verification: Report | None = None
 
     @contextmanager
     def errors(self) -> Iterator[None]:
@@ -116,6 +117,7 @@ class Screen:
             "bytes": plan.nbytes,
             "notes": list(plan.notes),
             "peak_rss_bytes": peak_rss_bytes(),
+            "verification": self._verification and self._verification.as_json(),
         }
         if not self._json:
             print(output)  # noqa: T201
@@ -130,16 +132,30 @@ class Screen:
 
     def report(self, report: Report) -> None:
         """Prints a verification."""
-        self._result = report_json(report)
+        self._result = report.as_json()
         for note in report.notes:
             self.note(note)
         if not self._json:
             _print_report(self._console(sys.stdout), report)
 
+    def verified(self, report: Report) -> None:
+        """Prints the verification of what is being written: not the result, so to standard error."""
+        self._verification = report
+        for note in report.notes:
+            self.note(note)
+        if not self._quiet:
+            _print_report(self._console(sys.stderr), report)
+
+    def diff(self, found: Diff) -> None:
+        """Prints what two checkpoints differ in."""
+        self._result = found.as_json()
+        if not self._json:
+            _print_diff(self._console(sys.stdout), found)
+
     def demo(self, rows: Sequence[DemoRow]) -> None:
         """Prints the demo's table."""
         self._result = {
-            "rows": [{"what": r.what, "path": str(r.path), "seconds": r.seconds, **report_json(r.report)} for r in rows]
+            "rows": [{"what": r.what, "path": str(r.path), "seconds": r.seconds, **r.report.as_json()} for r in rows]
         }
         if not self._json:
             _print_demo(self._console(sys.stdout), rows)
@@ -189,7 +205,9 @@ class Screen:
         }
         if error is not None:
             whole["error"] = error
-        print(json_module.dumps(whole, allow_nan=False, indent=2))  # noqa: T201
+        from fusectl.record import finite
+
+        print(json_module.dumps(finite(whole), allow_nan=False, indent=2))  # noqa: T201
 
     def _say(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)  # noqa: T201
@@ -268,65 +286,45 @@ def human(n: float) -> str:
     return f"{n:.1f} TiB"
 
 
-def report_json(report: Report) -> dict[str, Any]:
-    """A verification as numbers: one object per level that ran, null for the others."""
-    import dataclasses
-
-    record = report.record
-    return {
-        "path": report.path,
-        "passed": report.passed,
-        "precision": report.precision,
-        "sources": [source.path for source in record.sources],
-        "mean_weights": list(record.weights),
-        "fill": record.fill.kind,
-        "norm_groups": list(record.norm_groups),
-        **{
-            level: None if result is None else {k: _finite(v) for k, v in dataclasses.asdict(result).items()}
-            for level, result in report.levels().items()
-        },
-        "notes": list(report.notes),
-    }
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN: a number that is none is null."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _print_report(console: Console, report: Report) -> None:
     from rich.table import Table
 
+    from fusectl.verify.page import says, trace_cells, trace_header
+
     table = Table("level", "", "what was checked", box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    files, weights = report.files, report.weights
-    if files is not None:
-        sums = (
-            f"{files.checksums:,} chunks as their checksums say" if files.checksums else "no checksums to compare with"
-        )
-        table.add_row(
-            "files", _mark(files.passed), f"{files.tensors:,} tensors, {human(files.bytes_read)} read, {sums}"
-        )
-    if weights is not None:
-        noise = f", {weights.noise_blocks:,} blocks of noise measured" if weights.noise_blocks else ", zeros elsewhere"
-        slots = f", {weights.slots:,} optimizer slots" if weights.slots else ""
-        table.add_row(
-            "weights", _mark(weights.passed), f"{weights.blocks:,} blocks of {weights.tensors:,} tensors{noise}{slots}"
-        )
-    for name, result in (("algebra", report.algebra), ("native", report.native)):
+    for name, result in report.levels().items():
         if result is not None:
-            table.add_row(name, _mark(result.passed), _function(result))
+            table.add_row(name, _mark(result.passed), says(report, name))
     console.print(table)
-    precision = f", {report.precision}" if report.precision else ""
+    if report.trace:
+        trace = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        for heading in trace_header(report.trace):
+            trace.add_column(heading, justify="left" if heading == "norm" else "right")
+        for cells in trace_cells(report.trace):
+            trace.add_row(*cells)
+        console.print(trace)
+    precision = f", {report.precision}, {report.passes}" if report.precision else ""
     console.print(f"{'passed' if report.passed else 'FAILED'}: {report.path}{precision}", soft_wrap=True)
 
 
-def _function(result: FunctionResult) -> str:
-    limit = "" if result.tolerance is None else f" (tolerance {result.tolerance:.1e})"
-    stored = "" if result.max_abs_as_stored is None else f", as stored {result.max_abs_as_stored:.1e}"
-    return (
-        f"max |Δlogit| {result.max_abs:.1e}{limit}{stored}, rms {result.rms:.1e} of {result.reference_rms:.2g}, "
-        f"KL {result.kl:.1e}, top-1 {result.top1_agreement:.1%} of {result.tokens} tokens; {result.says}"
-    )
+def _print_diff(console: Console, found: Diff) -> None:
+    from rich.table import Table
+
+    for name, path, names in (("only in A", found.a, found.only_a), ("only in B", found.b, found.only_b)):
+        for each in names:
+            console.print(f"{name} {each}", soft_wrap=True)
+        del path
+    for other in found.metadata:
+        console.print(f"{other.what:<9} {other.name}: {other.a} in A, {other.b} in B", soft_wrap=True)
+    if found.values:
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        for heading in ("tensor", "differing", "of", "max |Δ|", "rms Δ", "relative"):
+            table.add_column(heading, justify="left" if heading == "tensor" else "right")
+        for v in found.values:
+            numbers = (f"{v.max_abs:.3e}", f"{v.rms:.3e}", f"{v.relative_rms:.1e}")
+            table.add_row(v.name, f"{v.differing:,}", f"{v.size:,}", *numbers)
+        console.print(table)
+    console.print(f"{found.equal:,} tensors are equal", soft_wrap=True)
 
 
 def _mark(passed: bool | None) -> str:

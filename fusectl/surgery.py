@@ -9,12 +9,13 @@ Planning opens the sources and reads their metadata only; carrying out moves the
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import fusectl
 from fusectl.archs import Recognized, recognize
+from fusectl.equalize import Equalize, Stream, residual_scales
 from fusectl.errors import Corrupt, Incompatible, OutputExists, UsageError, counted, shorten
 from fusectl.execute import Work, execute
 from fusectl.formats import Format, fingerprint, format_named, open_checkpoint, open_location
@@ -25,7 +26,7 @@ from fusectl.formats.zarr import is_float, np_dtype
 from fusectl.layout import Block, Layout, Term, whole
 from fusectl.parallel import Progress, Silent, default_jobs
 from fusectl.plan import Output, Plan, choose_chunks, choose_tile
-from fusectl.record import Fill, Record, SourceRecord, mean_weights, norm_groups
+from fusectl.record import NORMS, Fill, Record, SourceRecord, mean_weights, norm_groups
 from fusectl.transforms.grow import Fusion, check_fill, filled, fused, line_up, require_widths
 from fusectl.transforms.optimizer import STATE, find_state, fresh_slots
 
@@ -48,10 +49,14 @@ class Options:
     drop: tuple[str, ...] = ()
     dtype: str | None = None
     max_memory_bytes: int = DEFAULT_MAX_MEMORY_BYTES
+    # Which norm the fused model is going to be trained with: the fusion rule's, or the fusion property's.
+    norm: str = "rule"
 
     def __post_init__(self) -> None:
-        if self.optimizer not in OPTIMIZERS or self.max_memory_bytes < 1:
-            raise UsageError(f"optimizer {self.optimizer!r}, {self.max_memory_bytes} bytes of memory")
+        if self.optimizer not in OPTIMIZERS or self.norm not in NORMS or self.max_memory_bytes < 1:
+            raise UsageError(
+                f"optimizer {self.optimizer!r}, norm {self.norm!r}, {self.max_memory_bytes} bytes of memory"
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,12 +104,20 @@ def open_source(path: str, options: Options) -> Opened:
 
 
 def plan_fusion(
-    paths: Sequence[str], options: Options, *, weights: Sequence[float] | None = None, command: str = "fuse"
+    paths: Sequence[str],
+    options: Options,
+    *,
+    weights: Sequence[float] | None = None,
+    equalize: Equalize | None = None,
+    command: str = "fuse",
 ) -> tuple[Plan, list[Checkpoint]]:
     """The plan that fuses K >= 2 checkpoints block-diagonally, and the opened sources.
 
-    The same path K times is self-fusion. `weights` are those of the mean of the logits, 1/K each by default.
+    The same path K times is self-fusion. `weights` are those of the mean of the logits, 1/K each by default. `equalize`
+    measures the sources' residual streams, which reads them, and has all but the first one rescaled.
     """
+    if equalize is not None and options.norm != "rule":
+        raise UsageError("--equalize: for one norm over all sources; with a norm each there is nothing to equalize")
     if len(paths) < 2:
         raise UsageError("fusing takes two checkpoints or more", hint="fusectl self-fuse CKPT --copies 2 for one")
     shares = mean_weights(weights, len(paths))
@@ -114,6 +127,9 @@ def plan_fusion(
     fusion = line_up([o.tree for o in opened], shares, [o.label for o in opened])
     _require_one_dtype(opened, options)
     check_fill(fusion, options.fill)
+    if equalize is not None:
+        streams = [Stream(o.checkpoint, o.tree, o.norm_groups) for o in opened]
+        fusion = replace(fusion, residual_scales=residual_scales(streams, equalize, options.max_memory_bytes))
     out_format, item, prefix = _target(first, options)
     builder = _Builder(opened, options, out_format)
     for parameter in first.tree.shapes:
@@ -135,6 +151,8 @@ def plan_fusion(
         fill=options.fill,
         optimizer=optimizer,
         drop=options.drop,
+        norm=options.norm,
+        residual_scales=fusion.residual_scales,
     )
     notes = [*builder.notes, *_notes_on(opened, options, record)]
     return builder.plan(record, item, notes), [o.checkpoint for o in opened]
@@ -156,7 +174,7 @@ def plan_noise_fill(path: str, options: Options, *, copies: int | None = None) -
         )
     if copies not in {None, len(record.weights)}:
         raise UsageError(f"--copies {copies}, but {opened.label} is a fusion of {len(record.weights)}")
-    fusion = Fusion(opened.tree, record.weights, record.widths)
+    fusion = Fusion(opened.tree, record.weights, record.widths, record.residual_scales)
     check_fill(fusion, options.fill)
     out_format, item, prefix = _target(opened, options)
     builder = _Builder([opened], options, out_format)
@@ -192,8 +210,12 @@ def carry_out(
     jobs: int | None = None,
     allow_nonfinite: bool = False,
     progress: Progress | None = None,
+    check: Callable[[Checkpoint], None] | None = None,
 ) -> Path:
-    """Writes the planned checkpoint to `output`, which appears once it is complete and was found as planned."""
+    """Writes the planned checkpoint to `output`, which appears once it is complete and was found as planned.
+
+    `check` is given what was written before it appears; if it raises, nothing does.
+    """
     if allow_nonfinite and plan.record.fill.kind != "zeros":
         raise UsageError("noise is relative to a kernel's deviation, which a NaN or Inf leaves undefined")
     check_output(output, sources, force=force)
@@ -204,7 +226,10 @@ def carry_out(
         sink = Sink(temporary, output, format_named(plan.format), plan.item, commit_bytes)
         sums = execute(plan, work, sink, jobs=jobs or default_jobs(), progress=progress or Silent())
         sink.finish(replace(plan.record, tensors=sums), plan.empty)
-        _check_written(plan, open_location(sink.location))
+        written = open_location(sink.location)
+        _check_written(plan, written)
+        if check is not None:
+            check(written)
     return output
 
 
@@ -375,10 +400,16 @@ def _notes_on(opened: Sequence[Opened], options: Options, record: Record) -> lis
         notes.append("zeros keep the copies equal: without dropout nothing separates them; --fill antisymmetric does")
     if not record.self_fused and options.fill.kind == "antisymmetric":
         notes.append("antisymmetric noise cancels between equal copies only; these sources' function changes")
-    if not record.self_fused:
+    if record.norm == "property":
+        groups = ", ".join(map(str, record.norm_groups))
+        notes.append(f"to be trained with a norm per source: fusectl.archs.t5_flax, norm_groups = ({groups})")
+    elif not record.self_fused:
         notes.append(
             "with a norm per source this is the mean of the logits; T5's one norm deviates: verify says how far"
         )
+    if any(scale != 1.0 for scale in record.residual_scales):
+        scales = ", ".join(f"{scale:.6g}" for scale in record.residual_scales)
+        notes.append(f"the sources' residual streams are multiplied with {scales}")
     return notes
 
 

@@ -12,7 +12,7 @@ from fusectl.archs.table import Family, Row
 
 
 GROWN = frozenset({"embed", "mlp", "heads", "joined_kv"})
-TWIN = "fusectl.archs.t5_flax:build"
+TWIN = "fusectl.archs.t5_twin"
 
 STEM = (
     Row("token_embedder/embedding", "vocab -> embed"),

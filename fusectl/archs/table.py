@@ -29,6 +29,11 @@ class Row:
     def alternatives(self) -> tuple[str, ...]:
         return expand(self.pattern)
 
+    @property
+    def writes_stream(self) -> bool:
+        """Whether what it computes is added to the residual stream: all that writes embed, but for the norms."""
+        return "embed" in self.spec.outputs and bool(self.spec.inputs)
+
     def matches(self, name: str) -> bool:
         return any(compiled(alternative).fullmatch(name) for alternative in self.alternatives)
 
@@ -54,7 +59,7 @@ class Family:
     aliases: tuple[str, ...] = ()
     # Not recognised, only chosen with --arch: a damaged tree of a commoner family would look the same.
     by_name_only: bool = False
-    # "module:function" of the Flax twin that verify runs; a string, so that tables never import JAX.
+    # The module that runs the family's networks for verify (twin.py); a string, so that tables never import JAX.
     twin: str | None = None
 
     def row_of(self, name: str) -> Row | None:

@@ -76,7 +76,7 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     """
     digest = hashlib.sha256()
     index = checkpoint.location.index
-    for path in sorted(p for p in index.rglob("*") if p.is_file() and p.name != FILE_NAME):
+    for path in sorted(p for p in index.rglob("*") if p.is_file() and not p.name.startswith("fusectl")):
         digest.update(f"{path.relative_to(index)} {path.stat().st_size}\n".encode())
         if path.name in {T5X_INDEX, MANIFEST}:
             digest.update(path.read_bytes())

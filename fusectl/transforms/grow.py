@@ -7,6 +7,9 @@ One rule places every tensor, by the names of its axes:
     grown on the input side only    (the output head) K streams meet: times the source's weight
     the norm before a tied head     times weight * sqrt(D / d), since T5 divides these logits by sqrt(D)
 
+Where the sources' residual streams are to be made equally large (equalize.py), all that writes to the stream
+is multiplied with the source's constant: each norm divides by it again, and so must the norm before a tied head.
+
 and noise goes where an input of one source would meet an output of another.
 """
 
@@ -33,6 +36,8 @@ class Fusion:
     tree: Recognized
     weights: tuple[float, ...]
     widths: Mapping[str, tuple[int, ...]]
+    # What each source's residual stream is multiplied with.
+    residual_scales: tuple[float, ...]
 
     @property
     def copies(self) -> int:
@@ -66,7 +71,7 @@ class Fusion:
 
 
 def line_up(sources: Sequence[Recognized], weights: Sequence[float], labels: Sequence[str]) -> Fusion:
-    """The Fusion of these sources; raises Incompatible with all their differences, if there are any."""
+    """The Fusion of these sources, streams as they are; raises Incompatible with all their differences, if any."""
     first = sources[0]
     differences = [
         difference
@@ -79,7 +84,7 @@ def line_up(sources: Sequence[Recognized], weights: Sequence[float], labels: Seq
             details=differences,
             hint="grown axes (embed, heads, mlp) may differ in size; everything else must be equal",
         )
-    return Fusion(first, tuple(weights), widths_of(sources))
+    return Fusion(first, tuple(weights), widths_of(sources), (1.0,) * len(sources))
 
 
 def widths_of(sources: Sequence[Recognized]) -> dict[str, tuple[int, ...]]:
@@ -113,11 +118,14 @@ def _head_dims_that_differ(first: Recognized, other: Recognized, a: str, b: str)
         yield f"head_dim (joined_kv / heads) is shared but differs: {one:g} in {a}, {two:g} in {b}"
 
 
-def head_scale(fusion: Fusion, row: Row, source: int) -> float:
-    """The factor of a source's tensor that makes the output the weighted mean of the logits."""
+def stored_scale(fusion: Fusion, row: Row, source: int) -> float:
+    """The factor of a source's tensor: it makes the output the weighted mean of the logits, and the streams equal."""
+    stream = fusion.residual_scales[source]
     if row.tied_head:
         widths = fusion.widths["embed"]
-        return fusion.weights[source] * math.sqrt(sum(widths) / widths[source])
+        return fusion.weights[source] * math.sqrt(sum(widths) / widths[source]) / stream
+    if row.writes_stream:
+        return stream
     reads_streams = bool(row.spec.inputs & fusion.widths.keys())
     writes_streams = bool(row.spec.outputs & fusion.widths.keys())
     return fusion.weights[source] if reads_streams and not writes_streams else 1.0
@@ -128,7 +136,7 @@ def fused(fusion: Fusion, name: str, dtype: str, fill: Fill, tensors: Sequence[s
     row = fusion.tree.rows[name]
     axes, shape = row.spec.axes, fusion.fused_shape(name)
     kernels = [
-        Term(i, tensor, whole(fusion.source_shape(name, i)), head_scale(fusion, row, i))
+        Term(i, tensor, whole(fusion.source_shape(name, i)), stored_scale(fusion, row, i))
         for i, tensor in enumerate(tensors)
     ]
     if not fusion.widths.keys() & set(axes):

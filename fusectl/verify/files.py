@@ -2,46 +2,59 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import partial
 
 from fusectl.errors import Corrupt
 from fusectl.formats.tree import Checkpoint, Leaf
-from fusectl.formats.zarr import checksum, nonfinite_at
-from fusectl.layout import tiles
+from fusectl.formats.zarr import checksum, nonfinite_at, np_dtype
+from fusectl.layout import Region, size, tiles
+from fusectl.parallel import Progress, in_parallel
 from fusectl.record import Checksums, Record
+from fusectl.verify.report import FilesResult
 
 
-@dataclass(frozen=True)
-class FilesResult:
-    """What the files level found. `checksums` counts the chunks that were compared; 0 when there is no record."""
-
-    passed: bool
-    tensors: int
-    bytes_read: int
-    checksums: int
-    problems: tuple[str, ...]
+# What a chunk takes while it is read: its encoded bytes and the decoded ones.
+READ_COPIES = 2
 
 
-def check_files(checkpoint: Checkpoint) -> FilesResult:
-    """Reads every chunk of a checkpoint once and compares it with the record, where there is one."""
+def check_files(checkpoint: Checkpoint, *, budget_bytes: int, jobs: int, progress: Progress) -> FilesResult:
+    """Reads every chunk of a checkpoint once, on all cores, and compares it with the record, where there is one."""
     record = checkpoint.record
-    problems: list[str] = []
+    by_leaf: dict[str, dict[tuple[int, ...], str]] = {name: {} for name in checkpoint.leaves}
+    lock = threading.Lock()
     bytes_read = compared = 0
-    if record is not None and record.tensors:
-        problems += _tree_problems(checkpoint, record)
-    for leaf in checkpoint.leaves.values():
-        sums = record.tensors.get(leaf.name) if record is not None else None
-        if sums is not None and (sums.shape, sums.dtype) != (leaf.shape, leaf.dtype):
-            sums = None
-        missing = checkpoint.missing_chunks(leaf.name)
-        if missing:
-            problems += [f"{leaf.name}: chunk {chunk} is missing" for chunk in missing[:3]]
-            continue
-        found = list(_value_problems(checkpoint, leaf, sums))
-        problems += found
-        bytes_read += leaf.nbytes
-        compared += len(sums.crc32) if sums is not None else 0
+    progress.start("reading files", sum(leaf.nbytes for leaf in checkpoint.leaves.values()))
+
+    def check(leaf: Leaf, region: Region, sums: Checksums | None, i: int) -> None:
+        problem = _problem(checkpoint, leaf, region, sums.crc32[i] if sums else None)
+        if problem:
+            with lock:
+                by_leaf[leaf.name][tuple(r.start for r in region)] = problem
+        progress.advance(leaf.name, size(region) * np_dtype(leaf.dtype).itemsize)
+
+    def tasks() -> Iterator[tuple[int, partial[None]]]:
+        nonlocal bytes_read, compared
+        for leaf in checkpoint.leaves.values():
+            missing = checkpoint.missing_chunks(leaf.name)
+            if missing:
+                by_leaf[leaf.name] = {
+                    (k,): f"{leaf.name}: chunk {chunk} is missing" for k, chunk in enumerate(missing[:3])
+                }
+                continue
+            sums = record.tensors.get(leaf.name) if record is not None else None
+            if sums is not None and (sums.shape, sums.dtype) != (leaf.shape, leaf.dtype):
+                sums = None
+            bytes_read += leaf.nbytes
+            compared += len(sums.crc32) if sums is not None else 0
+            for i, region in enumerate(tiles(leaf.shape, sums.chunks if sums is not None else leaf.chunks)):
+                cost = size(region) * np_dtype(leaf.dtype).itemsize * READ_COPIES
+                yield cost, partial(check, leaf, region, sums, i)
+
+    in_parallel(tasks(), budget_bytes=budget_bytes, jobs=jobs)
+    problems = list(_tree_problems(checkpoint, record)) if record is not None and record.tensors else []
+    problems += [found[at] for found in by_leaf.values() for at in sorted(found)]
     return FilesResult(not problems, len(checkpoint.leaves), bytes_read, compared, tuple(problems))
 
 
@@ -56,17 +69,17 @@ def _tree_problems(checkpoint: Checkpoint, record: Record) -> Iterator[str]:
             yield f"{name}: {leaf.dtype}{list(leaf.shape)}, written as {sums.dtype}{list(sums.shape)}"
 
 
-def _value_problems(checkpoint: Checkpoint, leaf: Leaf, sums: Checksums | None) -> Iterator[str]:
-    chunks = sums.chunks if sums is not None else leaf.chunks
-    for i, region in enumerate(tiles(leaf.shape, chunks)):
-        try:
-            values = checkpoint.read(leaf.name, region)
-        except Corrupt as error:
-            yield f"{error.message}: {'; '.join(error.details)}"
-            continue
-        at = [r.start for r in region]
-        if sums is not None and checksum(values) != sums.crc32[i]:
-            yield f"{leaf.name}: the chunk at {at} is not what was written (CRC-32)"
-        bad = nonfinite_at(values)
-        if bad is not None:
-            yield f"{leaf.name}: {values[bad]} in the chunk at {at}"
+def _problem(checkpoint: Checkpoint, leaf: Leaf, region: Region, crc32: str | None) -> str | None:
+    """What is wrong with a chunk, or None."""
+    try:
+        values = checkpoint.read(leaf.name, region)
+    except Corrupt as error:
+        return f"{error.message}: {'; '.join(error.details)}"
+    at = [r.start for r in region]
+    bad = nonfinite_at(values)
+    problems = []
+    if crc32 is not None and checksum(values) != crc32:
+        problems.append(f"the chunk at {at} is not what was written (CRC-32)")
+    if bad is not None:
+        problems.append(f"{values[bad]} in the chunk at {at}")
+    return f"{leaf.name}: {'; '.join(problems)}" if problems else None

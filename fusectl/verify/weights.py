@@ -2,17 +2,18 @@
 
 It knows the family's table (which axis is which) and nothing of plans, layouts and the executor. Blocks that are copies
 must be equal to the bit; scaled ones to the last bit of their dtype; what no source covers must be zero, or noise
-of the mean and standard deviation that the record declares.
+of the mean and standard deviation that the record declares. All of it in pieces, on all cores, within a budget.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,203 +21,345 @@ import numpy.typing as npt
 from fusectl.archs.table import Row
 from fusectl.errors import FusectlError
 from fusectl.fill import unit_noise
-from fusectl.formats.tree import STEPS
+from fusectl.formats.tree import STEPS, Checkpoint
 from fusectl.formats.zarr import np_dtype
-from fusectl.record import Record
+from fusectl.layout import Region, shifted, size, tiles, whole
+from fusectl.parallel import Progress, in_parallel
 from fusectl.transforms.optimizer import STATE, find_state
-
-
-if TYPE_CHECKING:
-    from fusectl.verify import Claim
+from fusectl.verify.blocks import Blocks, Slices, epsilon, within_rounding
+from fusectl.verify.claim import Claim
+from fusectl.verify.report import WeightsResult
 
 
 Array = npt.NDArray[Any]
+Task = tuple[int, Callable[[], None]]
 
 # A sample of n normal values strays this many standard errors once in 500 million times.
 STANDARD_ERRORS = 6.0
+# Sources whose orders are tried: 720 of them.
+MOST_ORDERED = 6
+# What a value takes while it is compared: both sides as they are stored, and as float64 with a difference.
+BYTES_PER_VALUE = 32
 
 
-@dataclass(frozen=True)
-class WeightsResult:
-    """What the weights level found. `noise_blocks` counts the blocks whose noise was measured."""
-
-    passed: bool
-    tensors: int
-    blocks: int
-    noise_blocks: int
-    slots: int
-    problems: tuple[str, ...]
-
-
-def check_weights(claim: Claim) -> WeightsResult:
+def check_weights(claim: Claim, *, budget_bytes: int, jobs: int, progress: Progress) -> WeightsResult:
     """Compares every parameter, the optimizer's slots and the step with what the sources and the record say."""
-    problems: list[str] = []
-    blocks = noise_blocks = 0
-    for name, row in claim.tree.rows.items():
-        fused = claim.fused.read(claim.tree.prefix + name)
-        sources = [s.read(t.prefix + name) for s, t in zip(claim.sources, claim.trees, strict=True)]
-        view = FusedTensor(name, row, fused, sources, claim.record)
-        problems += view.problems()
-        blocks += len(sources)
-        noise_blocks += len(view.gaps()) if claim.record.fill.kind != "zeros" else 0
-    slots = [name for name in claim.fused.leaves if name.startswith(STATE)]
-    problems += _slot_problems(claim, slots)
-    return WeightsResult(not problems, len(claim.tree.rows), blocks, noise_blocks, len(slots), tuple(problems))
+    tensors = [_Tensor(claim, name, row, progress) for name, row in claim.tree.rows.items()]
+    slots = [_Slot(claim, name, progress) for name in claim.fused.leaves if name.startswith(STATE)]
+    read = sum(claim.fused.leaves[claim.tree.prefix + name].nbytes for name in claim.tree.rows)
+    slot_bytes = sum(claim.fused.leaves[slot.name].nbytes for slot in slots)
+    sources = sum(
+        claim.sources[i].leaves[claim.trees[i].prefix + name].nbytes
+        for i in claim.distinct
+        for name in claim.trees[i].rows
+    )
+    progress.start("comparing weights", read + sources + slot_bytes)
+    run = partial(in_parallel, budget_bytes=budget_bytes, jobs=jobs)
+    run(task for tensor in tensors for task in tensor.comparisons())
+    # Noise is relative to its kernel, all of which has been seen by now.
+    run(task for tensor in tensors for task in tensor.measurements())
+    checked = [slot for slot in slots if claim.record.optimizer == "reset"]
+    run(task for slot in checked for task in slot.tasks())
+    problems = [problem for tensor in tensors for problem in tensor.problems()]
+    if problems:
+        problems = [*claim.changed, *_other_order(claim), *problems]
+    problems += _slot_problems(claim, checked, bool(slots))
+    noise = [each for tensor in tensors for each in tensor.noise_off()]
+    return WeightsResult(
+        passed=not problems,
+        tensors=len(tensors),
+        blocks=sum(len(tensor.blocks.sources) for tensor in tensors),
+        noise_blocks=sum(len(tensor.blocks.gaps()) for tensor in tensors) if claim.record.fill.kind != "zeros" else 0,
+        slots=len(slots),
+        problems=tuple(problems),
+        bytes_read=read + sources + (slot_bytes if checked else 0),
+        noise_mean_off=max((mean for mean, _ in noise), default=None),
+        noise_std_off=max((std for _, std in noise), default=None),
+    )
 
 
-@dataclass(frozen=True)
-class FusedTensor:
-    """A fused tensor beside its sources', cut up by the axes' names."""
+@dataclass
+class _Wrong:
+    """The values of a block that are not what they should be: how many, and the first with both values."""
 
-    name: str
-    row: Row
-    fused: Array
-    sources: list[Array]
-    record: Record
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    count: int = 0
+    first: tuple[tuple[int, ...], float, float] | None = None
 
-    def own(self, i: int) -> tuple[slice, ...]:
-        """Where source i is."""
-        return self._at(dict.fromkeys(self.row.spec.axes, i))
+    def add(self, wrong: npt.NDArray[np.bool_], at: Region, found: Array, expected: Array) -> None:
+        """Counts in the wrong values of a piece that lies at a region of its block."""
+        count = int(np.count_nonzero(wrong))
+        if not count:
+            return
+        index = tuple(int(i) for i in np.argwhere(wrong)[0])
+        place = tuple(r.start + i for r, i in zip(at, index, strict=True))
+        with self.lock:
+            self.count += count
+            if self.first is None or place < self.first[0]:
+                self.first = (place, float(found[index]), float(expected[index]))
 
-    def gaps(self) -> list[tuple[int, int, tuple[slice, ...]]]:
-        """The blocks that no source covers: (output's source, input's source, where)."""
-        spec, widths = self.row.spec, self.record.widths
-        reads = [a for a in spec.axes if a in spec.inputs and a in widths]
-        writes = [a for a in spec.axes if a in spec.outputs and a in widths]
-        if not reads or not writes:
-            return []
-        return [
-            (i, j, self._at({**dict.fromkeys(writes, i), **dict.fromkeys(reads, j)}))
-            for i, j in itertools.permutations(range(len(self.sources)), 2)
-        ]
 
-    def scale(self, i: int) -> float:
-        """The factor that source i was stored with, so that the sum of the heads is the weighted mean of the logits."""
-        weight = self.record.weights[i]
-        if self.row.tied_head:
-            embed = self.record.widths["embed"]
-            return weight * math.sqrt(sum(embed) / embed[i])
-        return weight if self.row.spec.inputs == {"embed"} and self.row.spec.outputs == {"vocab"} else 1.0
+class _Sums:
+    """Sums over the values of stacked kernels, from pieces in any order: for each its mean, deviation and maximum."""
 
-    def exact(self, i: int) -> Array:
-        """What stands at source i's place before rounding: the scaled source, less what antisymmetric noise takes."""
-        values = self.sources[i].astype(np.float64) * self.scale(i)
-        if self.record.fill.kind == "antisymmetric":
-            for output, _, at in self.gaps():
-                if output == i:
-                    values = values - self.fused[at].astype(np.float64)
-        return values
+    def __init__(self, kernels: int) -> None:
+        self._lock = threading.Lock()
+        self.count, self.total, self.squares, self.largest = (np.zeros(kernels) for _ in range(4))
+
+    def add(self, values: Array, stacked: int | None, at: Region) -> None:
+        """Counts in float64 values that lie at a region of the block; `stacked` is the axis of the layers."""
+        rows = np.moveaxis(values, stacked, 0) if stacked is not None else values[None]
+        rows = rows.reshape(len(rows), -1)
+        layers = slice(at[stacked].start, at[stacked].stop) if stacked is not None else slice(0, 1)
+        with self._lock:
+            self.count[layers] += rows.shape[1]
+            self.total[layers] += rows.sum(axis=1)
+            self.squares[layers] += np.einsum("ij,ij->i", rows, rows)
+            self.largest[layers] = np.maximum(self.largest[layers], np.abs(rows).max(axis=1, initial=0.0))
+
+    @property
+    def mean(self) -> Array:
+        return np.asarray(self.total / np.maximum(self.count, 1))
+
+    @property
+    def std(self) -> Array:
+        return np.asarray(np.sqrt(np.maximum(self.squares / np.maximum(self.count, 1) - self.mean**2, 0.0)))
+
+
+class _Tensor:
+    """One parameter of the fused model beside its sources', cut up by the axes' names."""
+
+    def __init__(self, claim: Claim, name: str, row: Row, progress: Progress) -> None:
+        self.name = name
+        self.blocks = Blocks(row, claim.record)
+        self._claim = claim
+        self._progress = progress
+        self._fused = claim.tree.prefix + name
+        self._leaf = claim.fused.leaves[self._fused]
+        self._stacked = row.spec.axes.index("layers") if "layers" in row.spec.axes else None
+        self._layers = 1 if self._stacked is None else self._leaf.shape[self._stacked]
+        self._misplaced: list[str] = []
+        self._own = [_Wrong() for _ in self.blocks.sources]
+        self._kernels = [_Sums(self._layers) for _ in self.blocks.sources]
+        self._gaps = [_Gap(i, j, self._region(at), self._layers) for i, j, at in self.blocks.gaps()]
+
+    def comparisons(self) -> Iterator[Task]:
+        """Tasks that compare each source's own blocks, and the gaps with zeros where they are declared to be zero."""
+        # A source that is fused with itself is read once for all of its places.
+        for i in self._claim.distinct:
+            places = [k for k in self.blocks.sources if self._claim.sources[k] is self._claim.sources[i]]
+            leaf = self._claim.sources[i].leaves[self._claim.trees[i].prefix + self.name]
+            regions = [self._region(self.blocks.own(k)) for k in places]
+            if any(tuple(map(len, region)) != leaf.shape for region in regions):
+                shape = [list(map(len, region)) for region in regions]
+                self._misplaced.append(f"source {i} is {list(leaf.shape)}, its place is {shape[0]}")
+                continue
+            for tile in tiles(leaf.shape, _piece(leaf.shape, leaf.chunks, self._leaf.chunks)):
+                yield size(tile) * BYTES_PER_VALUE, partial(self._compare, i, places, regions, tile)
+        if self.blocks.record.fill.kind == "zeros":
+            for gap in self._gaps:
+                for tile in gap.pieces(self._leaf.chunks):
+                    yield size(tile) * BYTES_PER_VALUE, partial(self._expect_zero, gap, tile)
+
+    def measurements(self) -> Iterator[Task]:
+        """Tasks that compare the noise in the gaps with the declared one."""
+        if self.blocks.record.fill.kind != "zeros":
+            for gap in self._gaps:
+                for tile in gap.pieces(self._leaf.chunks):
+                    yield size(tile) * BYTES_PER_VALUE, partial(self._measure, gap, tile)
 
     def problems(self) -> Iterator[str]:
         """Everything about the tensor that is not as declared."""
-        for i in range(len(self.sources)):
-            yield from self._own_problems(i)
-        fill = self.record.fill
-        for i, j, at in self.gaps():
-            if fill.kind == "zeros":
-                count = int(np.count_nonzero(self.fused[at]))
-                found = [f": {count:,} of {self.fused[at].size:,} values are not zero"] if count else []
-            else:
-                found = list(self._noise_problems(at, self.sources[i]))
-            yield from (f"{self.name}: the block from source {j} to source {i}{problem}" for problem in found)
-
-    def _noise_problems(self, at: tuple[slice, ...], kernel: Array) -> Iterator[str]:
-        """Noise of another mean or deviation than declared; and, where the seed is known, other noise than its own."""
-        block, fill = self.fused[at].astype(np.float64), self.record.fill
-        field: Array | None = None
-        if fill.seed is not None:
-            region = tuple(range(n)[cut] for n, cut in zip(self.fused.shape, at, strict=True))
-            field = unit_noise(fill.seed, self.name, self.fused.shape, region)
-        for layer, pick in self._layers():
-            values, own = pick(block), pick(kernel).astype(np.float64)
-            problem = noise_problem(values, own, fill.noise_scale)
-            if problem:
-                yield f"{layer}: {problem}"
-            elif field is not None:
-                # The tool's own standard deviation is exact to 2**-18 of the largest magnitude.
-                off = np.abs(values - pick(field) * fill.noise_scale * own.std())
-                allowed = np.abs(pick(field)) * fill.noise_scale * np.abs(own).max() * 2.0**-18
-                wrong = int(np.count_nonzero(off > allowed + _epsilon(self.fused.dtype.name) * np.abs(values)))
-                if wrong:
-                    yield f"{layer}: {wrong:,} of {values.size:,} values are not the noise of seed {fill.seed}"
-
-    def _own_problems(self, i: int) -> Iterator[str]:
-        values, exact = self.fused[self.own(i)], self.exact(i)
-        if values.shape != exact.shape:
-            yield f"{self.name}: source {i} is {list(exact.shape)}, its place is {list(values.shape)}"
-            return
-        copied = self.scale(i) == 1.0 and not (self.record.fill.kind == "antisymmetric" and self.gaps())
-        wrong = values != exact.astype(values.dtype) if copied else ~within_rounding(values, exact)
-        if wrong.any():
-            at = tuple(int(k) for k in np.argwhere(wrong)[0])
-            yield (
-                f"{self.name}: source {i} differs in {int(wrong.sum()):,} of {wrong.size:,} values, "
-                f"first at {list(at)}: {values[at]:.9g}, not {exact[at]:.9g}"
+        yield from (f"{self.name}: {problem}" for problem in self._misplaced)
+        for i, wrong in enumerate(self._own):
+            if wrong.first is not None:
+                at, found, expected = wrong.first
+                total = math.prod(map(len, self._region(self.blocks.own(i))))
+                yield (
+                    f"{self.name}: source {i} differs in {wrong.count:,} of {total:,} values, "
+                    f"first at {list(at)}: {found:.9g}, not {expected:.9g}"
+                )
+        for gap in self._gaps:
+            yield from (
+                f"{self.name}: the block from source {gap.reads} to source {gap.writes}{problem}"
+                for problem in self._gap_problems(gap)
             )
 
-    def _layers(self) -> Iterator[tuple[str, Callable[[Array], Array]]]:
-        """Kernels that are stacked along `layers` have noise of their own standard deviation each."""
-        if "layers" not in self.row.spec.axes:
-            yield "", lambda values: values
+    def noise_off(self) -> Iterator[tuple[float, float]]:
+        """How many standard errors the mean and the deviation of each noise block are from the declared ones."""
+        for gap in self._gaps:
+            for k, std in enumerate(self._declared_std(gap)):
+                if self.blocks.record.fill.kind != "zeros" and std > 0.0:
+                    yield noise_off(gap.sums.mean[k], gap.sums.std[k], std, gap.sums.count[k])
+
+    def _compare(self, i: int, places: list[int], regions: list[Region], tile: Region) -> None:
+        source = self._claim.sources[i].read(self._claim.trees[i].prefix + self.name, tile)
+        noisy = bool(self._gaps) and self.blocks.record.fill.kind != "zeros"
+        for k, region in zip(places, regions, strict=True):
+            found, scale, taken_off = self._read(region, tile), self.blocks.scale(k), self.blocks.takes_noise_off(k)
+            if scale == 1.0 and not taken_off:
+                expected = source.astype(found.dtype, copy=False)
+                self._own[k].add(found != expected, tile, found, expected)
+            else:
+                # What stands there before rounding: the scaled source, less what antisymmetric noise takes off.
+                expected = source.astype(np.float64) * scale
+                for at in taken_off:
+                    expected -= self._read(self._region(at), tile).astype(np.float64)
+                self._own[k].add(~within_rounding(found, expected), tile, found, expected)
+            if noisy:
+                self._kernels[k].add(source.astype(np.float64) * scale, self._stacked, tile)
+        self._progress.advance(self.name, source.nbytes * (1 + len(places)))
+
+    def _expect_zero(self, gap: _Gap, tile: Region) -> None:
+        found = self._read(gap.region, tile)
+        gap.wrong.add(found != 0, tile, found, np.zeros_like(found))
+        self._progress.advance(self.name, found.nbytes)
+
+    def _measure(self, gap: _Gap, tile: Region) -> None:
+        found, fill = self._read(gap.region, tile), self.blocks.record.fill
+        values = found.astype(np.float64)
+        gap.sums.add(values, self._stacked, tile)
+        self._progress.advance(self.name, found.nbytes)
+        if fill.seed is None:
             return
-        axis = self.row.spec.axes.index("layers")
-        for k in range(self.fused.shape[axis]):
-            yield f", layer {k}", partial(_layer, axis=axis, k=k)
+        kernel = self._kernels[gap.writes]
+        region = _within(gap.region, tile)
+        noise = unit_noise(fill.seed, self.name, self._leaf.shape, region).astype(np.float64) * fill.noise_scale
+        expected = noise * self._by_layer(kernel.std, tile)
+        # The tool's own standard deviation is exact to 2**-18 of the largest magnitude.
+        allowed = np.abs(noise) * self._by_layer(kernel.largest, tile) * 2.0**-18
+        wrong = ~(np.abs(values - expected) <= allowed + epsilon(found.dtype.name) * np.abs(values))
+        gap.wrong.add(wrong, tile, found, expected)
 
-    def _at(self, place: dict[str, int]) -> tuple[slice, ...]:
-        cut = []
-        for axis in self.row.spec.axes:
-            widths = self.record.widths.get(axis)
-            start = sum(widths[: place[axis]]) if widths else 0
-            cut.append(slice(start, start + widths[place[axis]]) if widths else slice(None))
-        return tuple(cut)
+    def _gap_problems(self, gap: _Gap) -> Iterator[str]:
+        fill, total = self.blocks.record.fill, math.prod(map(len, gap.region))
+        if fill.kind == "zeros":
+            if gap.wrong.count:
+                yield f": {gap.wrong.count:,} of {total:,} values are not zero"
+            return
+        for k, std in enumerate(self._declared_std(gap)):
+            layer = f", layer {k}" if self._stacked is not None else ""
+            mean_off, std_off = noise_off(gap.sums.mean[k], gap.sums.std[k], std, gap.sums.count[k])
+            if std == 0.0 and gap.sums.largest[k]:
+                yield f"{layer}: noise beside a constant kernel, which has no standard deviation"
+            elif not (mean_off <= STANDARD_ERRORS and std_off <= STANDARD_ERRORS):
+                found = f"mean {gap.sums.mean[k]:.3g} and std {gap.sums.std[k]:.3g}"
+                yield f"{layer}: noise of {found}, declared 0 and {std:.3g}"
+        if gap.wrong.first is not None:
+            at, found_value, expected = gap.wrong.first
+            yield (
+                f": {gap.wrong.count:,} of {total:,} values are not the noise of seed {fill.seed}, "
+                f"first at {list(at)}: {found_value:.9g}, not {expected:.9g}"
+            )
+
+    def _declared_std(self, gap: _Gap) -> Array:
+        return self._kernels[gap.writes].std * self.blocks.record.fill.noise_scale
+
+    def _by_layer(self, values: Array, tile: Region) -> Array:
+        """One value for each stacked kernel, shaped to be multiplied with a piece of the block."""
+        if self._stacked is None:
+            return values
+        shape = [-1 if axis == self._stacked else 1 for axis in range(len(tile))]
+        return values[tile[self._stacked].start : tile[self._stacked].stop].reshape(shape)
+
+    def _region(self, at: Slices) -> Region:
+        return tuple(range(n)[cut] for n, cut in zip(self._leaf.shape, at, strict=True))
+
+    def _read(self, block: Region, tile: Region) -> Array:
+        return self._claim.fused.read(self._fused, _within(block, tile))
 
 
-def _layer(values: Array, axis: int, k: int) -> Array:
-    return np.asarray(values.take(k, axis=axis))
+class _Gap:
+    """A block between two sources, and what was found there."""
+
+    def __init__(self, writes: int, reads: int, region: Region, layers: int) -> None:
+        self.writes, self.reads, self.region = writes, reads, region
+        self.wrong = _Wrong()
+        self.sums = _Sums(layers)
+
+    def pieces(self, chunks: tuple[int, ...]) -> Iterator[Region]:
+        """The regions, counted from the block's corner, that are worked on at once."""
+        shape = tuple(map(len, self.region))
+        return tiles(shape, _piece(shape, chunks))
 
 
-def within_rounding(values: Array, exact: Array) -> npt.NDArray[np.bool_]:
-    """Where `values` are what their dtype makes of `exact`: at most one unit in the last place away."""
-    spacing = _epsilon(values.dtype.name) * np.maximum(np.abs(values.astype(np.float64)), np.abs(exact))
-    return np.asarray(np.abs(values.astype(np.float64) - exact) <= spacing)
+class _Slot:
+    """A slot of the optimizer that was declared as reset."""
+
+    def __init__(self, claim: Claim, name: str, progress: Progress) -> None:
+        self.name = name
+        self._fused: Checkpoint = claim.fused
+        self._progress = progress
+        self.wrong = _Wrong()
+
+    def tasks(self) -> Iterator[Task]:
+        leaf = self._fused.leaves[self.name]
+        for tile in tiles(leaf.shape, _piece(leaf.shape, leaf.chunks)):
+            yield size(tile) * np_dtype(leaf.dtype).itemsize * 2, partial(self._expect_zero, tile)
+
+    def _expect_zero(self, tile: Region) -> None:
+        found = self._fused.read(self.name, tile)
+        self.wrong.add(found != 0, tile, found, np.zeros_like(found))
+        self._progress.advance(self.name, found.nbytes)
 
 
-def noise_problem(values: Array, kernel: Array, noise_scale: float) -> str | None:
-    """What is wrong with the mean and deviation of noise that is relative to a kernel's, or None."""
-    std = noise_scale * float(kernel.std())
-    if std == 0.0:
-        return "noise beside a constant kernel, which has no standard deviation" if values.any() else None
-    mean_off = abs(values.mean()) / (std / math.sqrt(values.size))
-    std_off = abs(values.std() / std - 1.0) * math.sqrt(2.0 * values.size)
-    if mean_off > STANDARD_ERRORS or std_off > STANDARD_ERRORS:
-        return f"noise of mean {values.mean():.3g} and std {values.std():.3g}, declared 0 and {std:.3g}"
-    return None
+def noise_off(mean: float, std: float, declared: float, count: float) -> tuple[float, float]:
+    """How many standard errors a sample's mean is from 0, and its deviation from the declared one; 0 for no noise."""
+    if declared == 0.0:
+        return 0.0, 0.0
+    return abs(mean) / (declared / math.sqrt(count)), abs(std / declared - 1.0) * math.sqrt(2.0 * count)
 
 
-def _epsilon(dtype: str) -> float:
-    import ml_dtypes
+def _piece(shape: tuple[int, ...], *chunks: tuple[int, ...]) -> tuple[int, ...]:
+    """What is read at once: whole chunks of everybody who takes part, so that each is decoded about once."""
+    return tuple(max(1, min(n, max(edges))) for n, *edges in zip(shape, *chunks, strict=True))
 
-    return float(ml_dtypes.finfo(np_dtype(dtype)).eps)
+
+def _within(block: Region, tile: Region) -> Region:
+    """A piece of a block as a region of the whole tensor."""
+    return shifted(tile, whole(tuple(map(len, block))), block)
 
 
-def _slot_problems(claim: Claim, slots: list[str]) -> Iterator[str]:
+def _other_order(claim: Claim) -> list[str]:
+    """Whether the sources are the right ones in another order, as their norms' scales tell."""
+    if len(claim.distinct) < 2:
+        return []
+    norms = [n for n, row in claim.tree.rows.items() if not row.spec.inputs and not row.tied_head]
+    scales = [
+        [claim.sources[i].read(claim.trees[i].prefix + name) for name in norms] for i in range(len(claim.sources))
+    ]
+    fused = [claim.fused.read(claim.tree.prefix + name) for name in norms]
+
+    def fits(order: tuple[int, ...]) -> bool:
+        return all(
+            np.array_equal(np.concatenate([scales[i][k] for i in order]), values) for k, values in enumerate(fused)
+        )
+
+    given = tuple(range(len(claim.sources)))
+    if len(given) > MOST_ORDERED or fits(given):
+        return []
+    for order in itertools.permutations(given):
+        if fits(order):
+            return [f"the sources stand in another order: {', '.join(claim.sources[i].path for i in order)}"]
+    return []
+
+
+def _slot_problems(claim: Claim, checked: list[_Slot], any_slots: bool) -> Iterator[str]:
     first = claim.sources[0]
-    steps = [next((c.read(name) for name in STEPS if name in c.leaves), None) for c in (claim.fused, first)]
-    now, then = steps
+    now, then = (next((c.read(name) for name in STEPS if name in c.leaves), None) for c in (claim.fused, first))
     if now is not None and then is not None and (now.dtype != then.dtype or now != then):
         yield f"the step: {now} ({now.dtype}), {then} ({then.dtype}) in the first source"
-    if claim.record.optimizer == "drop" and slots:
-        yield f"{slots[0]}: declared as dropped, and there"
+    if claim.record.optimizer == "drop" and any_slots:
+        yield "the optimizer's slots: declared as dropped, and there"
     if claim.record.optimizer != "reset":
         return
-    if not slots:
+    if not any_slots:
         yield "the optimizer's slots are gone"
         return
     try:
         find_state(claim.fused.shapes, claim.tree, claim.fused.path)
     except FusectlError as error:
         yield from (f"slot {detail}" for detail in error.details)
-    for name in slots:
-        if claim.fused.read(name).any():
-            yield f"{name}: declared as reset, and not zero"
+    for slot in checked:
+        if slot.wrong.count:
+            yield f"{slot.name}: declared as reset, and not zero"

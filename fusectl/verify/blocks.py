@@ -1,0 +1,91 @@
+"""Where the blocks of a fused tensor are, re-derived from the family's table and the record's widths alone.
+
+Nothing of the planner is used: slices and factors for numpy, by which the weights level compares and the algebra level
+computes. They fit a whole tensor and any part of it that is cut along an axis that does not grow.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fusectl.archs.table import Row
+from fusectl.formats.zarr import np_dtype
+from fusectl.record import Record
+
+
+Array = npt.NDArray[Any]
+Slices = tuple[slice, ...]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The blocks of a kind of tensor in a fused model."""
+
+    row: Row
+    record: Record
+
+    @property
+    def sources(self) -> range:
+        return range(len(self.record.weights))
+
+    def own(self, i: int) -> Slices:
+        """Where source i is."""
+        return self._at(dict.fromkeys(self.row.spec.axes, i))
+
+    def gaps(self) -> list[tuple[int, int, Slices]]:
+        """The blocks that no source covers: (output's source, input's source, where)."""
+        spec, widths = self.row.spec, self.record.widths
+        reads = [a for a in spec.axes if a in spec.inputs and a in widths]
+        writes = [a for a in spec.axes if a in spec.outputs and a in widths]
+        if not reads or not writes:
+            return []
+        return [
+            (i, j, self._at({**dict.fromkeys(writes, i), **dict.fromkeys(reads, j)}))
+            for i, j in itertools.permutations(self.sources, 2)
+        ]
+
+    def scale(self, i: int) -> float:
+        """The factor that source i is stored with.
+
+        It makes the sum of the heads the weighted mean of the logits, and the sources' residual streams equally large.
+        """
+        weight, stream = self.record.weights[i], self.record.residual_scales[i]
+        if self.row.tied_head:
+            embed = self.record.widths["embed"]
+            return weight * math.sqrt(sum(embed) / embed[i]) / stream
+        if self.row.writes_stream:
+            return stream
+        return weight if self.row.spec.inputs == {"embed"} and self.row.spec.outputs == {"vocab"} else 1.0
+
+    def takes_noise_off(self, i: int) -> list[Slices]:
+        """The gaps whose noise was subtracted from source i's own block."""
+        if self.record.fill.kind != "antisymmetric":
+            return []
+        return [at for output, _, at in self.gaps() if output == i]
+
+    def _at(self, place: dict[str, int]) -> Slices:
+        cut = []
+        for axis in self.row.spec.axes:
+            widths = self.record.widths.get(axis)
+            start = sum(widths[: place[axis]]) if widths else 0
+            cut.append(slice(start, start + widths[place[axis]]) if widths else slice(None))
+        return tuple(cut)
+
+
+def within_rounding(values: Array, exact: Array) -> npt.NDArray[np.bool_]:
+    """Where `values` are what their dtype makes of `exact`: at most one unit in the last place away."""
+    wide = values.astype(np.float64)
+    return np.asarray(np.abs(wide - exact) <= epsilon(values.dtype.name) * np.maximum(np.abs(wide), np.abs(exact)))
+
+
+def epsilon(dtype: str) -> float:
+    """The distance from 1 to the next number of a dtype."""
+    import ml_dtypes
+
+    return float(ml_dtypes.finfo(np_dtype(dtype)).eps)

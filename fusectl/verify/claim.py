@@ -1,0 +1,156 @@
+"""What a fused checkpoint claims to be: its record, or what the caller declares, and the models to hold it against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import fusectl
+from fusectl.archs import Recognized, recognize
+from fusectl.errors import Incompatible, NotFound, UsageError
+from fusectl.formats import fingerprint, open_checkpoint
+from fusectl.formats.tree import Checkpoint, is_dropped
+from fusectl.record import Fill, Record, SourceRecord, mean_weights, norm_groups
+from fusectl.transforms.grow import require_widths, widths_of
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What the caller says of a checkpoint; it stands in for, or overrides, what fusectl.json says."""
+
+    sources: tuple[str, ...] = ()
+    weights: tuple[float, ...] | None = None
+    fill: Fill | None = None
+    arch: str | None = None
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a fused checkpoint claims to be, and the models to hold it against. Full names are `prefix + parameter`."""
+
+    fused: Checkpoint
+    tree: Recognized
+    sources: tuple[Checkpoint, ...]
+    trees: tuple[Recognized, ...]
+    record: Record
+    # Sources whose files are no longer those that were fused, a sentence each.
+    changed: tuple[str, ...] = ()
+
+    @property
+    def source_groups(self) -> tuple[tuple[int, ...], ...]:
+        """The norm groups of each source, as its own record has them."""
+        return tuple(s.norm_groups for s in self.record.sources)
+
+    @cached_property
+    def distinct(self) -> tuple[int, ...]:
+        """The places at which each source stands first: one of K for a model that was fused with itself."""
+        first: dict[int, int] = {}
+        for i, source in enumerate(self.sources):
+            first.setdefault(id(source), i)
+        return tuple(first.values())
+
+
+def make_claim(fused: Checkpoint, declared: Declared) -> Claim:
+    """The Claim of an opened checkpoint.
+
+    Raises UsageError when nobody says what it was fused from, NotFound when a source has gone, Incompatible when the
+    sizes rule out that it is a fusion of these sources.
+    """
+    record = fused.record
+    if record is None and not declared.sources:
+        raise UsageError(f"{fused.path}: no fusectl.json that names its sources", hint="--sources A B")
+    if record is not None and not record.sources and not declared.sources:
+        raise UsageError(f"{fused.path}: its fusectl.json names no sources", hint="--sources A B")
+    paths = declared.sources or tuple(s.path for s in (record.sources if record else ()))
+    by_path: dict[str, Checkpoint] = {}
+    for path in paths:
+        if path not in by_path:
+            try:
+                by_path[path] = open_checkpoint(path)
+            except NotFound as error:
+                raise NotFound(
+                    f"source {path} is not there any more", hint="--sources A B names where it is now"
+                ) from error
+    sources = tuple(by_path[path] for path in paths)
+    if len(sources) < 2:
+        raise UsageError(
+            f"{len(sources)} source: a fusion has two or more", hint="--sources A A for one fused with itself"
+        )
+    if record is not None and record.sources and len(sources) != len(record.sources):
+        raise UsageError(f"{len(sources)} sources, but {fused.path} is a fusion of {len(record.sources)}")
+    arch = declared.arch or (record.family if record else None)
+    drop = record.drop if record else ()
+    trees = {}
+    for path, source in by_path.items():
+        trees[path] = recognize({n: s for n, s in source.shapes.items() if not is_dropped(n, drop)}, path, arch)
+    tree = recognize(fused.shapes, fused.path, arch)
+    changed = _changed(sources, record)
+    record = _record(fused, record, sources, tuple(trees[p] for p in paths), declared)
+    claim = Claim(fused, tree, sources, tuple(trees[p] for p in paths), record, changed)
+    try:
+        require_widths(tree, record, fused.path)
+        _require_depths(claim)
+    except Incompatible as error:
+        raise Incompatible(error.message, details=(*changed, *error.details), hint=error.hint) from error
+    return claim
+
+
+def _changed(sources: tuple[Checkpoint, ...], record: Record | None) -> tuple[str, ...]:
+    recorded = record.sources if record else ()
+    found = [(source.path, fingerprint(source), entry.fingerprint) for source, entry in zip(sources, recorded)]  # noqa: B905
+    return tuple(
+        f"{path} has changed since it was fused: digest {now} of its files, {then} then"
+        for path, now, then in dict.fromkeys(found)
+        if now != then
+    )
+
+
+def _record(
+    fused: Checkpoint,
+    record: Record | None,
+    sources: tuple[Checkpoint, ...],
+    trees: tuple[Recognized, ...],
+    declared: Declared,
+) -> Record:
+    """What to hold the checkpoint against: its own record, with what the caller declares put over it."""
+    count = len(sources)
+    groups = tuple(norm_groups(s.record, t.sizes["embed"]) for s, t in zip(sources, trees, strict=True))
+    if record is None:
+        record = replace(nothing_known(), family=trees[0].family.name, weights=(1.0 / count,) * count)
+    if declared.sources or not record.sources:
+        entries = tuple(
+            SourceRecord(s.path, s.format, s.step, fingerprint(s), g) for s, g in zip(sources, groups, strict=True)
+        )
+        record = replace(record, sources=entries)
+    if not record.norm_groups:
+        record = replace(record, norm_groups=tuple(w for g in groups for w in g))
+    if declared.weights is not None:
+        record = replace(record, weights=mean_weights(declared.weights, count))
+    if declared.fill is not None:
+        record = replace(record, fill=declared.fill)
+    if len(record.weights) != count:
+        raise UsageError(f"{len(record.weights)} weights for {count} sources of {fused.path}")
+    # The widths are measured, never taken on trust.
+    return replace(record, widths=widths_of(trees))
+
+
+def _require_depths(claim: Claim) -> None:
+    if claim.tree.depths != claim.trees[0].depths:
+        differ = f"depth: {claim.tree.depths} in {claim.fused.path}, {claim.trees[0].depths} in the sources"
+        raise Incompatible(f"{claim.fused.path} is no fusion of these {len(claim.sources)} sources", details=(differ,))
+
+
+def nothing_known() -> Record:
+    """The Record of a checkpoint without one."""
+    return Record(
+        version=fusectl.__version__,
+        command="",
+        family="",
+        parameters="",
+        sources=(),
+        weights=(),
+        widths={},
+        norm_groups=(),
+        fill=Fill(),
+        optimizer="",
+    )
