@@ -97,11 +97,13 @@ def make_claim(fused: Checkpoint, declared: Declared) -> Claim:
 
 def _changed(sources: tuple[Checkpoint, ...], record: Record | None) -> tuple[str, ...]:
     recorded = record.sources if record else ()
+    known = {entry.fingerprint for entry in recorded}
     found = [(source.path, fingerprint(source), entry.fingerprint) for source, entry in zip(sources, recorded)]  # noqa: B905
     return tuple(
         f"{path} has changed since it was fused: digest {now} of its files, {then} then"
         for path, now, then in dict.fromkeys(found)
-        if now != then
+        # One that stands at another's place has not changed; the weights tell the order.
+        if now not in known
     )
 
 

@@ -61,9 +61,10 @@ def check_weights(claim: Claim, *, budget_bytes: int, jobs: int, progress: Progr
     checked = [slot for slot in slots if claim.record.optimizer == "reset"]
     run(task for slot in checked for task in slot.tasks())
     problems = [problem for tensor in tensors for problem in tensor.problems()]
-    if problems:
-        problems = [*claim.changed, *_other_order(claim), *problems]
+    order = _other_order(claim) if problems else []
     problems += _slot_problems(claim, checked, bool(slots))
+    if problems:
+        problems = [*claim.changed, *order, *problems]
     noise = [each for tensor in tensors for each in tensor.noise_off()]
     return WeightsResult(
         passed=not problems,

@@ -1,5 +1,6 @@
 """Controls: every way in which a fusion can be wrong is found, at the weights and at the algebra level."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,11 @@ LAYERS = {"encoder": 1, "decoder": 1}
 EMBED, HEADS, JOINED, MLP = 12, 3, 15, 22
 
 
-def wrong_factor(values, factor):
-    values *= factor
+def times(factor):
+    def change(values):
+        values *= np.float32(factor)
+
+    return change
 
 
 def interleave_heads(values):
@@ -27,48 +31,83 @@ def interleave_heads(values):
     values[:] = heads.transpose(0, 2, 1, 3).reshape(values.shape)
 
 
+def swap_two_heads(values):
+    heads = values[:EMBED, :JOINED].reshape(EMBED, HEADS, 5)
+    heads[:, [0, 1]] = heads[:, [1, 0]]
+
+
 def transpose_block(values):
-    block = values[:EMBED, :EMBED]
-    values[:EMBED, :EMBED] = block.T.copy()
+    values[:EMBED, :EMBED] = values[:EMBED, :EMBED].T.copy()
 
 
-def swap_sources(values):
-    values[:] = np.roll(values, EMBED, axis=0)
+def swap_sources(axis):
+    def change(values):
+        values[:] = np.roll(values, values.shape[axis] // 2, axis=axis)
+
+    return change
 
 
-def change_one(values):
-    values[0, 0] += 0.5
+def repeat_the_first(values):
+    rows, columns = (n // 2 for n in values.shape)
+    values[rows:, columns:] = values[:rows, :columns]
 
 
-def leak(values):
-    values[0, -1] = 0.5
+def one_value(row, column, by=0.5):
+    def change(values):
+        values[row, column] += np.float32(by)
+
+    return change
 
 
-FAULTS = {
-    "logits not scaled": ("t5-1.1", "decoder/logits_dense/kernel", lambda v: wrong_factor(v, 2.0), True),
-    "logits off by one percent": ("t5-1.1", "decoder/logits_dense/kernel", lambda v: wrong_factor(v, 1.01), True),
-    "tied norm not scaled": (
-        "t5-1.0",
-        "decoder/decoder_norm/scale",
-        lambda v: wrong_factor(v, np.float32(2**0.5)),
-        True,
-    ),
-    "tied norm scaled by 1/K": (
-        "t5-1.0",
-        "decoder/decoder_norm/scale",
-        lambda v: wrong_factor(v, np.float32(0.5**0.5)),
-        True,
-    ),
-    "heads interleaved": ("t5-1.1", "encoder/layers_0/attention/query/kernel", interleave_heads, True),
-    "a block transposed": ("t5-1.1", "encoder/layers_0/attention/key/kernel", transpose_block, True),
-    "a norm of the other source": ("t5-1.1", "decoder/layers_0/pre_mlp_layer_norm/scale", swap_sources, True),
-    "one value changed": ("t5-1.1", "decoder/layers_0/mlp/wo/kernel", change_one, True),
-    "something where zeros belong": ("t5-1.1", "encoder/layers_0/mlp/wi_1/kernel", leak, True),
+def lose(values):
+    values[EMBED:] = 1.0
+
+
+def shift_the_tokens(values):
+    values[:] = np.roll(values, 1, axis=0)
+
+
+def flip_the_sign_of_one_source(values):
+    values[EMBED:, JOINED:] *= -1
+
+
+def permute_features(values):
+    values[:EMBED] = values[:EMBED][::-1].copy()
+
+
+def weigh_otherwise(values):
+    values[:EMBED] *= np.float32(1.2)
+    values[EMBED:] *= np.float32(0.8)
+
+
+ENCODER, DECODER = "encoder/layers_0", "decoder/layers_0"
+# What is done to which tensor of a fusion of T5 1.1, or of T5 1.0 with its tied head.
+FUNCTIONAL = {
+    "the head not scaled": ("decoder/logits_dense/kernel", times(2.0)),
+    "the head off by one percent": ("decoder/logits_dense/kernel", times(1.01)),
+    "the head with other weights": ("decoder/logits_dense/kernel", weigh_otherwise),
+    "the tied norm not scaled": ("1.0 decoder/decoder_norm/scale", times(2**0.5)),
+    "the tied norm scaled by 1/K": ("1.0 decoder/decoder_norm/scale", times(0.5**0.5)),
+    "heads interleaved": (f"{ENCODER}/attention/query/kernel", interleave_heads),
+    "two heads of one kernel swapped": (f"{DECODER}/self_attention/key/kernel", swap_two_heads),
+    "a block transposed": (f"{ENCODER}/attention/key/kernel", transpose_block),
+    "a block with its sign flipped": (f"{DECODER}/encoder_decoder_attention/value/kernel", flip_the_sign_of_one_source),
+    "one source's block in both places": (f"{ENCODER}/mlp/wi_0/kernel", repeat_the_first),
+    "a norm of the other source": (f"{DECODER}/pre_mlp_layer_norm/scale", swap_sources(0)),
+    "a norm lost": ("encoder/encoder_norm/scale", lose),
+    "a norm in another order": (f"{DECODER}/pre_cross_attention_layer_norm/scale", permute_features),
+    "one value changed": (f"{DECODER}/mlp/wo/kernel", one_value(0, 0)),
+    "one value in the zeros of a kernel that reads": (f"{ENCODER}/mlp/wi_1/kernel", one_value(0, -1)),
+    "one value in the zeros of a kernel that writes": (f"{DECODER}/self_attention/out/kernel", one_value(-1, 0)),
+    "the relative bias of the other source": ("encoder/relpos_bias/rel_embedding", swap_sources(0)),
+    "the relative bias off by one bucket": ("decoder/relpos_bias/rel_embedding", swap_sources(1)),
+    "the embeddings of the other source": ("token_embedder/embedding", swap_sources(1)),
+    "the embeddings shifted by a token": ("token_embedder/embedding", shift_the_tokens),
 }
 
 
 def fused(tmp_path, family, fill=Fill(), **options):
-    # A joined_kv that equals embed lets a block be transposed in place.
+    # A joined_kv that is larger than embed lets a block be transposed in place.
     sizes = {
         "vocab": 41,
         "embed": EMBED,
@@ -83,37 +122,67 @@ def fused(tmp_path, family, fill=Fill(), **options):
     return carry_out(plan, sources, tmp_path / "fused")
 
 
-def rewrite(path: Path, change) -> str:
+@pytest.fixture(scope="module")
+def fusions(tmp_path_factory):
+    """A fusion of two models of each of two families, for tests that change copies of it."""
+    return {family: fused(tmp_path_factory.mktemp(family), family) for family in ("t5-1.1", "t5-1.0")}
+
+
+def rewrite(path: Path, change, to: Path | None = None) -> str:
     """The checkpoint with its tensors changed and its record kept, but for the checksums, which would give it away."""
     opened = open_checkpoint(str(path))
     values = {name: np.array(opened.read(name)) for name in opened.leaves}
     change(values)
-    record = opened.record
-    save(path.with_name("mutated"), values, "t5x", force=True)
-    from dataclasses import replace
-
-    (path.with_name("mutated") / FILE_NAME).write_bytes(replace(record, tensors={}).to_json())
-    return str(path.with_name("mutated"))
+    mutated = (to or path.parent) / "mutated"
+    save(mutated, values, "t5x", force=True)
+    (mutated / FILE_NAME).write_bytes(replace(opened.record, tensors={}).to_json())
+    return str(mutated)
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_found_in_the_weights_and_in_the_function(tmp_path, fault):
-    family, name, change, functional = FAULTS[fault]
-    path = fused(tmp_path, family)
-    mutated = rewrite(path, lambda values: change(values[f"target/{name}"]))
+@pytest.mark.parametrize("fault", FUNCTIONAL)
+def test_a_fault_is_found_in_the_weights_and_in_the_function(fusions, tmp_path, fault):
+    name, change = FUNCTIONAL[fault]
+    family = "t5-1.0" if name.startswith("1.0 ") else "t5-1.1"
+    name = name.removeprefix("1.0 ")
+    mutated = rewrite(fusions[family], lambda values: change(values[f"target/{name}"]), tmp_path)
 
     report = verify(mutated, settings=Settings(("weights", "algebra")))
 
-    assert report.weights.passed is False
-    assert any(name in problem for problem in report.weights.problems)
-    assert functional is (report.algebra.passed is False)
     assert not report.passed
+    assert report.weights.passed is False
+    assert all(name in problem for problem in report.weights.problems)
+    assert report.algebra.passed is False
+    assert report.algebra.first_difference.parameter == name
 
 
-def test_without_a_fault_the_rewritten_checkpoint_passes(tmp_path):
-    path = fused(tmp_path, "t5-1.1")
+SLOT = "state/param_states/decoder/decoder_norm/scale/v"
 
-    assert verify(rewrite(path, lambda _: None), settings=Settings(("weights", "algebra"))).passed
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda v: v.__setitem__("state/step", np.array(3, np.int32)), "the step: 3"),
+        (lambda v: v[SLOT].__setitem__(0, 1.0), f"{SLOT}: declared as reset, and not zero"),
+        (lambda v: v.__setitem__(SLOT, np.zeros(5, np.float32)), "decoder_norm/scale/v: shape [5], expected [24]"),
+        (lambda v: v.pop(SLOT), "decoder_norm/scale/v: shape none, expected [24]"),
+        (lambda v: [v.pop(name) for name in list(v) if "param_states" in name], "the optimizer's slots are gone"),
+    ],
+)
+def test_a_fault_in_the_training_state_is_found_in_the_weights_only(fusions, tmp_path, change, says):
+    mutated = rewrite(fusions["t5-1.1"], change, tmp_path)
+
+    report = verify(mutated, settings=Settings(("weights", "algebra")))
+
+    assert not report.weights.passed
+    assert any(says in problem for problem in report.weights.problems), report.weights.problems
+    assert report.algebra.passed
+
+
+@pytest.mark.parametrize("family", ["t5-1.1", "t5-1.0"])
+def test_without_a_fault_the_rewritten_checkpoint_passes(fusions, tmp_path, family):
+    mutated = rewrite(fusions[family], lambda _: None, tmp_path)
+
+    assert verify(mutated, settings=Settings(("weights", "algebra"))).passed
 
 
 def test_a_dropped_tensor_is_found(tmp_path):
@@ -138,29 +207,6 @@ def test_a_lost_tensor_fails_the_files_level(tmp_path):
 
     assert not report.passed
     assert "target/decoder/decoder_norm/scale: written, and gone" in report.files.problems
-
-
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        (lambda v: v.__setitem__("state/step", np.array(3, np.int32)), "the step: 3"),
-        (
-            lambda v: v["state/param_states/decoder/decoder_norm/scale/v"].__setitem__(0, 1.0),
-            "declared as reset, and not zero",
-        ),
-        (
-            lambda v: v.__setitem__("state/param_states/decoder/decoder_norm/scale/v", np.zeros(5, np.float32)),
-            "decoder_norm/scale/v: shape [5], expected [24]",
-        ),
-    ],
-)
-def test_wrong_steps_and_slots_are_found(tmp_path, change, says):
-    path = fused(tmp_path, "t5-1.1")
-
-    report = verify(rewrite(path, change), settings=Settings(("weights",)))
-
-    assert not report.weights.passed
-    assert any(says in problem for problem in report.weights.problems), report.weights.problems
 
 
 @pytest.mark.parametrize("factor", [0.8, 1.25, 0.0])
@@ -209,7 +255,10 @@ def test_sources_in_another_order_are_found(tmp_path):
     path = fused(tmp_path, "t5-1.1")
     declared = Declared(sources=(str(tmp_path / "b"), str(tmp_path / "a")))
 
-    assert not verify(str(path), declared, Settings(("weights",))).weights.passed
+    found = verify(str(path), declared, Settings(("weights",))).weights
+
+    assert not found.passed
+    assert found.problems[0] == f"the sources stand in another order: {tmp_path / 'a'}, {tmp_path / 'b'}"
 
 
 def test_a_source_that_changed_since_is_said(tmp_path):
@@ -221,6 +270,34 @@ def test_a_source_that_changed_since_is_said(tmp_path):
     report = verify(str(path), settings=Settings(("weights",)))
 
     assert any("has changed since it was fused" in note for note in report.notes)
+    assert "has changed since it was fused" in report.weights.problems[0]
+
+
+def test_a_source_that_was_copied_elsewhere_is_the_same_source(tmp_path):
+    from fusectl.verify import Declared
+
+    path = fused(tmp_path, "t5-1.1")
+    (tmp_path / "a").rename(tmp_path / "moved")
+    declared = Declared(sources=(str(tmp_path / "moved"), str(tmp_path / "b")))
+
+    report = verify(str(path), declared, Settings(("weights",)))
+
+    assert report.passed
+    assert report.notes == ()
+
+
+@pytest.mark.parametrize("fill", [Fill(), Fill("gaussian", 0.1, 5), Fill("antisymmetric", 0.2, 5)])
+@pytest.mark.parametrize("family", ["t5-1.0", "scalable-t5-1.1-scanned"])
+def test_the_result_does_not_depend_on_threads_and_budget(tmp_path, family, fill):
+    path = str(fused(tmp_path, family, fill))
+    settings = [Settings(("files", "weights"), jobs=1, max_memory_bytes=1), Settings(("files", "weights"), jobs=8)]
+
+    first, second = (verify(path, settings=each) for each in settings)
+
+    assert first.passed
+    assert replace(first.weights, seconds=0.0) == replace(second.weights, seconds=0.0)
+    assert replace(first.files, seconds=0.0) == replace(second.files, seconds=0.0)
+    assert (first.weights.noise_std_off is None) == (fill.kind == "zeros")
 
 
 def test_a_flipped_value_fails_the_files_level(tmp_path):
