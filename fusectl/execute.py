@@ -3,7 +3,8 @@
     for every output tensor, for every tile of whole chunks:
         read the source regions that meet the tile  →  place, scale, add noise  →  write the tile
 
-Sums are computed in float64 and rounded once. Nothing depends on the order in which tiles are worked on.
+Sums are computed in float64 and rounded once; before noise is added, once more. Nothing depends on the order in which
+tiles are worked on.
 """
 
 from __future__ import annotations
@@ -144,12 +145,15 @@ def _sum(block: Block, part: Region, reader: _Reader) -> Array:
         assert isinstance(term, Term)
         return reader.stored(reader.source(term, shifted(part, block.at, term.region)))
     total = np.zeros(tuple(map(len, part)), np.float64)
+    noisy = any(isinstance(term, Noise) for term in block.terms)
     for term in block.terms:
         region = shifted(part, block.at, term.region)
         if isinstance(term, Noise):
             total += reader.noise(term, region)
         elif not term.must_be_zero:
-            total += reader.source(term, region).astype(np.float64) * term.scale
+            values = reader.source(term, region).astype(np.float64) * term.scale
+            # What noise is taken off is rounded before, too, as it is where the noise is filled in later.
+            total += reader.stored(values).astype(np.float64) if noisy else values
     return reader.stored(total)
 
 

@@ -9,6 +9,7 @@ Decoder inputs are the targets shifted right by one, each segment by itself, unl
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -98,7 +99,7 @@ def read_tokens(path: str, vocab: int, batch: int | None, length: int | None) ->
     except OSError as error:
         raise StorageError(f"{path}: cannot be read", details=(str(error),)) from error
     try:
-        arrays = _from_npz(file) if raw[:2] == b"PK" else _from_lines(raw)
+        arrays = _from_npz(raw) if raw[:2] == b"PK" else _from_lines(raw)
         tokens = _tokens(arrays, batch, length)
     except (ValueError, TypeError, LookupError, EOFError, OverflowError, RecursionError, zipfile.BadZipFile) as error:
         hint = f'lines such as {{"inputs": [3, 1], "targets": [5, 1]}}, or a .npz of {_KNOWN}'
@@ -118,8 +119,8 @@ def read_tokens(path: str, vocab: int, batch: int | None, length: int | None) ->
     return Tokens(tokens.encoder, tokens.decoder, tokens.targets, tokens.encoder_segments, tokens.target_segments, says)
 
 
-def _from_npz(file: Path) -> dict[str, npt.NDArray[Any]]:
-    with np.load(file) as arrays:
+def _from_npz(raw: bytes) -> dict[str, npt.NDArray[Any]]:
+    with np.load(io.BytesIO(raw)) as arrays:
         return {name: arrays[name] for name in arrays.files}
 
 

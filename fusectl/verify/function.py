@@ -212,12 +212,12 @@ class _Comparison:
         values = stored.astype(np.float64)
         for i in blocks.sources:
             at = blocks.own(i)
-            taken_off = [stored[gap].astype(np.float64) for gap in blocks.takes_noise_off(i)]
-            exact = self._shelf.of(self._claim.sources[i])(part).astype(np.float64) * blocks.scale(i)
-            for noise in taken_off:
-                exact = exact - noise
+            taken_off = [stored[gap] for gap in blocks.takes_noise_off(i)]
+            exact = blocks.exact(i, self._shelf.of(self._claim.sources[i])(part), taken_off, stored.dtype)
             own = np.where(within_rounding(stored[at], exact), exact, values[at])
-            values[at] = own + sum(taken_off) if self._noise_shifts else own
+            if self._noise_shifts:
+                own = own + sum(noise.astype(np.float64) for noise in taken_off)
+            values[at] = own
         if self._noise_shifts:
             for _, _, at in blocks.gaps():
                 values[at] = 0.0

@@ -202,10 +202,8 @@ class _Tensor:
                 expected = source.astype(found.dtype, copy=False)
                 self._own[k].add(found != expected, tile, found, expected)
             else:
-                # What stands there before rounding: the scaled source, less what antisymmetric noise takes off.
-                expected = source.astype(np.float64) * scale
-                for at in taken_off:
-                    expected -= self._read(self._region(at), tile).astype(np.float64)
+                noise = [self._read(self._region(at), tile) for at in taken_off]
+                expected = self.blocks.exact(k, source, noise, found.dtype)
                 self._own[k].add(~within_rounding(found, expected), tile, found, expected)
             if noisy:
                 self._kernels[k].add(source.astype(np.float64) * scale, self._stacked, tile)
