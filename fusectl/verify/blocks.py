@@ -70,15 +70,15 @@ class Blocks:
         return [at for output, _, at in self.gaps() if output == i]
 
     def exact(self, i: int, source: Array, taken_off: list[Array], dtype: np.dtype[Any]) -> Array:
-        """What stands at source i's place before it was last rounded, in float64: the scaled source, less the noise that
-        was taken off after it had been rounded to `dtype`.
+        """What stands at source i's place before it was last rounded, in float64.
+
+        It is the scaled source, less the noise that was taken off after it had been rounded to `dtype`.
         """
         values = source.astype(np.float64) * self.scale(i)
         if not taken_off:
             return values
-        return np.asarray(
-            values.astype(dtype).astype(np.float64) - sum(noise.astype(np.float64) for noise in taken_off)
-        )
+        rounded = values.astype(dtype).astype(np.float64)
+        return np.asarray(rounded - sum(noise.astype(np.float64) for noise in taken_off))
 
     def _at(self, place: dict[str, int]) -> Slices:
         cut = []

@@ -212,12 +212,14 @@ class _Comparison:
         values = stored.astype(np.float64)
         for i in blocks.sources:
             at = blocks.own(i)
+            source = self._shelf.of(self._claim.sources[i])(part)
             taken_off = [stored[gap] for gap in blocks.takes_noise_off(i)]
-            exact = blocks.exact(i, self._shelf.of(self._claim.sources[i])(part), taken_off, stored.dtype)
-            own = np.where(within_rounding(stored[at], exact), exact, values[at])
+            exact = blocks.exact(i, source, taken_off, stored.dtype)
+            right = within_rounding(stored[at], exact)
             if self._noise_shifts:
-                own = own + sum(noise.astype(np.float64) for noise in taken_off)
-            values[at] = own
+                exact = blocks.exact(i, source, [], stored.dtype)
+                values[at] += sum(noise.astype(np.float64) for noise in taken_off)
+            values[at] = np.where(right, exact, values[at])
         if self._noise_shifts:
             for _, _, at in blocks.gaps():
                 values[at] = 0.0
