@@ -58,6 +58,14 @@ Seed = Annotated[int, typer.Option(help="The noise's seed.")]
 Optimizer = Annotated[
     Literal["reset", "drop"], typer.Option(help="The optimizer's slots: zeros of the new shapes, or none.")
 ]
+Norm = Annotated[
+    Literal["rule", "property"],
+    typer.Option(help="What it will train with: T5's one norm, or a norm per source (fusectl.archs.t5_flax)."),
+]
+EqualizeBy = Annotated[
+    Literal["trace", "weights"],
+    typer.Option(help="Measure the streams in forward passes, or estimate them from the weights alone."),
+]
 FormatName = Annotated[
     Literal["t5x", "orbax", "orbax-ocdbt-zarr2", "orbax-zarr2", "orbax-zarr3"] | None,
     typer.Option("--format", help="The layout on disk. [default: the first source's]"),
@@ -105,17 +113,11 @@ def fuse(
     sources: Annotated[list[str], typer.Argument(metavar="A B [C ...]", help="The checkpoints to fuse.")],
     output: Output = None,
     weights: Annotated[str | None, typer.Option(help="Weights of the mean, such as 0.7,0.3. [default: equal]")] = None,
-    norm: Annotated[
-        Literal["rule", "property"],
-        typer.Option(help="What it will train with: T5's one norm, or a norm per source (fusectl.archs.t5_flax)."),
-    ] = "rule",
+    norm: Norm = "rule",
     equalize: Annotated[
         bool, typer.Option("--equalize", help="Make the sources' residual streams equally large for the one norm.")
     ] = False,
-    equalize_by: Annotated[
-        Literal["trace", "weights"],
-        typer.Option(help="Measure the streams in forward passes, or estimate them from the weights alone."),
-    ] = "trace",
+    equalize_by: EqualizeBy = "trace",
     tokens: Annotated[
         str | None, typer.Option(help="For --equalize: a .npz or .jsonl of tokens. [default: random ones]")
     ] = None,

@@ -19,7 +19,7 @@ from fusectl.formats import FORMATS, open_checkpoint
 from fusectl.formats.sink import save
 
 
-COMMANDS = ["fuse", "self-fuse", "noise-fill", "verify", "inspect", "demo"]
+COMMANDS = ["fuse", "self-fuse", "noise-fill", "verify", "diff", "inspect", "demo"]
 
 
 @pytest.fixture
@@ -163,6 +163,24 @@ def test_verify_takes_its_sources_from_the_command_line(models, fusectl):
     assert fusectl("verify", path, "--sources", models[1], moved, "--levels", "weights").code == 3
 
 
+def test_verify_runs_on_the_tokens_of_a_file(models, fusectl, tmp_path):
+    path = fusectl("fuse", *models, "-q").out.strip()
+    tokens = tmp_path / "t.jsonl"
+    tokens.write_text('{"inputs": [3, 4, 1], "targets": [5, 1]}\n' * 3)
+
+    def verified(*argv):
+        return fusectl("verify", path, "--levels", "algebra", *argv, "--json")
+
+    assert verified("--tokens", tokens).json["result"]["algebra"]["tokens"] == 6
+    assert verified("--tokens", tokens, "--batch", 1).json["result"]["algebra"]["tokens"] == 2
+    assert verified("--batch", 8, "--length", 4, "--seed", 5).json["result"]["algebra"]["tokens"] == 30
+    assert verified("--tokens", tmp_path / "absent").code == 4
+    tokens.write_text('{"inputs": [3, 4000, 1], "targets": [5, 1]}\n')
+    assert verified("--tokens", tokens).code == 6
+    tokens.write_text("")
+    assert verified("--tokens", tokens).code == 5
+
+
 def test_a_failed_verification_is_exit_3_and_one_json_object(models, fusectl):
     path = Path(fusectl("fuse", *models, "-q", "--format", "orbax-zarr2").out.strip())
     (path / "state/target.decoder.decoder_norm.scale/0").unlink()
@@ -274,6 +292,19 @@ KERNEL = "target.encoder.layers_0.mlp.wo.kernel"
         ("verify {a} --sources {a} {b} --weights 0.9,0.3", 2, "sum to 1.2"),
         ("verify {a} --sources {a} {b} --levels files,weights --max-native-rms 1", 2, "the level native"),
         ("verify {a} --sources {a} {b}", 6, "is no fusion of these 2 sources"),
+        ("verify {a} --sources {a} {b} --tokens {tmp}/none", 6, "is no fusion of these 2 sources"),
+        ("verify {a} --sources {a} {a} {b}", 6, "is no fusion of these 3 sources"),
+        ("verify {a} --batch 0", 2, "0 is not in the range"),
+        ("verify {a} --plot out.nothing", 2, "no format of pictures"),
+        ("verify {a} --levels weights --trace", 2, "--trace: of forward passes"),
+        ("verify {a} -j 0", 2, "one thread or more"),
+        ("verify {a} --max-memory little", 2, "a number of bytes"),
+        ("diff {a}", 2, "Missing argument 'B'"),
+        ("diff {a} {b} --atol -1", 2, "a distance"),
+        ("diff {a} {tmp}/empty", 4, "no checkpoint"),
+        ("fuse {a} {b} --tokens x", 2, "say how to --equalize"),
+        ("fuse {a} {b} --norm property --equalize", 2, "nothing to equalize"),
+        ("fuse {a} {b} --equalize --tokens {tmp}/none", 4, "no file of tokens"),
     ],
 )
 def test_bad_requests_are_answered_with_their_exit_code(models, fusectl, arguments, code, words):
@@ -569,7 +600,8 @@ def test_commands_that_move_bytes_never_import_jax(models, tmp_path):
         ["self-fuse", models[0], "--fill", "antisymmetric", "-o", tmp_path / "self"],
         ["noise-fill", fused, "-o", tmp_path / "filled"],
         ["inspect", fused],
-        ["verify", fused, "--levels", "files,weights"],
+        ["verify", fused, "--levels", "files,weights", "--report"],
+        ["fuse", *models, "-o", tmp_path / "equal", "--equalize", "--equalize-by", "weights"],
     ):
         assert not imported_by(*argv) & {"jax", "flax", "orbax"}, argv
     # The control: the guard sees JAX where it is imported.

@@ -9,8 +9,9 @@ from typing import get_args
 import pytest
 
 from fusectl import cli
+from fusectl.equalize import MEASURES
 from fusectl.formats import FORMATS
-from fusectl.record import FILLS
+from fusectl.record import FILLS, NORMS
 
 
 COMPLETIONS = Path(__file__).parents[1] / "completions"
@@ -38,7 +39,7 @@ def test_the_scripts_are_what_the_program_prints(shell):
 @pytest.mark.parametrize(
     ("words", "offered"),
     [
-        ("fusectl ", ["fuse", "self-fuse", "noise-fill", "verify", "inspect", "demo"]),
+        ("fusectl ", ["fuse", "self-fuse", "noise-fill", "verify", "diff", "inspect", "demo"]),
         ("fusectl self", ["self-fuse"]),
         ("fusectl fuse --fi", ["--fill"]),
         ("fusectl fuse --fill ", list(FILLS)),
@@ -60,3 +61,5 @@ def test_the_choices_that_the_parser_spells_out_are_the_ones_that_exist():
 
     assert choices(cli.FillKind) == FILLS
     assert choices(cli.FormatName) == tuple(FORMATS)
+    assert choices(cli.Norm) == NORMS
+    assert choices(cli.EqualizeBy) == MEASURES
