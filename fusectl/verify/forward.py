@@ -30,12 +30,13 @@ from fusectl.tokens import Tokens
 
 Array = npt.NDArray[Any]
 
-# XLA widens a kernel while it multiplies with it: sums are accumulated in float64.
-ACCUMULATED_BYTES = 8
+# What a parameter takes, per element, while it is worked on: undoing its rounding holds it and its source in float64, with
+# masks; XLA widens it to float64 while it multiplies, and another one at the same time.
+WORKED_ON_BYTES = 6 * 8
 # The share of the budget that the activations of one batch may take.
 ACTIVATIONS_SHARE = 4
 # The largest part of the output head that is worked on at once.
-HEAD_BYTES = 256 << 20
+HEAD_BYTES = 128 << 20
 
 
 @dataclass(frozen=True)
@@ -173,27 +174,22 @@ def plan_passes(
     """The Passes of models of one family: whole where that fits, unless `layered` says how."""
     checkpoint, tree = widest
     twin = twin_of(tree)
-    # Beside what is stored: its values in float64 while rounding is undone, twice in the computation's dtype, and in
-    # float64 while a kernel is multiplied with.
-    worked_on = 2 * ACCUMULATED_BYTES + 2 * np.dtype(precision).itemsize
+    everything, itemsize = [widest, *others], np.dtype(precision).itemsize
 
-    def needed(stages: Sequence[Stage]) -> int:
-        everything = [widest, *others]
-        return max(stage_bytes(stage, everything) + worked_on * _elements(stage, everything) for stage in stages)
+    def needed(stage: Stage) -> int:
+        # All that is stored, one model's parameters in the computation's dtype, one parameter that is worked on.
+        elements = [_part_elements(tree, part) for part in stage.parts]
+        return stage_bytes(stage, everything) + itemsize * sum(elements) + WORKED_ON_BYTES * max(elements)
 
     fitting = max(1, budget_bytes // ACTIVATIONS_SHARE // _activation_bytes(tree, tokens))
     rows = min(fitting, len(tokens.targets))
     batches = list(tokens.rows(rows))
     stages = twin.whole(tree)
-    fits = needed(stages) + _logits_bytes(tree, tokens) <= budget_bytes
-    if layered is False or (layered is None and fits and len(batches) == 1):
-        return Passes(stages, batches, layered=False, needed_bytes=needed(stages))
+    needed_bytes = needed(stages[0]) + _logits_bytes(tree, tokens)
+    if layered is False or (layered is None and needed_bytes <= budget_bytes and len(batches) == 1):
+        return Passes(stages, batches, layered=False, needed_bytes=needed_bytes)
     stages = twin.layered(tree, tokens, _head_tile(checkpoint, tree, budget_bytes, rows * tokens.targets.shape[1]))
-    return Passes(stages, batches, layered=True, needed_bytes=needed(stages))
-
-
-def _elements(stage: Stage, checkpoints: Sequence[tuple[Checkpoint, Recognized]]) -> int:
-    return sum(_part_elements(tree, part) for _, tree in checkpoints for part in stage.parts)
+    return Passes(stages, batches, layered=True, needed_bytes=max(map(needed, stages)))
 
 
 def _part_elements(tree: Recognized, part: Part) -> int:
