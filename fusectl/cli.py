@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from fusectl.errors import StorageError, UsageError, VerificationFailed
+from fusectl.errors import FusectlError, StorageError, UsageError, VerificationFailed
 from fusectl.memory import return_memory
 from fusectl.render import Screen, Terminated
 
@@ -76,10 +76,12 @@ Dtype = Annotated[
     Literal["float64", "float32", "bfloat16", "float16"] | None,
     typer.Option(help="Cast the parameters to this dtype. [default: as they are]"),
 ]
-MaxMemory = Annotated[str, typer.Option(help="The most bytes in flight, such as 64MiB or 2GB.")]
-Jobs = Annotated[int | None, typer.Option("-j", "--jobs", help="Threads. [default: one per core]")]
+MaxMemory = Annotated[
+    str | None, typer.Option(help="The most bytes in flight, such as 64MiB or 2GB. [default: 256MiB]")
+]
+Jobs = Annotated[int | None, typer.Option("-j", "--jobs", help="Threads. [default: one per core, two at least]", min=1)]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing; --equalize measures.")]
 Verify = Annotated[
     bool, typer.Option("--verify", help="Prove the checkpoint before it appears; if that fails, it does not.")
 ]
@@ -91,8 +93,6 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard 
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Nothing on standard error but errors.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
-DEFAULT_NOISE_SCALE = 0.1
-DEFAULT_MAX_MEMORY = "256MiB"
 DEFAULT_LEVELS = "files,weights,algebra,native"
 
 
@@ -129,7 +129,7 @@ def fuse(
     arch: Arch = None,
     drop: Drop = [],  # noqa: B006
     dtype: Dtype = None,
-    max_memory: MaxMemory = DEFAULT_MAX_MEMORY,
+    max_memory: MaxMemory = None,
     jobs: Jobs = None,
     force: Force = False,
     dry_run: DryRun = False,
@@ -148,13 +148,14 @@ def fuse(
         from fusectl.surgery import plan_fusion
 
         if not equalize and (equalize_by != "trace" or tokens is not None):
-            raise UsageError("--equalize-by and --tokens say how to --equalize")
+            raise UsageError("--equalize-by and --tokens say how to --equalize", hint="--equalize")
         options = _options(_fill(fill, noise_scale, seed), optimizer, format, arch, drop, dtype, max_memory, norm)
         shares = _numbers(weights, "--weights")
         with screen.progress() as progress:
-            how = Equalize(equalize_by, tokens, progress, jobs) if equalize else None
+            budget_bytes = parse_bytes(max_memory, "--max-memory")
+            how = Equalize(equalize_by, tokens, budget_bytes, jobs, progress) if equalize else None
             plan, opened = plan_fusion(sources, options, weights=shares, equalize=how)
-        _write(screen, plan, opened, output, force, jobs, dry_run, allow_nonfinite, verify, report)
+        _write(screen, plan, opened, output, force, jobs, dry_run, allow_nonfinite, verify, report, max_memory)
 
 
 @app.command(
@@ -173,7 +174,7 @@ def self_fuse(
     arch: Arch = None,
     drop: Drop = [],  # noqa: B006
     dtype: Dtype = None,
-    max_memory: MaxMemory = DEFAULT_MAX_MEMORY,
+    max_memory: MaxMemory = None,
     jobs: Jobs = None,
     force: Force = False,
     dry_run: DryRun = False,
@@ -193,7 +194,7 @@ def self_fuse(
             raise UsageError(f"--copies {copies}: fusing takes two or more")
         options = _options(_fill(fill, noise_scale, seed), optimizer, format, arch, drop, dtype, max_memory)
         plan, opened = plan_fusion([_path(source)] * copies, options, command="self-fuse")
-        _write(screen, plan, opened, output, force, jobs, dry_run, allow_nonfinite, verify, report)
+        _write(screen, plan, opened, output, force, jobs, dry_run, allow_nonfinite, verify, report, max_memory)
 
 
 @app.command(
@@ -213,7 +214,7 @@ def noise_fill(
     arch: Arch = None,
     drop: Drop = [],  # noqa: B006
     dtype: Dtype = None,
-    max_memory: MaxMemory = DEFAULT_MAX_MEMORY,
+    max_memory: MaxMemory = None,
     jobs: Jobs = None,
     force: Force = False,
     dry_run: DryRun = False,
@@ -233,7 +234,7 @@ def noise_fill(
             raise UsageError("--fill zeros: there are zeros already", hint="--fill gaussian or antisymmetric")
         options = _options(_fill(fill, noise_scale, seed), "reset", format, arch, drop, dtype, max_memory)
         plan, opened = plan_noise_fill(_path(source), options, copies=copies)
-        _write(screen, plan, opened, output, force, jobs, dry_run, allow_nonfinite, verify, report)
+        _write(screen, plan, opened, output, force, jobs, dry_run, allow_nonfinite, verify, report, max_memory)
 
 
 @app.command(
@@ -275,7 +276,9 @@ def verify(
         Literal["zeros", "gaussian", "antisymmetric"] | None,
         typer.Option(help="What stands where no source does. [default: as in fusectl.json]"),
     ] = None,
-    noise_scale: NoiseScale = None,
+    noise_scale: Annotated[
+        float | None, typer.Option(help="The noise's scale. [default: as in fusectl.json; 0.1 for another --fill]")
+    ] = None,
     arch: Arch = None,
     layered: Annotated[
         bool | None,
@@ -303,8 +306,9 @@ def verify(
             from fusectl.verify.page import check_plot
 
             check_plot(plot)
-        declared_fill = None if fill is None else _fill(fill, noise_scale, None)
-        declared = Declared(tuple(sources), _numbers(weights, "--weights"), declared_fill, arch)
+        if noise_scale is not None:
+            _require_scale(noise_scale)
+        declared = Declared(tuple(sources), _numbers(weights, "--weights"), fill, noise_scale, arch)
         settings = Settings(
             levels=tuple(level.strip() for level in levels.split(",")),
             x64=x64,
@@ -315,19 +319,25 @@ def verify(
             max_native_rms=max_native_rms,
             trace=trace or plot is not None,
             layered=layered,
-            max_memory_bytes=None if max_memory is None else parse_bytes(max_memory, "--max-memory"),
-            jobs=_jobs(jobs),
+            max_memory_bytes=parse_bytes(max_memory, "--max-memory"),
+            jobs=jobs,
         )
         opened = open_checkpoint(_path(fused))
         with screen.progress() as progress:
             found = verify_checkpoint(opened, declared, settings, progress)
-        if report:
-            write_report(found, opened.location.home)
-        if plot is not None:
-            from fusectl.verify.page import draw
-
-            draw(found.trace, plot)
         screen.report(found)
+        try:
+            if report:
+                write_report(found, opened.location.home)
+            if plot is not None and found.trace:
+                from fusectl.verify.page import draw
+
+                draw(found.trace, plot)
+        except FusectlError as error:
+            # The verdict is the more important news.
+            if found.passed:
+                raise
+            screen.note(error.message)
         if not found.passed:
             raise VerificationFailed(f"{found.path}: verification failed", details=found.failures())
 
@@ -340,7 +350,7 @@ def diff(
     a: Annotated[str, typer.Argument(metavar="A", help="A checkpoint.")],
     b: Annotated[str, typer.Argument(metavar="B", help="The one to compare it with, of any format.")],
     atol: Annotated[float, typer.Option(help="Values no further apart than this are equal.")] = 0.0,
-    max_memory: MaxMemory = DEFAULT_MAX_MEMORY,
+    max_memory: MaxMemory = None,
     jobs: Jobs = None,
     json: Json = False,
     quiet: Quiet = False,
@@ -350,10 +360,11 @@ def diff(
     screen = Screen("diff", json=json, quiet=quiet, debug=debug)
     with screen.errors():
         from fusectl.diff import diff as run_diff
+        from fusectl.parallel import DEFAULT_MAX_MEMORY_BYTES
 
-        budget_bytes = parse_bytes(max_memory, "--max-memory")
+        budget_bytes = parse_bytes(max_memory, "--max-memory") or DEFAULT_MAX_MEMORY_BYTES
         with screen.progress() as progress:
-            found = run_diff(a, b, atol=atol, max_memory_bytes=budget_bytes, jobs=_jobs(jobs), progress=progress)
+            found = run_diff(a, b, atol=atol, max_memory_bytes=budget_bytes, jobs=jobs, progress=progress)
         screen.diff(found)
         if not found.same:
             raise VerificationFailed(f"{found.a} and {found.b} differ")
@@ -490,12 +501,14 @@ def _options(
     arch: str | None,
     drop: list[str],
     dtype: str | None,
-    max_memory: str,
+    max_memory: str | None,
     norm: str = "rule",
 ) -> Options:
+    from fusectl.parallel import DEFAULT_MAX_MEMORY_BYTES
     from fusectl.surgery import Options
 
-    return Options(fill, optimizer, format, arch, tuple(drop), dtype, parse_bytes(max_memory, "--max-memory"), norm)
+    budget_bytes = parse_bytes(max_memory, "--max-memory") or DEFAULT_MAX_MEMORY_BYTES
+    return Options(fill, optimizer, format, arch, tuple(drop), dtype, budget_bytes, norm)
 
 
 def _stay_on_the_cpu() -> None:
@@ -503,23 +516,21 @@ def _stay_on_the_cpu() -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
-def _jobs(jobs: int | None) -> int | None:
-    if jobs is not None and jobs < 1:
-        raise UsageError(f"--jobs {jobs}: one thread or more")
-    return jobs
-
-
 def _fill(kind: str, noise_scale: float | None, seed: int | None) -> Fill:
-    from fusectl.record import Fill
+    from fusectl.record import DEFAULT_NOISE_SCALE, Fill
 
     if kind == "zeros":
         if noise_scale is not None:
             raise UsageError("--noise-scale without noise", hint="--fill gaussian or antisymmetric")
         return Fill()
     scale = DEFAULT_NOISE_SCALE if noise_scale is None else noise_scale
-    if not 0.0 < scale < float("inf"):
-        raise UsageError(f"--noise-scale {scale:g}: a positive number")
+    _require_scale(scale)
     return Fill(kind, scale, seed)
+
+
+def _require_scale(noise_scale: float) -> None:
+    if not 0.0 < noise_scale < float("inf"):
+        raise UsageError(f"--noise-scale {noise_scale:g}: a positive number")
 
 
 def _numbers(text: str | None, option: str) -> tuple[float, ...] | None:
@@ -532,12 +543,14 @@ def _numbers(text: str | None, option: str) -> tuple[float, ...] | None:
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 
-def parse_bytes(text: str, option: str) -> int:
-    """A number of bytes.
+def parse_bytes(text: str | None, option: str) -> int | None:
+    """A number of bytes; None where none is given.
 
     >>> parse_bytes("64MiB", "--max-memory")
     67108864
     """
+    if text is None:
+        return None
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]i?)?b?", text.strip().lower())
     size = int(float(found.group(1)) * _UNITS[found.group(2) or ""]) if found else 0
     if size <= 0:
@@ -556,11 +569,20 @@ def _write(
     allow_nonfinite: bool,
     verify: bool,
     report: bool,
+    max_memory: str | None,
 ) -> None:
     """What every writing command ends with: the plan shown, or carried out and the output's path printed."""
     from fusectl.formats.locate import local
     from fusectl.surgery import carry_out, check_output, default_output
 
+    if verify and allow_nonfinite:
+        raise UsageError("--verify proves nothing about NaN and Inf", hint="without --allow-nonfinite or --verify")
+    if verify and not plan.record.sources:
+        raise UsageError(
+            "--verify: nobody says what it was fused from", hint="without it, then fusectl verify OUT --sources A B"
+        )
+    if not (verify or report):
+        raise UsageError("--no-report: of a proof that was not asked for", hint="--verify --no-report")
     final = default_output(opened, plan) if output is None else local(output)
     check_output(final, opened, force=force)
     for note in plan.notes:
@@ -575,9 +597,8 @@ def _write(
             from fusectl.verify import Settings, verify_checkpoint, write_report
 
             # Where it is going to appear, not where it has been staged.
-            found = replace(
-                verify_checkpoint(written, settings=Settings(jobs=jobs), progress=progress), path=str(final)
-            )
+            settings = Settings(jobs=jobs, max_memory_bytes=parse_bytes(max_memory, "--max-memory"))
+            found = replace(verify_checkpoint(written, settings=settings, progress=progress), path=str(final))
             screen.verified(found)
             if not found.passed:
                 raise VerificationFailed(f"{final}: verification failed, nothing was kept", details=found.failures())
@@ -589,7 +610,7 @@ def _write(
             opened,
             final,
             force=force,
-            jobs=_jobs(jobs),
+            jobs=jobs,
             allow_nonfinite=allow_nonfinite,
             progress=progress,
             check=check if verify else None,

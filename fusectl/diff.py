@@ -13,12 +13,11 @@ import numpy as np
 
 from fusectl.errors import UsageError
 from fusectl.formats import open_checkpoint
-from fusectl.formats.tree import Checkpoint
-from fusectl.layout import Region, size, tiles
-from fusectl.parallel import Progress, Silent, default_jobs, in_parallel
+from fusectl.formats.tree import STEPS, Checkpoint
+from fusectl.layout import Region, common_tile, size, tiles
+from fusectl.parallel import DEFAULT_MAX_MEMORY_BYTES, Progress, Silent, default_jobs, in_parallel
 
 
-DEFAULT_MAX_MEMORY_BYTES = 256 << 20
 # What a value takes while it is compared: both sides as they are stored, in float64, and their difference.
 BYTES_PER_VALUE = 40
 
@@ -87,6 +86,10 @@ def diff(
     watched = progress or Silent()
     watched.start("comparing", sum(first.leaves[name].nbytes + second.leaves[name].nbytes for name in sums))
 
+    def tile(name: str) -> tuple[int, ...]:
+        one, two = first.leaves[name], second.leaves[name]
+        return common_tile(one.shape, [one.chunks, two.chunks], max_memory_bytes // BYTES_PER_VALUE)
+
     def compare(name: str, region: Region) -> None:
         sums[name].add(first.read(name, region), second.read(name, region))
         itemsizes = sum(c.leaves[name].nbytes // max(1, math.prod(c.leaves[name].shape)) for c in (first, second))
@@ -96,7 +99,7 @@ def diff(
         (
             (size(region) * BYTES_PER_VALUE, partial(compare, name, region))
             for name in sums
-            for region in tiles(first.leaves[name].shape, _piece(first, second, name))
+            for region in tiles(first.leaves[name].shape, tile(name))
         ),
         budget_bytes=max_memory_bytes,
         jobs=jobs or default_jobs(),
@@ -124,16 +127,21 @@ class _Sums:
         self._largest = self._squares = self._a_squares = 0.0
 
     def add(self, a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> None:
-        one, two = a.astype(np.float64), b.astype(np.float64)
-        with np.errstate(invalid="ignore"):
+        wide = np.complex128 if "c" in a.dtype.kind + b.dtype.kind else np.float64
+        one, two = a.astype(wide), b.astype(wide)
+        # Integers are compared as such: float64 does not hold all of them.
+        equal = (a == b if a.dtype == b.dtype else one == two) | (np.isnan(one) & np.isnan(two))
+        with np.errstate(invalid="ignore", over="ignore"):
             # Infinities of one sign are equal, and so are NaNs.
-            off = np.where((one == two) | (np.isnan(one) & np.isnan(two)), 0.0, np.abs(one - two))
+            off = np.where(equal, 0.0, np.abs(one - two))
+        near = equal if self._atol == 0.0 else off <= self._atol
         with self._lock:
-            self.differing += int(np.count_nonzero(~(off <= self._atol)))
+            self.differing += int(np.count_nonzero(~near))
             self._size += off.size
             self._largest = float(np.maximum(self._largest, off.max(initial=0.0)))
-            self._squares += float(np.sum(off**2))
-            self._a_squares += float(np.sum(one**2))
+            with np.errstate(over="ignore"):
+                self._squares += float(np.sum(off**2))
+                self._a_squares += float(np.sum(np.abs(one) ** 2))
 
     def values(self, name: str) -> Values:
         relative = math.sqrt(self._squares / self._a_squares) if self._a_squares else math.nan
@@ -142,7 +150,9 @@ class _Sums:
 
 
 def _metadata(a: Checkpoint, b: Checkpoint, common: list[str]) -> Iterator[Metadata]:
-    if a.step != b.step:
+    stored = any(name in common for name in STEPS)
+    # A step that both keep as a tensor is compared as such.
+    if a.step != b.step and not stored:
         yield Metadata("step", "step", str(a.step), str(b.step))
     for name in common:
         one, two = a.leaves[name], b.leaves[name]
@@ -150,9 +160,3 @@ def _metadata(a: Checkpoint, b: Checkpoint, common: list[str]) -> Iterator[Metad
             yield Metadata(name, "shape", str(list(one.shape)), str(list(two.shape)))
         if one.dtype != two.dtype:
             yield Metadata(name, "dtype", one.dtype, two.dtype)
-
-
-def _piece(a: Checkpoint, b: Checkpoint, name: str) -> tuple[int, ...]:
-    """What is read at once: whole chunks of both."""
-    one, two = a.leaves[name], b.leaves[name]
-    return tuple(max(1, min(n, max(c, d))) for n, c, d in zip(one.shape, one.chunks, two.chunks, strict=True))

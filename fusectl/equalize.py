@@ -20,104 +20,124 @@ from functools import partial
 
 import numpy as np
 
-from fusectl.archs import Recognized
 from fusectl.archs.table import Row
-from fusectl.errors import Incompatible
-from fusectl.formats.tree import Checkpoint
+from fusectl.errors import Corrupt, Incompatible, UsageError
+from fusectl.formats.zarr import np_dtype
 from fusectl.layout import Region, size, tiles
-from fusectl.parallel import Progress, Silent, default_jobs, in_parallel
+from fusectl.parallel import DEFAULT_MAX_MEMORY_BYTES, Progress, Silent, default_jobs, in_parallel
+from fusectl.sources import Opened
 from fusectl.tokens import DEFAULT_BATCH, DEFAULT_LENGTH, random_tokens, read_tokens
 
 
+# What a value takes while its square is summed up: as it is stored, in float64, and squared.
+BYTES_PER_VALUE = 24
 MEASURES = ("trace", "weights")
 
 
 @dataclass(frozen=True)
 class Equalize:
-    """How to measure the constants; `tokens` is a file of them for the trace, random ones without."""
+    """How to measure the constants, `by` trace or weights. `tokens` is a file for the trace, random ones without.
+
+    `max_memory_bytes` None is half of the free memory for forward passes, 256 MiB of values in flight for weights.
+    """
 
     by: str = "trace"
     tokens: str | None = None
-    progress: Progress | None = None
+    max_memory_bytes: int | None = None
     jobs: int | None = None
+    progress: Progress | None = None
+
+    def __post_init__(self) -> None:
+        if self.by not in MEASURES or (self.tokens is not None and self.by != "trace"):
+            raise UsageError("tokens are for measuring streams in forward passes", hint="--equalize-by trace")
 
 
-@dataclass(frozen=True)
-class Stream:
-    """A source as far as its residual stream goes: its norm groups are those that its function needs."""
-
-    checkpoint: Checkpoint
-    tree: Recognized
-    norm_groups: tuple[int, ...]
-
-
-def residual_scales(sources: Sequence[Stream], how: Equalize, budget_bytes: int) -> tuple[float, ...]:
+def residual_scales(sources: Sequence[Opened], how: Equalize) -> tuple[float, ...]:
     """The constant for each source's residual stream, 1 for the first one.
 
-    Raises Incompatible for a model whose stream is nothing or no number.
+    Raises Incompatible for a model whose stream is nothing, Corrupt for one whose stream is no number.
     """
-    distinct = list({id(s.checkpoint): s for s in sources}.values())
-    sizes = (_by_trace if how.by == "trace" else _by_weights)(distinct, how, budget_bytes)
-    names = sizes[0].keys()
+    distinct = list(dict.fromkeys(sources))
+    sizes = (_by_trace if how.by == "trace" else _by_weights)(distinct, how)
     constants = {}
     for source, own in zip(distinct, sizes, strict=True):
-        if not all(0.0 < own[name] < math.inf for name in names):
-            raise Incompatible(f"{source.checkpoint.path}: its residual stream has no size that could be equalized")
-        ratios = [math.log(sizes[0][name] / own[name]) for name in names]
-        constants[id(source.checkpoint)] = math.exp(math.fsum(ratios) / len(ratios))
-    return tuple(constants[id(source.checkpoint)] for source in sources)
+        if not all(map(math.isfinite, own.values())):
+            raise Corrupt(
+                f"{source.label}: NaN or Inf in its residual stream", hint="without --equalize they are named"
+            )
+        ratios = [math.log(sizes[0][name] / own[name]) for name in sizes[0] if sizes[0][name] > 0.0 < own[name]]
+        if not ratios:
+            raise Incompatible(f"{source.label}: its residual stream is nothing that could be equalized")
+        constants[source] = math.exp(math.fsum(ratios) / len(ratios))
+    return tuple(constants[source] for source in sources)
 
 
-def _by_trace(sources: Sequence[Stream], how: Equalize, budget_bytes: int) -> list[dict[str, float]]:
+def _by_trace(sources: Sequence[Opened], how: Equalize) -> list[dict[str, float]]:
     """The rms of the residual stream that reaches each norm."""
-    from fusectl.verify.function import stream_rms
+    from fusectl.forward import stream_rms
 
-    del budget_bytes
     vocab = sources[0].tree.sizes["vocab"]
     tokens = (
         random_tokens(vocab, DEFAULT_BATCH, DEFAULT_LENGTH, seed=0)
         if how.tokens is None
         else read_tokens(how.tokens, vocab, None, None)
     )
-    models = [(s.checkpoint, s.tree, s.norm_groups) for s in sources]
-    found = stream_rms(
-        models, tokens, jobs=how.jobs or default_jobs(), budget_bytes=None, progress=how.progress or Silent()
+    return stream_rms(
+        sources,
+        tokens,
+        jobs=how.jobs or default_jobs(),
+        budget_bytes=how.max_memory_bytes,
+        progress=how.progress or Silent(),
     )
-    return [dict(each) for each in found]
 
 
-def _by_weights(sources: Sequence[Stream], how: Equalize, budget_bytes: int) -> list[dict[str, float]]:
-    """For each tensor that writes to the stream, the rms of what it writes for inputs of rms 1."""
+def _by_weights(sources: Sequence[Opened], how: Equalize) -> list[dict[str, float]]:
+    """For each kernel that writes to the stream, the rms of what it writes for inputs of rms 1.
+
+    A kernel that is stacked along `layers` counts for each of them, as it does unstacked.
+    """
     lock = threading.Lock()
-    squares: list[dict[str, float]] = [{} for _ in sources]
     rows = {name: row for name, row in sources[0].tree.rows.items() if row.writes_stream}
+    leaves = [{name: s.checkpoint.leaves[s.full(name)] for name in rows} for s in sources]
+    squares = [{name: np.zeros(_layers(rows[name], leaf.shape)) for name, leaf in each.items()} for each in leaves]
     watched = how.progress or Silent()
-    leaves = [{name: s.checkpoint.leaves[s.tree.full(name)] for name in rows} for s in sources]
     watched.start("measuring weights", sum(leaf.nbytes for each in leaves for leaf in each.values()))
 
     def add(i: int, name: str, region: Region) -> None:
-        values = sources[i].checkpoint.read(sources[i].tree.full(name), region)
-        total = float(np.sum(np.square(values, dtype=np.float64)))
+        values = sources[i].checkpoint.read(sources[i].full(name), region).astype(np.float64)
+        axes = rows[name].spec.axes
+        stacked = axes.index("layers") if "layers" in axes else None
+        rest = tuple(axis for axis in range(len(axes)) if axis != stacked)
+        at = slice(None) if stacked is None else slice(region[stacked].start, region[stacked].stop)
+        totals = np.sum(values**2, axis=rest)
         with lock:
-            squares[i][name] = squares[i].get(name, 0.0) + total
-        watched.advance(name, values.nbytes)
+            squares[i][name][at] += totals
+        watched.advance(name, values.nbytes // 8 * np_dtype(leaves[i][name].dtype).itemsize)
 
     in_parallel(
         (
-            (size(region) * (4 + 8), partial(add, i, name, region))
+            (size(region) * BYTES_PER_VALUE, partial(add, i, name, region))
             for i, each in enumerate(leaves)
             for name, leaf in each.items()
             for region in tiles(leaf.shape, leaf.chunks)
         ),
-        budget_bytes=budget_bytes,
+        budget_bytes=how.max_memory_bytes or DEFAULT_MAX_MEMORY_BYTES,
         jobs=how.jobs or default_jobs(),
     )
     return [
-        {name: math.sqrt(total / _outputs(rows[name], leaves[i][name].shape)) for name, total in each.items()}
+        {
+            f"{name}/{layer}": math.sqrt(total / _outputs(rows[name], leaves[i][name].shape))
+            for name, totals in each.items()
+            for layer, total in enumerate(totals)
+        }
         for i, each in enumerate(squares)
     ]
 
 
+def _layers(row: Row, shape: tuple[int, ...]) -> int:
+    return shape[row.spec.axes.index("layers")] if "layers" in row.spec.axes else 1
+
+
 def _outputs(row: Row, shape: tuple[int, ...]) -> int:
-    """How many outputs the squares of a tensor are spread over; each token has outputs of its own in an embedding."""
+    """How many outputs the squares of a kernel are spread over; each token has outputs of its own in an embedding."""
     return math.prod(n for axis, n in zip(row.spec.axes, shape, strict=True) if axis in row.spec.outputs | {"vocab"})

@@ -191,7 +191,7 @@ def _checksums(output: Output, sums: Mapping[Region, str]) -> Checksums:
 def measure_kernels(plan: Plan, work: Work, *, jobs: int, progress: Progress) -> dict[tuple[Term, int | None], Array]:
     """The standard deviation of every kernel that noise is relative to: one value, or one per stacked kernel."""
     wanted = {
-        (term.like, term.stacked_axis): None
+        (term.like, term.stacked_axis): output.layout.dtype
         for output in plan.outputs
         for block in output.layout.blocks
         for term in block.terms
@@ -202,13 +202,16 @@ def measure_kernels(plan: Plan, work: Work, *, jobs: int, progress: Progress) ->
     total = sum(2 * size(kernel.region) * _itemsize(work.sources[kernel.source], kernel) for kernel, _ in wanted)
     progress.start("measuring kernels", total)
     return {
-        (kernel, stacked): _kernel_std(kernel, stacked, plan, work, jobs=jobs, progress=progress)
-        for kernel, stacked in wanted
+        (kernel, stacked): _kernel_std(kernel, stacked, dtype, plan, work, jobs=jobs, progress=progress)
+        for (kernel, stacked), dtype in wanted.items()
     }
 
 
-def _kernel_std(kernel: Term, stacked: int | None, plan: Plan, work: Work, *, jobs: int, progress: Progress) -> Array:
+def _kernel_std(
+    kernel: Term, stacked: int | None, dtype: str, plan: Plan, work: Work, *, jobs: int, progress: Progress
+) -> Array:
     leaf = work.sources[kernel.source].leaves[kernel.tensor]
+    kept = dtype == leaf.dtype
     count = 1 if stacked is None else len(kernel.region[stacked])
     largest = np.zeros(count)
     moments: list[Moments] = []
@@ -220,7 +223,7 @@ def _kernel_std(kernel: Term, stacked: int | None, plan: Plan, work: Work, *, jo
         values = read_finite(work, kernel, region)
         # As it will stand in the output, if that has the source's dtype: filling it later measures the same.
         scaled = values.astype(np.float64) * kernel.scale
-        values = (values if kernel.scale == 1.0 else scaled.astype(values.dtype)).astype(np.float64)
+        values = scaled.astype(values.dtype).astype(np.float64) if kept else scaled
         progress.advance(kernel.tensor, values.size * _itemsize(work.sources[kernel.source], kernel))
         if stacked is None:
             yield 0, values

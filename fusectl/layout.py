@@ -18,7 +18,7 @@ Everything here is integers and names: no arrays, no paths. Regions are tuples o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 
@@ -65,6 +65,20 @@ def tiles(shape: tuple[int, ...], tile: tuple[int, ...]) -> Iterator[Region]:
                 yield (head, *rest)
 
     return along(0)
+
+
+def common_tile(shape: tuple[int, ...], grids: Sequence[tuple[int, ...]], most: int) -> tuple[int, ...]:
+    """The tile that holds whole chunks of all grids over `shape`, so that each is decoded about once.
+
+    Grids that cut across each other may need more than `most` elements for that; then it is the first grid's chunk.
+
+    >>> common_tile((8, 8), [(8, 2), (4, 4)], 32), common_tile((8, 8), [(8, 1), (1, 8)], 32)
+    ((8, 4), (8, 1))
+    """
+    tile = tuple(max(1, min(n, max(edges))) for n, *edges in zip(shape, *grids, strict=True))
+    if math.prod(tile) <= most:
+        return tile
+    return tuple(max(1, min(n, edge)) for n, edge in zip(shape, grids[0], strict=True))
 
 
 @dataclass(frozen=True, slots=True)

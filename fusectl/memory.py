@@ -1,4 +1,4 @@
-"""The allocator's settings for programs that move large buffers through many threads."""
+"""The process's memory: the allocator's settings for large buffers and many threads, and what is used and free."""
 
 from __future__ import annotations
 
@@ -34,17 +34,30 @@ def peak_rss_bytes() -> int:
 
     Linux's VmHWM; ru_maxrss, the fallback, starts at what the parent had before it forked.
     """
-    try:
-        found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
-    except OSError:
-        found = None
+    found = re.search(r"VmHWM:\s*(\d+) kB", _text("/proc/self/status"))
     return (int(found.group(1)) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * 1024
 
 
 def available_bytes() -> int:
-    """The memory that the machine has free, caches that it can drop counted in."""
+    """The memory that this process may still take: what the machine has free, or the container if that is less."""
+    found = re.search(r"MemAvailable:\s*(\d+) kB", _text("/proc/meminfo"))
+    free = [int(found.group(1)) * 1024] if found else []
+    for limit, used in _CGROUPS:
+        numbers = [_text(path).strip() for path in (limit, used)]
+        if all(number.isdecimal() for number in numbers):
+            free.append(max(0, int(numbers[0]) - int(numbers[1])))
+    return min(free, default=sys.maxsize)
+
+
+# Limit and use of memory of a container's own group, in versions 2 and 1.
+_CGROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+
+
+def _text(path: str) -> str:
     try:
-        found = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
+        return Path(path).read_text()
     except OSError:
-        found = None
-    return int(found.group(1)) * 1024 if found else sys.maxsize
+        return ""

@@ -10,6 +10,10 @@ from contextlib import contextmanager
 from typing import Protocol
 
 
+# The most bytes in flight, unless told otherwise.
+DEFAULT_MAX_MEMORY_BYTES = 256 << 20
+
+
 class Progress(Protocol):
     """What long work tells while it goes on."""
 
@@ -29,7 +33,7 @@ class Silent:
 
 
 class Budget:
-    """Bytes in flight: `taken` blocks until so many are free. A request beyond the whole budget waits for all of it."""
+    """Bytes in flight: `take` blocks until so many are free. A request beyond the whole budget waits for all of it."""
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit = limit_bytes

@@ -22,8 +22,12 @@ from fusectl.errors import Corrupt, UsageError
 
 FILE_NAME = "fusectl.json"
 SCHEMA = "fusectl/record/1"
+# What a residual stream may be multiplied with, or its inverse: float32 holds the squares.
+_SMALLEST_SCALE = 1e-18
 # How far the weights of a mean may be from summing to one.
 SUM_TOLERANCE = 1e-6
+# Relative to the kernel's standard deviation.
+DEFAULT_NOISE_SCALE = 0.1
 FILLS = ("zeros", "gaussian", "antisymmetric")
 # Which norm the fused model will be trained with: one over the whole width, or one per source (Deep Fusion, section 3).
 NORMS = ("rule", "property")
@@ -146,19 +150,15 @@ class Record:
             raise ValueError(f"widths of {wrong or 'no axis'}")
         if self.norm not in NORMS:
             raise ValueError(f"no norm is called {self.norm!r}")
-        if len(self.residual_scales) != count or not all(0.0 < scale < math.inf for scale in self.residual_scales):
+        if len(self.residual_scales) != count or not all(
+            _SMALLEST_SCALE < scale < 1 / _SMALLEST_SCALE for scale in self.residual_scales
+        ):
             raise ValueError(f"residual scales {list(self.residual_scales)} of {count} sources")
+        of_sources = tuple(width for source in self.sources for width in source.norm_groups)
+        if self.sources and of_sources != self.norm_groups:
+            raise ValueError(f"norm groups {list(self.norm_groups)} of sources with {list(of_sources)}")
         if min(self.norm_groups, default=0) < 1 or sum(self.norm_groups) != sum(self.widths.get("embed", ())):
             raise ValueError(f"norm groups {list(self.norm_groups)} do not sum up to the width")
-
-
-def finite(value: Any) -> Any:
-    """The same tree for JSON, which has no NaN: a number that is none is null."""
-    if isinstance(value, Mapping):
-        return {key: finite(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def norm_groups(record: Record | None, width: int) -> tuple[int, ...]:
@@ -187,9 +187,8 @@ def _text(value: object) -> str:
 
 def _source(entry: Mapping[str, Any]) -> SourceRecord:
     groups = tuple(map(int, entry["norm_groups"]))
-    return SourceRecord(
-        _text(entry["path"]), _text(entry["format"]), entry["step"], _text(entry["fingerprint"]), groups
-    )
+    step = None if entry["step"] is None else int(entry["step"])
+    return SourceRecord(_text(entry["path"]), _text(entry["format"]), step, _text(entry["fingerprint"]), groups)
 
 
 def _checksums(entry: Mapping[str, Any]) -> Checksums:

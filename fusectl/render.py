@@ -54,7 +54,6 @@ class Screen:
         self._quiet = quiet
         self._debug = debug
         self._result: Mapping[str, Any] | None = None
-        self._verification: Report | None = None
 
     @contextmanager
     def errors(self) -> Iterator[None]:
@@ -117,7 +116,7 @@ class Screen:
             "bytes": plan.nbytes,
             "notes": list(plan.notes),
             "peak_rss_bytes": peak_rss_bytes(),
-            "verification": self._verification and self._verification.as_json(),
+            **(self._result or {}),
         }
         if not self._json:
             print(output)  # noqa: T201
@@ -140,7 +139,7 @@ class Screen:
 
     def verified(self, report: Report) -> None:
         """Prints the verification of what is being written: not the result, so to standard error."""
-        self._verification = report
+        self._result = {"verification": report.as_json()}
         for note in report.notes:
             self.note(note)
         if not self._quiet:
@@ -205,7 +204,7 @@ class Screen:
         }
         if error is not None:
             whole["error"] = error
-        from fusectl.record import finite
+        from fusectl.jsontree import finite
 
         print(json_module.dumps(finite(whole), allow_nan=False, indent=2))  # noqa: T201
 
@@ -289,12 +288,12 @@ def human(n: float) -> str:
 def _print_report(console: Console, report: Report) -> None:
     from rich.table import Table
 
-    from fusectl.verify.page import says, trace_cells, trace_header
+    from fusectl.verify.page import outcome, says, trace_cells, trace_header
 
     table = Table("level", "", "what was checked", box=None, pad_edge=False, padding=(0, 3, 0, 0))
     for name, result in report.levels().items():
         if result is not None:
-            table.add_row(name, _mark(result.passed), says(report, name))
+            table.add_row(name, outcome(result), says(report, name))
     console.print(table)
     if report.trace:
         trace = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
@@ -310,10 +309,9 @@ def _print_report(console: Console, report: Report) -> None:
 def _print_diff(console: Console, found: Diff) -> None:
     from rich.table import Table
 
-    for name, path, names in (("only in A", found.a, found.only_a), ("only in B", found.b, found.only_b)):
-        for each in names:
-            console.print(f"{name} {each}", soft_wrap=True)
-        del path
+    for where, names in (("only in A", found.only_a), ("only in B", found.only_b)):
+        for name in names:
+            console.print(f"{where} {name}", soft_wrap=True)
     for other in found.metadata:
         console.print(f"{other.what:<9} {other.name}: {other.a} in A, {other.b} in B", soft_wrap=True)
     if found.values:
@@ -325,10 +323,6 @@ def _print_diff(console: Console, found: Diff) -> None:
             table.add_row(v.name, f"{v.differing:,}", f"{v.size:,}", *numbers)
         console.print(table)
     console.print(f"{found.equal:,} tensors are equal", soft_wrap=True)
-
-
-def _mark(passed: bool | None) -> str:
-    return {True: "ok", False: "FAILED", None: "reported"}[passed]
 
 
 def _print_plan(console: Console, plan: Plan, output: Path) -> None:
@@ -422,6 +416,8 @@ def _print_facts(console: Console, facts: Sequence[tuple[str, str]]) -> None:
 def _print_demo(console: Console, rows: Sequence[DemoRow]) -> None:
     from rich.table import Table
 
+    from fusectl.verify.page import outcome
+
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
     for heading in (
         "what",
@@ -444,8 +440,8 @@ def _print_demo(console: Console, rows: Sequence[DemoRow]) -> None:
         assert native is not None
         table.add_row(
             row.what,
-            _mark(files.passed),
-            _mark(weights.passed),
+            outcome(files),
+            outcome(weights),
             f"{algebra.max_abs:.1e}",
             f"{algebra.tolerance:.1e}",
             f"{native.max_abs:.1e}",

@@ -1,9 +1,10 @@
 """The library's verbs: plan a fusion or a noise-fill, and carry it out.
 
-    plan, sources = plan_fusion(["a/checkpoint_20", "b/checkpoint_20"], output, Options(...))
+    plan, sources = plan_fusion(["a/checkpoint_20", "b/checkpoint_20"], Options(...))
     written = carry_out(plan, sources, output, ...)
 
-Planning opens the sources and reads their metadata only; carrying out moves the bytes.
+Planning opens the sources and reads their metadata, and only to equalize them also their values; carrying out moves the
+bytes.
 """
 
 from __future__ import annotations
@@ -14,24 +15,23 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import fusectl
-from fusectl.archs import Recognized, recognize
-from fusectl.equalize import Equalize, Stream, residual_scales
-from fusectl.errors import Corrupt, Incompatible, OutputExists, UsageError, counted, shorten
+from fusectl.equalize import Equalize, residual_scales
+from fusectl.errors import Corrupt, Incompatible, OutputExists, UsageError, shorten
 from fusectl.execute import Work, execute
-from fusectl.formats import Format, fingerprint, format_named, open_checkpoint, open_location
+from fusectl.formats import Format, fingerprint, format_named, open_location
 from fusectl.formats.locate import is_checkpoint
 from fusectl.formats.sink import Sink, check_space, staged, storage_errors
 from fusectl.formats.tree import STEPS, T5X_STEP, Checkpoint, EmptyNode, Key, dict_keys, is_dropped
-from fusectl.formats.zarr import is_float, np_dtype
+from fusectl.formats.zarr import np_dtype
 from fusectl.layout import Block, Layout, Term, whole
-from fusectl.parallel import Progress, Silent, default_jobs
+from fusectl.parallel import DEFAULT_MAX_MEMORY_BYTES, Progress, Silent, default_jobs
 from fusectl.plan import Output, Plan, choose_chunks, choose_tile
-from fusectl.record import NORMS, Fill, Record, SourceRecord, mean_weights, norm_groups
-from fusectl.transforms.grow import Fusion, check_fill, filled, fused, line_up, require_widths
+from fusectl.record import NORMS, Fill, Record, SourceRecord, mean_weights
+from fusectl.sources import Opened, open_source
+from fusectl.transforms.grow import Fusion, check_fill, filled, fused, line_up
 from fusectl.transforms.optimizer import STATE, find_state, fresh_slots
 
 
-DEFAULT_MAX_MEMORY_BYTES = 256 << 20
 OPTIMIZERS = ("reset", "drop")
 # Above this, antisymmetric noise loses digits of the kernels that it is taken off from.
 LARGE_NOISE_SCALE = 0.5
@@ -59,50 +59,6 @@ class Options:
             )
 
 
-@dataclass(frozen=True, eq=False)
-class Opened:
-    """A source: the checkpoint, its parameters' tree, and which of its tensors are dropped on purpose."""
-
-    checkpoint: Checkpoint
-    tree: Recognized
-    dropped: tuple[str, ...]
-
-    @property
-    def label(self) -> str:
-        return self.checkpoint.path
-
-    @property
-    def norm_groups(self) -> tuple[int, ...]:
-        """The widths that its norms are to be taken over for the fusion property; its record knows them."""
-        return norm_groups(self.checkpoint.record, self.tree.sizes["embed"])
-
-    def full(self, parameter: str) -> str:
-        """The full name of a parameter in this checkpoint."""
-        return self.tree.full(parameter)
-
-
-def open_source(path: str, options: Options) -> Opened:
-    """A source ready for planning; raises Corrupt if a chunk of it is missing, all of them listed."""
-    checkpoint = open_checkpoint(path)
-    dropped = tuple(name for name in checkpoint.leaves if is_dropped(name, options.drop))
-    shapes = {name: shape for name, shape in checkpoint.shapes.items() if name not in dropped}
-    tree = recognize(shapes, checkpoint.path, options.arch)
-    if checkpoint.record is not None:
-        require_widths(tree, checkpoint.record, checkpoint.path)
-    dtypes = {name: checkpoint.leaves[name].dtype for name in map(tree.full, tree.shapes)}
-    integers = [f"{name}: {dtype}" for name, dtype in dtypes.items() if not is_float(dtype)]
-    if integers:
-        raise Incompatible(f"{checkpoint.path}: parameters that are no real numbers", details=shorten(integers))
-    missing = [chunk for name in shapes for chunk in checkpoint.missing_chunks(name)]
-    if missing:
-        raise Corrupt(
-            f"{checkpoint.path}: {counted(len(missing), 'chunk')} missing",
-            details=shorten(missing, 5),
-            hint="copy it again whole",
-        )
-    return Opened(checkpoint, tree, dropped)
-
-
 def plan_fusion(
     paths: Sequence[str],
     options: Options,
@@ -121,15 +77,14 @@ def plan_fusion(
     if len(paths) < 2:
         raise UsageError("fusing takes two checkpoints or more", hint="fusectl self-fuse CKPT --copies 2 for one")
     shares = mean_weights(weights, len(paths))
-    by_path = {path: open_source(path, options) for path in dict.fromkeys(paths)}
+    by_path = {path: open_source(path, options.arch, options.drop) for path in dict.fromkeys(paths)}
     opened = [by_path[path] for path in paths]
     first = opened[0]
     fusion = line_up([o.tree for o in opened], shares, [o.label for o in opened])
     _require_one_dtype(opened, options)
     check_fill(fusion, options.fill)
     if equalize is not None:
-        streams = [Stream(o.checkpoint, o.tree, o.norm_groups) for o in opened]
-        fusion = replace(fusion, residual_scales=residual_scales(streams, equalize, options.max_memory_bytes))
+        fusion = replace(fusion, residual_scales=residual_scales(opened, equalize))
     out_format, item, prefix = _target(first, options)
     builder = _Builder(opened, options, out_format)
     for parameter in first.tree.shapes:
@@ -165,7 +120,7 @@ def plan_noise_fill(path: str, options: Options, *, copies: int | None = None) -
     """
     if copies is not None and copies < 2:
         raise UsageError(f"--copies {copies}: a fusion has two or more")
-    opened = open_source(path, options)
+    opened = open_source(path, options.arch, options.drop)
     record = opened.checkpoint.record or _record_for(opened, copies)
     if record.fill.kind != "zeros":
         raise Incompatible(
@@ -174,6 +129,7 @@ def plan_noise_fill(path: str, options: Options, *, copies: int | None = None) -
         )
     if copies not in {None, len(record.weights)}:
         raise UsageError(f"--copies {copies}, but {opened.label} is a fusion of {len(record.weights)}")
+    _refuse_widening(opened, options)
     fusion = Fusion(opened.tree, record.weights, record.widths, record.residual_scales)
     check_fill(fusion, options.fill)
     out_format, item, prefix = _target(opened, options)
@@ -356,6 +312,23 @@ def _require_one_dtype(opened: Sequence[Opened], options: Options) -> None:
     if differences:
         raise Incompatible(
             "sources of different dtypes", details=shorten(differences), hint="--dtype float32 casts all of them"
+        )
+
+
+def _refuse_widening(opened: Opened, options: Options) -> None:
+    """Raises Incompatible when a fusion would be cast to a wider dtype: no wider source stands behind its values."""
+    if options.dtype is None:
+        return
+    narrow = {opened.checkpoint.leaves[opened.full(name)].dtype for name in opened.tree.shapes} - {options.dtype}
+    narrower = [
+        dtype
+        for dtype in narrow
+        if ml_dtypes.finfo(np_dtype(dtype)).bits < ml_dtypes.finfo(np_dtype(options.dtype)).bits
+    ]
+    if narrower:
+        raise Incompatible(
+            f"{opened.label}: {narrower[0]} cast to {options.dtype}, which its sources may hold and it does not",
+            hint=f"fuse with --dtype {options.dtype} and --fill at once",
         )
 
 

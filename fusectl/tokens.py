@@ -11,7 +11,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +40,21 @@ DEFAULT_LENGTH = 16
 _KNOWN = ", ".join(names[0] for names in _NAMES.values())
 
 
+# Whatever a file may hold in place of tokens.
+_UNREADABLE = (
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+
+
 @dataclass(frozen=True)
 class Tokens:
     """A batch (batch, length): encoder tokens, decoder inputs and targets, 0 being padding; and, where examples are
@@ -49,23 +66,30 @@ class Tokens:
     targets: Ints
     encoder_segments: Ints | None = None
     target_segments: Ints | None = None
-    # Where they came from, for the report.
+    # Where they came from, for the report; and which of its rows is the first one here.
     says: str = ""
+    first_row: int = 0
 
     @property
     def compared(self) -> npt.NDArray[np.bool_]:
         """(batch, length): the positions whose target is no padding."""
         return self.targets > 0
 
-    def rows(self, count: int) -> Iterator[Tokens]:
-        """The batch in pieces of at most `count` rows."""
-        for start in range(0, len(self.encoder), count):
-            cut = slice(start, start + count)
+    def pieces(self, rows: int) -> Iterator[Tokens]:
+        """The batch in pieces of at most so many rows."""
+        for start in range(0, len(self.encoder), rows):
+            cut = slice(start, start + rows)
             encoder_segments, target_segments = (
                 None if s is None else s[cut] for s in (self.encoder_segments, self.target_segments)
             )
             yield Tokens(
-                self.encoder[cut], self.decoder[cut], self.targets[cut], encoder_segments, target_segments, self.says
+                self.encoder[cut],
+                self.decoder[cut],
+                self.targets[cut],
+                encoder_segments,
+                target_segments,
+                self.says,
+                self.first_row + start,
             )
 
 
@@ -91,7 +115,7 @@ def read_tokens(path: str, vocab: int, batch: int | None, length: int | None) ->
 
     Raises NotFound, Corrupt for what is no such file or holds no tokens, Incompatible for tokens out of the vocabulary.
     """
-    file = Path(path).expanduser()
+    file = Path(os.path.expanduser(path))  # noqa: PTH111
     try:
         raw = file.read_bytes()
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
@@ -101,7 +125,7 @@ def read_tokens(path: str, vocab: int, batch: int | None, length: int | None) ->
     try:
         arrays = _from_npz(raw) if raw[:2] == b"PK" else _from_lines(raw)
         tokens = _tokens(arrays, batch, length)
-    except (ValueError, TypeError, LookupError, EOFError, OverflowError, RecursionError, zipfile.BadZipFile) as error:
+    except _UNREADABLE as error:
         hint = f'lines such as {{"inputs": [3, 1], "targets": [5, 1]}}, or a .npz of {_KNOWN}'
         raise Corrupt(f"{path}: no tokens in it", details=(f"{error}",), hint=hint) from error
     for name, values in (("inputs", tokens.encoder), ("targets", tokens.targets), ("decoder inputs", tokens.decoder)):
@@ -126,7 +150,7 @@ def _from_npz(raw: bytes) -> dict[str, npt.NDArray[Any]]:
 
 def _from_lines(raw: bytes) -> dict[str, npt.NDArray[Any]]:
     """Examples of different lengths, padded to the longest."""
-    examples = [json.loads(line) for line in raw.decode().splitlines() if line.strip()]
+    examples = [json.loads(line) for line in raw.decode("utf-8-sig").splitlines() if line.strip()]
     if not examples:
         raise ValueError("the file is empty")
     if not all(isinstance(example, Mapping) for example in examples):
@@ -136,6 +160,9 @@ def _from_lines(raw: bytes) -> dict[str, npt.NDArray[Any]]:
     arrays = {}
     for name in names:
         if name in known:
+            lacking = next((i for i, example in enumerate(examples) if name not in example), None)
+            if lacking is not None:
+                raise ValueError(f"example {lacking} has no {name!r}")
             rows = [example[name] for example in examples]
             if not all(isinstance(row, list) and all(type(token) is int for token in row) for row in rows):
                 raise ValueError(f"{name!r} of a line is no list of integers")
@@ -162,9 +189,8 @@ def _tokens(arrays: Mapping[str, npt.NDArray[Any]], batch: int | None, length: i
     if (encoder_segments is None) != (target_segments is None):
         raise ValueError("segments of inputs and targets belong together")
     decoder = named("decoder")
-    shifted = _shifted(targets, target_segments) if decoder is None else decoder
     for name, values, like in (
-        ("decoder inputs", shifted, targets),
+        ("decoder inputs", decoder, targets),
         ("segments of the inputs", encoder_segments, encoder),
         ("segments of the targets", target_segments, targets),
     ):
@@ -172,8 +198,10 @@ def _tokens(arrays: Mapping[str, npt.NDArray[Any]], batch: int | None, length: i
             raise ValueError(f"{name} of shape {list(values.shape)} beside {list(like.shape)}")
     if len(encoder) != len(targets):
         raise ValueError(f"{len(encoder)} rows of inputs, {len(targets)} of targets")
-    if not (targets > 0).any():
-        raise ValueError("no target that is not padding")
+    for name, values in (("input", encoder), ("target", targets)):
+        if not (values > 0).any():
+            raise ValueError(f"no {name} that is not padding")
+    shifted = _shifted(targets, target_segments) if decoder is None else decoder
     return Tokens(encoder, shifted, targets, encoder_segments, target_segments)
 
 

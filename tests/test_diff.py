@@ -43,7 +43,6 @@ def test_every_kind_of_difference_is_found(tmp_path):
     assert found.only_a == ("target/token_embedder/embedding",)
     assert found.only_b == ("target/more",)
     assert {(m.what, m.name, m.a, m.b) for m in found.metadata} == {
-        ("step", "step", "1000", "7"),
         ("shape", "target/encoder/encoder_norm/scale", "[12]", "[9]"),
         ("dtype", "target/decoder/decoder_norm/scale", "float32", "float64"),
     }
@@ -64,6 +63,31 @@ def test_a_distance_makes_near_values_equal(tmp_path):
     assert diff(str(tmp_path / "a"), str(tmp_path / "b"), atol=1.1e-3).same
     with pytest.raises(UsageError, match="--atol -1"):
         diff(str(tmp_path / "a"), str(tmp_path / "b"), atol=-1.0)
+
+
+def test_integers_are_compared_as_integers(tmp_path):
+    values = {**state("t5-1.1", 0), "state/count": np.array([2**53, 5])}
+    save(tmp_path / "a", values, "t5x")
+    save(tmp_path / "b", {**values, "state/count": np.array([2**53 + 1, 5])}, "t5x")
+
+    assert [v.name for v in diff(str(tmp_path / "a"), str(tmp_path / "b")).values] == ["state/count"]
+
+
+def test_steps_are_compared_where_only_the_directory_has_one(tmp_path):
+    values = {n: v for n, v in state("t5-1.1", 0).items() if n != "state/step"}
+    for step in (1, 2):
+        save(tmp_path / f"checkpoint_{step}", values, "orbax")
+
+    found = diff(str(tmp_path / "checkpoint_1"), str(tmp_path / "checkpoint_2"))
+
+    assert [(m.what, m.a, m.b) for m in found.metadata] == [("step", "1", "2")]
+
+
+def test_grids_that_cut_across_each_other_stay_within_the_memory():
+    from fusectl.layout import common_tile
+
+    assert common_tile((8192, 2048), [(8192, 16), (64, 2048)], 8192 * 2048) == (8192, 2048)
+    assert common_tile((8192, 2048), [(8192, 16), (64, 2048)], 8192 * 2047) == (8192, 16)
 
 
 def test_nan_is_nan_and_infinity_infinity_and_nothing_else(tmp_path):

@@ -4,11 +4,11 @@ import json
 
 import numpy as np
 import pytest
-from models import checkpoint
+from models import checkpoint, state
 
 from fusectl.archs import recognize
 from fusectl.equalize import Equalize
-from fusectl.errors import Incompatible, UsageError
+from fusectl.errors import Corrupt, Incompatible, UsageError
 from fusectl.formats import open_checkpoint
 from fusectl.formats.sink import save
 from fusectl.record import FILE_NAME, Fill
@@ -89,6 +89,19 @@ def test_the_constants_stand_in_the_record_and_are_verified(written, tmp_path):
     assert not weights_pass([1.0, 1.0])
 
 
+def test_noise_beside_equalized_kernels_is_verified_in_every_dtype(written, tmp_path):
+    sources = two(written, tmp_path, "t5_1_1", 3.0)
+    for i, source in enumerate(sources):
+        opened = open_checkpoint(source)
+        values = {n: opened.read(n).astype("bfloat16" if n.startswith("target/") else "float32") for n in opened.leaves}
+        save(tmp_path / f"half{i}", {**values, "state/step": opened.read("state/step")}, "t5x")
+    halves = [str(tmp_path / f"half{i}") for i in range(2)]
+
+    for paths, dtype in ((halves, None), (halves, "float32"), (sources, "bfloat16"), (sources, "float16")):
+        path = fuse(paths, tmp_path / "out", Equalize("weights"), fill=Fill("gaussian", 0.1, 0), dtype=dtype)
+        assert verify(path, settings=Settings(("files", "weights", "algebra"), x64=True)).passed, dtype
+
+
 @pytest.mark.parametrize("kind", ["gaussian", "antisymmetric"])
 def test_filling_an_equalized_fusion_later_is_filling_it_at_once(written, tmp_path, kind):
     sources, fill = two(written, tmp_path, "t5_1_1", 3.0), Fill(kind, 0.1, 3)
@@ -101,6 +114,29 @@ def test_filling_an_equalized_fusion_later_is_filling_it_at_once(written, tmp_pa
     report = verify(later.path, settings=Settings(("files", "weights", "algebra"), x64=True))
     assert report.passed
     assert report.algebra.max_abs <= 1e-12
+
+
+def test_stacked_layers_count_as_unstacked_ones(tmp_path):
+    """The same two models, scanned and not, have the same constant."""
+    constants = []
+    for family in ("scalable-t5-1.1", "scalable-t5-1.1-scanned"):
+        rng = np.random.default_rng(0)
+        paths = []
+        for i in range(2):
+            values = state(family, i)
+            for name, each in values.items():
+                if name.endswith(("out/kernel", "wo/kernel", "embedding")):
+                    each[:] = rng.normal(0, 1.0 + i, each.shape)
+                if "layers_" in name and name.endswith("wo/kernel"):
+                    each[:] *= 1.0 + int(name.split("layers_")[1][0])
+                elif name.endswith("wo/kernel"):
+                    each[:] *= 1.0 + np.arange(each.shape[1], dtype=np.float32)[:, None]
+            save(tmp_path / f"{family}{i}", values, "t5x")
+            paths.append(str(tmp_path / f"{family}{i}"))
+        constants.append(plan_fusion(paths, Options(), equalize=Equalize("weights"))[0].record.residual_scales[1])
+
+    assert constants[0] == pytest.approx(constants[1], rel=0.05)
+    assert constants[0] == pytest.approx(0.5, rel=0.05)
 
 
 def test_tokens_of_a_file_measure_the_trace(written, tmp_path):
@@ -116,13 +152,21 @@ def test_tokens_of_a_file_measure_the_trace(written, tmp_path):
 def test_what_cannot_be_equalized_is_refused(tmp_path):
     a, b = checkpoint(tmp_path / "a"), checkpoint(tmp_path / "b", seed=1)
     opened = open_checkpoint(b)
-    values = {n: opened.read(n) * (0 if "mlp/wo" in n else 1) for n in opened.leaves}
+    empty = ("mlp/wo", "out/kernel", "embedding")
+    values = {n: opened.read(n) * (0 if any(part in n for part in empty) else 1) for n in opened.leaves}
     save(tmp_path / "zero", values, "t5x")
+    odd = {n: opened.read(n) * (np.nan if "mlp/wo" in n and "target" in n else 1) for n in opened.leaves}
+    save(tmp_path / "odd", odd, "t5x")
 
+    with pytest.raises(UsageError, match="measuring streams in forward passes"):
+        Equalize("weights", "tokens.npz")
     with pytest.raises(UsageError, match="nothing to equalize"):
         plan_fusion([a, b], Options(norm="property"), equalize=Equalize())
-    with pytest.raises(Incompatible, match="no size that could be equalized"):
+    with pytest.raises(Incompatible, match="nothing that could be equalized"):
         plan_fusion([a, str(tmp_path / "zero")], Options(), equalize=Equalize("weights"))
+    for by in ("weights", "trace"):
+        with pytest.raises(Corrupt, match="NaN or Inf in its residual stream"):
+            plan_fusion([a, str(tmp_path / "odd")], Options(), equalize=Equalize(by))
 
 
 def test_on_the_command_line(tmp_path, fusectl):

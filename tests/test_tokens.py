@@ -89,7 +89,13 @@ def test_arrays_keep_their_decoder_inputs_and_are_cut(tmp_path, names):
         ('{"inputs": [1.5], "targets": [1]}\n', Corrupt, "no list of integers"),
         ('{"inputs": [true], "targets": [1]}\n', Corrupt, "no list of integers"),
         ('{"inputs": [1], "targets": [0]}\n', Corrupt, "no target that is not padding"),
-        ('{"inputs": [1], "targets": [1]}\n{"inputs": [1]}\n', Corrupt, "targets"),
+        ('{"inputs": [1], "targets": [1]}\n{"inputs": [1]}\n', Corrupt, "example 1 has no 'targets'"),
+        ('{"inputs": [0], "targets": [1]}\n', Corrupt, "no input that is not padding"),
+        (
+            '{"inputs": [1], "targets": [1, 2], "inputs_segment_ids": [1], "targets_segment_ids": [1]}\n',
+            Corrupt,
+            "segments of the targets of shape [1, 1] beside [1, 2]",
+        ),
         ('{"inputs": [1], "targets": [1], "targets_segment_ids": [1]}\n', Corrupt, "belong together"),
         ('{"inputs": [1], "targets": [1, 50]}\n', Incompatible, "token 50 is not in the vocabulary of 50"),
         ('{"inputs": [-1], "targets": [1]}\n', Incompatible, "token -1 is not in the vocabulary"),
@@ -131,6 +137,6 @@ def test_damaged_archives_and_absent_files_are_refused(tmp_path):
     for name in ("t.npz", "o.npz"):
         with pytest.raises(Corrupt, match="no tokens in it"):
             read_tokens(str(tmp_path / name), 50, None, None)
-    for name in ("absent", ""):
+    for name in ("absent", "", "~nobody-of-this-name/t.npz"):
         with pytest.raises(NotFound, match="no file of tokens"):
             read_tokens(str(tmp_path / name), 50, None, None)

@@ -7,7 +7,7 @@ A drop-in for T5X's networks. In gin, where `network.T5Config` and `network.Tran
     t5_flax.Transformer.config = @t5_flax.T5Config()
 
 T5Config is that of t5x/examples/t5 (minimal T5), ScalableT5Config that of t5x/examples/scalable_t5; parameter trees,
-logical axes, caches and the computation are theirs, too. `norm_groups` is the one addition: with the widths of the
+logical axes, caches and the computation are theirs, too. `norm_groups` is the addition: with the widths of the
 fused models, each RMS norm divides every model's stretch of the residual stream by that stretch's own root mean
 square, so that a fused layer computes the concatenation of its sources' layers (Deep Fusion, section 3, option 1).
 With one group it is T5's own norm (the fusion rule, option 2).
@@ -15,8 +15,11 @@ With one group it is T5's own norm (the fusion rule, option 2).
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -53,14 +56,15 @@ class T5Config:
     num_decoder_layers: int = 6
     head_dim: int = 64
     mlp_dim: int = 2048
-    mlp_activations: Sequence[str] = ("relu",)
+    # Names of functions in flax.linen, "linear", or functions.
+    mlp_activations: Sequence[str | Callable[[Array], Array]] = ("relu",)
     dropout_rate: float = 0.1
     logits_via_embedding: bool = False
     float32_attention_logits: bool = False
     norm_groups: Sequence[int] = ()
+    # The rest is verify's. T5X has 32 buckets; the epsilon of each group, where residual streams were rescaled; and the
+    # dtype in which sums are accumulated before they are rounded, None leaving it to XLA.
     relpos_buckets: int = 32
-    # The rest is verify's. The epsilon of each group, where residual streams were rescaled; and the dtype in which sums
-    # are accumulated before they are rounded, None leaving it to XLA.
     norm_epsilons: Sequence[float] = ()
     accumulate: Any = None
 
@@ -70,11 +74,19 @@ class T5Config:
     remat_policy = "none"
 
     def __post_init__(self) -> None:
+        if isinstance(self.mlp_activations, str):
+            raise TypeError(f"mlp_activations {self.mlp_activations!r}: a sequence, such as ('gelu', 'linear')")
         # gin hands over lists; a config must be hashable.
         for name in ("mlp_activations", "norm_groups", "norm_epsilons"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.norm_groups and sum(self.norm_groups) != self.emb_dim:
             raise ValueError(f"norm groups {list(self.norm_groups)} do not sum up to emb_dim {self.emb_dim}")
+        if self.norm_epsilons and len(self.norm_epsilons) != len(self.norm_groups):
+            raise ValueError(f"{len(self.norm_epsilons)} norm epsilons for {len(self.norm_groups)} norm groups")
+
+    def replace(self, **changes: Any) -> T5Config:
+        """The config with these fields changed."""
+        return dataclasses.replace(self, **changes)
 
     @property
     def wide(self) -> Any:
@@ -288,8 +300,8 @@ class MLP(nn.Module):
         for i, activation in enumerate(cfg.mlp_activations):
             name = "wi" if len(cfg.mlp_activations) == 1 else f"wi_{i}"
             branch = Dense(cfg, (cfg.mlp_dim,), ("embed",), ("mlp",), name=name)(x)
-            branches.append(branch if activation == "linear" else getattr(nn, activation)(branch))
-        hidden = math.prod(branches[1:], start=branches[0])
+            branches.append(_activation(activation)(branch))
+        hidden = functools.reduce(operator.mul, branches)
         hidden = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))(hidden, deterministic=deterministic)
         hidden = partitioning.with_sharding_constraint(hidden, ("batch", "length", "mlp"))
         return Dense(cfg, (x.shape[-1],), ("mlp",), ("embed",), name="wo")(hidden)
@@ -302,16 +314,16 @@ class EncoderLayer(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, mask: Array, bias: Array | None, deterministic: bool = True) -> Any:
-        cfg = self.config
-        length, stream = x.shape[1], _stream(cfg, deterministic)
+        cfg, length = self.config, x.shape[1]
         if cfg.scalable:
             bias = RelativePositionBias(cfg, name="relpos_bias")(length, length, bidirectional=True)
-        x = stream(x)
-        y = stream(RMSNorm(cfg, name="pre_attention_layer_norm")(x))
+        x = _sharded(cfg, x)
+        y = _sharded(cfg, RMSNorm(cfg, name="pre_attention_layer_norm")(x))
         y = Attention(cfg, name="attention")(y, y, mask, bias, deterministic=deterministic)
-        x = stream(x, y)
-        y = stream(RMSNorm(cfg, name="pre_mlp_layer_norm")(x))
-        x = stream(x, MLP(cfg, name="mlp")(y, deterministic=deterministic))
+        x = _sharded(cfg, _dropped(cfg, y, deterministic) + x)
+        y = _sharded(cfg, RMSNorm(cfg, name="pre_mlp_layer_norm")(x))
+        y = MLP(cfg, name="mlp")(y, deterministic=deterministic)
+        x = _sharded(cfg, _dropped(cfg, y, deterministic) + x)
         return (x, None) if cfg.scan_layers else x
 
 
@@ -333,18 +345,20 @@ class DecoderLayer(nn.Module):
         max_decode_length: int | None = None,
     ) -> Any:
         cfg = self.config
-        stream = _stream(cfg, deterministic)
         if cfg.scalable:
             bias = causal_bias(cfg, x.shape[1], decode, max_decode_length)
-        x = stream(x)
-        y = stream(RMSNorm(cfg, name="pre_self_attention_layer_norm")(x))
+        x = _sharded(cfg, x)
+        y = _sharded(cfg, RMSNorm(cfg, name="pre_self_attention_layer_norm")(x))
         attention = Attention(cfg, name="self_attention")
-        x = stream(x, attention(y, y, mask, bias, deterministic=deterministic, decode=decode))
-        y = stream(RMSNorm(cfg, name="pre_cross_attention_layer_norm")(x))
+        y = attention(y, y, mask, bias, deterministic=deterministic, decode=decode)
+        x = _sharded(cfg, _dropped(cfg, y, deterministic) + x)
+        y = _sharded(cfg, RMSNorm(cfg, name="pre_cross_attention_layer_norm")(x))
         attention = Attention(cfg, name="encoder_decoder_attention")
-        x = stream(x, attention(y, encoded, cross_mask, deterministic=deterministic))
-        y = stream(RMSNorm(cfg, name="pre_mlp_layer_norm")(x))
-        x = stream(x, MLP(cfg, name="mlp")(y, deterministic=deterministic))
+        y = attention(y, encoded, cross_mask, deterministic=deterministic)
+        x = _sharded(cfg, _dropped(cfg, y, deterministic) + x)
+        y = _sharded(cfg, RMSNorm(cfg, name="pre_mlp_layer_norm")(x))
+        y = MLP(cfg, name="mlp")(y, deterministic=deterministic)
+        x = _sharded(cfg, _dropped(cfg, y, deterministic) + x)
         return (x, None) if cfg.scan_layers else x
 
 
@@ -366,8 +380,8 @@ class Encoder(nn.Module):
         bias = None
         if not cfg.scalable:
             bias = RelativePositionBias(cfg, name="relpos_bias")(length, length, bidirectional=True)
-        layers = _Layers(cfg, EncoderLayer, "encoder", cfg.num_encoder_layers, static=(3,))
-        x = RMSNorm(cfg, name="encoder_norm")(layers.run(self, x, mask, bias, deterministic))
+        x = _stacked(self, EncoderLayer, "encoder", cfg.num_encoder_layers, (3,))(x, mask, bias, deterministic)
+        x = RMSNorm(cfg, name="encoder_norm")(x)
         return nn.Dropout(cfg.dropout_rate)(x, deterministic=deterministic)
 
 
@@ -391,52 +405,46 @@ class Decoder(nn.Module):
         cfg, length = self.config, x.shape[1]
         x = _dropped(cfg, x, deterministic)
         bias = None if cfg.scalable else causal_bias(cfg, length, decode, max_decode_length)
-        layers = _Layers(cfg, DecoderLayer, "decoder", cfg.num_decoder_layers, static=(5, 6, 7))
-        x = layers.run(self, x, encoded, mask, cross_mask, bias, deterministic, decode, max_decode_length)
+        layers = _stacked(self, DecoderLayer, "decoder", cfg.num_decoder_layers, (5, 6, 7))
+        x = layers(x, encoded, mask, cross_mask, bias, deterministic, decode, max_decode_length)
         x = _dropped(cfg, RMSNorm(cfg, name="decoder_norm")(x), deterministic)
         if cfg.logits_via_embedding:
             return x
         return Dense(cfg, (cfg.vocab_size,), ("embed",), ("vocab",), dtype=cfg.wide, name="logits_dense")(x)
 
 
-@dataclass(frozen=True)
-class _Layers:
-    """A stack of equal layers: one module each, or scanned over stacked parameters; rematerialised if asked for."""
+def _stacked(stack: nn.Module, layer: type[nn.Module], name: str, count: int, static: tuple[int, ...]) -> Any:
+    """A function that runs a stack of equal layers: one module each, or scanned over stacked parameters.
 
-    config: T5Config
-    layer: type[nn.Module]
-    name: str
-    count: int
-    # Positions of the arguments that are no arrays.
-    static: tuple[int, ...]
+    `static` are the positions of the arguments that are no arrays, which rematerialisation must know.
+    """
+    cfg = stack.config
+    if cfg.remat_policy not in {None, "none"}:
+        dots = jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims
+        policy = dots if cfg.remat_policy == "minimal" else None
+        layer = partitioning.remat(layer, prevent_cse=not cfg.scan_layers, policy=policy, static_argnums=static)
 
-    def run(self, parent: nn.Module, x: Array, *rest: Any) -> Array:
-        cfg, layer = self.config, self.layer
-        if cfg.remat_policy not in {None, "none"}:
-            minimal = jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims
-            policy = minimal if cfg.remat_policy == "minimal" else None
-            layer = partitioning.remat(
-                layer, prevent_cse=not cfg.scan_layers, policy=policy, static_argnums=self.static
-            )
+    def run(x: Array, *rest: Any) -> Array:
         if not cfg.scan_layers:
-            for i in range(self.count):
-                x = layer(cfg, name=f"layers_{i}", parent=parent)(x, *rest)
+            for i in range(count):
+                x = layer(cfg, name=f"layers_{i}")(x, *rest)
             return x
-        assert isinstance(cfg, ScalableT5Config)
         axis = cfg.param_scan_axis
         scanned = partitioning.scan_with_axes(
             layer,
             variable_axes={
-                "params": axis if parent.is_mutable_collection("params") else partitioning.ScanIn(axis),
+                "params": axis if stack.is_mutable_collection("params") else partitioning.ScanIn(axis),
                 "cache": 0,
             },
             split_rngs={"params": True, "dropout": True},
             in_axes=(nn.broadcast,) * len(rest),
-            length=self.count,
+            length=count,
             axis_name="layers",
         )
-        x, _ = scanned(cfg, name=self.name, parent=parent)(x, *rest)
+        x, _ = scanned(cfg, name=name)(x, *rest)
         return x
+
+    return run
 
 
 class Embedder(nn.Module):
@@ -584,6 +592,8 @@ def contract(config: T5Config, equation: str, a: Array, b: Array) -> Array:
 
 
 def _and_segments(mask: Array, queries: Array | None, keys: Array | None) -> Array:
+    if (queries is None) != (keys is None):
+        raise ValueError("segments of the encoder's and the decoder's tokens belong together")
     if queries is None or keys is None:
         return mask
     return mask & (queries[:, None, :, None] == keys[:, None, None, :])
@@ -595,12 +605,13 @@ def _dropped(config: T5Config, x: Array, deterministic: bool) -> Array:
     return dropped.astype(config.dtype)
 
 
-def _stream(config: T5Config, deterministic: bool) -> Any:
-    """A function for a layer's residual stream: adds what a block returns, dropped out; scalable T5 shards it."""
+def _sharded(config: T5Config, x: Array) -> Array:
+    """The residual stream with its logical axes named, as scalable T5 does."""
+    return partitioning.with_sharding_constraint(x, ("batch", "length", "embed")) if config.scalable else x
 
-    def stream(x: Array, block: Array | None = None) -> Array:
-        if block is not None:
-            x = _dropped(config, block, deterministic) + x
-        return partitioning.with_sharding_constraint(x, ("batch", "length", "embed")) if config.scalable else x
 
-    return stream
+def _activation(named: str | Callable[[Array], Array]) -> Callable[[Array], Array]:
+    """An activation function: itself, the identity for "linear", or flax.linen's of this name."""
+    if callable(named):
+        return named
+    return (lambda x: x) if named == "linear" else getattr(nn, named)

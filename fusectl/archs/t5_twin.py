@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from fusectl.archs import Recognized
+from fusectl.archs import Recognized, t5_flax
 from fusectl.archs.t5_flax import (
     DecoderLayer,
     EncoderLayer,
@@ -32,6 +32,7 @@ from fusectl.archs.twin import Array, Part, Stage, State, Step, Tap, tapped
 from fusectl.tokens import Tokens
 
 
+EPSILON = t5_flax.EPSILON
 EMBEDDING = "token_embedder/embedding"
 HEAD = "decoder/logits_dense/kernel"
 # Attention to the encoder reads its keys and values at the encoder's positions.
@@ -76,7 +77,7 @@ def whole(tree: Recognized) -> list[Stage]:
         tokens = step.tokens
         batch = (tokens.encoder, tokens.decoder, tokens.targets, tokens.encoder_segments, tokens.target_segments)
         logits, taps = _transformer(step.config, variables, *batch)
-        return {"logits": logits}, [_named(tree, "", tap) for tap in taps]
+        return {"logits": logits}, [_named(tree, "", tap) for tap in taps if tap.parameter != HEAD]
 
     return [Stage("all layers", tuple(Part(name) for name in tree.shapes), run)]
 
@@ -183,7 +184,7 @@ def _named(tree: Recognized, prefix: str, tap: Tap) -> Tap:
     stacked = re.sub(r"^(encoder|decoder)/layers_\d+/", r"\1/\1/", name)
     positions = "encoder" if _READS_ENCODER.match(name) else "decoder"
     if "relpos_bias" in name or name == EMBEDDING:
-        positions = ""
+        positions = "batch" if name == EMBEDDING else ""
     return replace(tap, parameter=name, positions=positions, row=tree.rows.get(name) or tree.rows[stacked])
 
 

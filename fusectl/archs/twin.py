@@ -38,7 +38,8 @@ class Part:
 class Tap:
     """What came out of the module that owns `parameter`, and what a norm was given.
 
-    `positions` says which of the batch's tokens the second axis is about: "encoder", "decoder", or "" for neither.
+    `positions` says which tokens of the batch the first two axes are about: those of the "encoder" or of the "decoder"
+    without padding, the whole "batch", or "" for none.
     """
 
     # Layers numbered, though the checkpoint may stack them; `row` is the family's row for it.
@@ -75,6 +76,9 @@ class Stage:
 
 class Twin(Protocol):
     """A module that runs the networks of a family."""
+
+    # What norms add to the mean square before they divide by its root.
+    EPSILON: float
 
     def config_of(
         self,

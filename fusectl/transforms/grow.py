@@ -6,9 +6,8 @@ One rule places every tensor, by the names of its axes:
     grown axes                      source i in cell (i, …, i) of them: one concatenates, two make a block diagonal
     grown on the input side only    (the output head) K streams meet: times the source's weight
     the norm before a tied head     times weight * sqrt(D / d), since T5 divides these logits by sqrt(D)
-
-Where the sources' residual streams are to be made equally large (equalize.py), all that writes to the stream
-is multiplied with the source's constant: each norm divides by it again, and so must the norm before a tied head.
+    all that writes to the stream   times the source's constant, where streams are made equally large (equalize.py);
+                                    every norm divides by it again, and the norm before a tied head is divided by it
 
 and noise goes where an input of one source would meet an output of another.
 """

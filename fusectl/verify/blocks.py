@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
@@ -92,11 +93,18 @@ class Blocks:
 def within_rounding(values: Array, exact: Array) -> npt.NDArray[np.bool_]:
     """Where `values` are what their dtype makes of `exact`: at most one unit in the last place away."""
     wide = values.astype(np.float64)
-    return np.asarray(np.abs(wide - exact) <= epsilon(values.dtype.name) * np.maximum(np.abs(wide), np.abs(exact)))
+    return np.asarray(np.abs(wide - exact) <= unit(values.dtype.name, np.maximum(np.abs(wide), np.abs(exact))))
+
+
+def unit(dtype: str, magnitude: Array) -> Array:
+    """At most two units in the last place of numbers of this magnitude, one of the smallest numbers."""
+    return np.asarray(np.maximum(epsilon(dtype) * magnitude, float(_finfo(dtype).smallest_subnormal)))
 
 
 def epsilon(dtype: str) -> float:
     """The distance from 1 to the next number of a dtype."""
-    import ml_dtypes
+    return float(_finfo(dtype).eps)
 
-    return float(ml_dtypes.finfo(np_dtype(dtype)).eps)
+
+def _finfo(dtype: str) -> Any:
+    return ml_dtypes.finfo(np_dtype(dtype))

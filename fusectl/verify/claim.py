@@ -10,7 +10,7 @@ from fusectl.archs import Recognized, recognize
 from fusectl.errors import Incompatible, NotFound, UsageError
 from fusectl.formats import fingerprint, open_checkpoint
 from fusectl.formats.tree import Checkpoint, is_dropped
-from fusectl.record import Fill, Record, SourceRecord, mean_weights, norm_groups
+from fusectl.record import DEFAULT_NOISE_SCALE, Fill, Record, SourceRecord, mean_weights, norm_groups
 from fusectl.transforms.grow import require_widths, widths_of
 
 
@@ -20,7 +20,9 @@ class Declared:
 
     sources: tuple[str, ...] = ()
     weights: tuple[float, ...] | None = None
-    fill: Fill | None = None
+    # What stands between the sources, and the scale of noise; None for what the record says.
+    fill: str | None = None
+    noise_scale: float | None = None
     arch: str | None = None
 
 
@@ -116,7 +118,13 @@ def _record(
 ) -> Record:
     """What to hold the checkpoint against: its own record, with what the caller declares put over it."""
     count = len(sources)
-    groups = tuple(norm_groups(s.record, t.sizes["embed"]) for s, t in zip(sources, trees, strict=True))
+    recorded = record.sources if record else ()
+    groups = tuple(
+        entry.norm_groups
+        if entry and sum(entry.norm_groups) == t.sizes["embed"]
+        else norm_groups(s.record, t.sizes["embed"])
+        for s, t, entry in zip(sources, trees, recorded or (None,) * count, strict=True)
+    )
     if record is None:
         record = replace(nothing_known(), family=trees[0].family.name, weights=(1.0 / count,) * count)
     if declared.sources or not record.sources:
@@ -124,16 +132,25 @@ def _record(
             SourceRecord(s.path, s.format, s.step, fingerprint(s), g) for s, g in zip(sources, groups, strict=True)
         )
         record = replace(record, sources=entries)
-    if not record.norm_groups:
-        record = replace(record, norm_groups=tuple(w for g in groups for w in g))
+    record = replace(record, norm_groups=tuple(width for each in groups for width in each))
     if declared.weights is not None:
         record = replace(record, weights=mean_weights(declared.weights, count))
-    if declared.fill is not None:
-        record = replace(record, fill=declared.fill)
+    record = replace(record, fill=_fill(record.fill, declared))
     if len(record.weights) != count:
         raise UsageError(f"{len(record.weights)} weights for {count} sources of {fused.path}")
     # The widths are measured, never taken on trust.
     return replace(record, widths=widths_of(trees))
+
+
+def _fill(recorded: Fill, declared: Declared) -> Fill:
+    """The recorded fill, unless another is declared; the seed of another is unknown."""
+    kind = declared.fill or recorded.kind
+    scale = declared.noise_scale or (recorded.noise_scale if kind == recorded.kind else DEFAULT_NOISE_SCALE)
+    if kind == "zeros":
+        if declared.noise_scale is not None:
+            raise UsageError("--noise-scale without noise", hint="--fill gaussian or antisymmetric")
+        return Fill()
+    return recorded if (kind, scale) == (recorded.kind, recorded.noise_scale) else Fill(kind, scale, None)
 
 
 def _require_depths(claim: Claim) -> None:

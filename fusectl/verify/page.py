@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fusectl.errors import UsageError
 from fusectl.formats.sink import storage_errors
-from fusectl.verify.report import FunctionResult, Report, TraceRow
+from fusectl.verify.report import FilesResult, FunctionResult, Report, TraceRow, WeightsResult
+
+
+# What matplotlib draws by itself.
+PICTURES = (".png", ".svg", ".pdf", ".jpg")
 
 
 def page(report: Report) -> str:
@@ -24,9 +29,8 @@ def _lines(report: Report) -> Iterator[str]:
     yield "| level | result | what was checked |"
     yield "|---|---|---|"
     for name, result in report.levels().items():
-        passed = "not run" if result is None else {True: "ok", False: "FAILED", None: "reported"}[result.passed]
         # A bar would begin the next column.
-        yield f"| {name} | {passed} | {says(report, name).replace('|', chr(92) + '|')} |"
+        yield f"| {name} | {outcome(result)} | {says(report, name).replace('|', chr(92) + '|')} |"
     if report.failures():
         yield ""
         yield "## What failed"
@@ -68,6 +72,11 @@ def _what_was_run(report: Report) -> str:
     return f"Forward passes in {report.precision}, {report.passes}; tokens: {report.tokens}."
 
 
+def outcome(result: FilesResult | WeightsResult | FunctionResult | None) -> str:
+    """Whether a level passed, in a word."""
+    return "not run" if result is None else {True: "ok", False: "FAILED", None: "reported"}[result.passed]
+
+
 def says(report: Report, level: str) -> str:
     """What a level checked, in a line."""
     files, weights = report.files, report.weights
@@ -100,7 +109,7 @@ def trace_header(trace: Sequence[TraceRow]) -> list[str]:
         "rms fused",
         *(f"mixing {i}" for i in groups),
         "deviation",
-        "with a norm each",
+        *(["with a norm each"] if _has_algebra(trace) else []),
     ]
 
 
@@ -113,18 +122,22 @@ def trace_cells(trace: Sequence[TraceRow]) -> Iterator[list[str]]:
             f"{row.fused_rms:.4g}",
             *(f"{x:.3f}" for x in row.mixing),
             f"{row.deviation:.1e}",
-            f"{row.algebra_deviation:.1e}",
+            *([f"{row.algebra_deviation:.1e}"] if _has_algebra(trace) else []),
         ]
+
+
+def _has_algebra(trace: Sequence[TraceRow]) -> bool:
+    return not math.isnan(trace[0].algebra_deviation)
 
 
 def check_plot(file: Path) -> None:
     """Raises UsageError where matplotlib is not installed or knows no such format, before anything is computed."""
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        import matplotlib  # noqa: F401, ICN001
     except ImportError as error:
         raise UsageError("--plot draws with matplotlib", hint="pip install 'fusectl[plot]'") from error
-    if file.suffix.lstrip(".") not in FigureCanvasAgg.get_supported_filetypes():
-        raise UsageError(f"--plot {file}: no format of pictures", hint="--plot out.png")
+    if file.suffix.lower() not in PICTURES:
+        raise UsageError(f"--plot {file}: no format of pictures", hint=f"--plot out.png, or {', '.join(PICTURES[1:])}")
 
 
 def draw(trace: Sequence[TraceRow], file: Path) -> None:

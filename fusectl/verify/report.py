@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fusectl.record import Record, finite
+from fusectl.jsontree import finite
+from fusectl.record import Record
 
 
 FILE_NAME = "fusectl-verify.json"
@@ -81,6 +82,8 @@ class FunctionResult:
     tolerance: float | None
     # Where the tolerance comes from, in words.
     tolerance_says: str
+    # The largest rms that the caller allows; None for no such limit.
+    max_rms: float | None
     reference_rms: float
     reference_max_abs: float
     tokens: int
@@ -181,6 +184,7 @@ def _failures(result: FilesResult | WeightsResult | FunctionResult) -> Iterator[
         yield from result.problems
         return
     limit = "" if result.tolerance is None else f", tolerance {result.tolerance:.1e}"
-    yield f"logits are off by {result.max_abs:.2e} (rms {result.rms:.2e}){limit}"
+    allowed = "" if result.max_rms is None else f", at most {result.max_rms:g} allowed"
+    yield f"logits are off by {result.max_abs:.2e}{limit}; rms {result.rms:.2e}{allowed}"
     if result.first_difference is not None:
         yield f"{result.first_difference}"

@@ -23,10 +23,10 @@ from fusectl.errors import FusectlError
 from fusectl.fill import unit_noise
 from fusectl.formats.tree import STEPS, Checkpoint
 from fusectl.formats.zarr import np_dtype
-from fusectl.layout import Region, shifted, size, tiles, whole
+from fusectl.layout import Region, common_tile, shifted, size, tiles, whole
 from fusectl.parallel import Progress, in_parallel
 from fusectl.transforms.optimizer import STATE, find_state
-from fusectl.verify.blocks import Blocks, Slices, epsilon, within_rounding
+from fusectl.verify.blocks import Blocks, Slices, unit, within_rounding
 from fusectl.verify.claim import Claim
 from fusectl.verify.report import WeightsResult
 
@@ -38,31 +38,33 @@ Task = tuple[int, Callable[[], None]]
 STANDARD_ERRORS = 6.0
 # Sources whose orders are tried: 720 of them.
 MOST_ORDERED = 6
-# What a value takes while it is compared: both sides as they are stored, and as float64 with a difference.
-BYTES_PER_VALUE = 32
+# What a value takes while it is compared: both sides as they are stored; and where it was computed, in float64 with
+# what was computed, differences and masks.
+COPIED_BYTES = 16
+COMPUTED_BYTES = 64
 
 
 def check_weights(claim: Claim, *, budget_bytes: int, jobs: int, progress: Progress) -> WeightsResult:
     """Compares every parameter, the optimizer's slots and the step with what the sources and the record say."""
     tensors = [_Tensor(claim, name, row, progress) for name, row in claim.tree.rows.items()]
     slots = [_Slot(claim, name, progress) for name in claim.fused.leaves if name.startswith(STATE)]
-    read = sum(claim.fused.leaves[claim.tree.prefix + name].nbytes for name in claim.tree.rows)
+    read = sum(claim.fused.leaves[claim.tree.full(name)].nbytes for name in claim.tree.rows)
     slot_bytes = sum(claim.fused.leaves[slot.name].nbytes for slot in slots)
     sources = sum(
-        claim.sources[i].leaves[claim.trees[i].prefix + name].nbytes
+        claim.sources[i].leaves[claim.trees[i].full(name)].nbytes
         for i in claim.distinct
         for name in claim.trees[i].rows
     )
     progress.start("comparing weights", read + sources + slot_bytes)
     run = partial(in_parallel, budget_bytes=budget_bytes, jobs=jobs)
-    run(task for tensor in tensors for task in tensor.comparisons())
+    run(task for tensor in tensors for task in tensor.comparisons(budget_bytes))
     # Noise is relative to its kernel, all of which has been seen by now.
     run(task for tensor in tensors for task in tensor.measurements())
     checked = [slot for slot in slots if claim.record.optimizer == "reset"]
     run(task for slot in checked for task in slot.tasks())
     problems = [problem for tensor in tensors for problem in tensor.problems()]
     order = _other_order(claim) if problems else []
-    problems += _slot_problems(claim, checked, bool(slots))
+    problems += _state_problems(claim, checked, [slot.name for slot in slots])
     if problems:
         problems = [*claim.changed, *order, *problems]
     noise = [each for tensor in tensors for each in tensor.noise_off()]
@@ -92,7 +94,7 @@ class _Wrong:
         count = int(np.count_nonzero(wrong))
         if not count:
             return
-        index = tuple(int(i) for i in np.argwhere(wrong)[0])
+        index = tuple(int(i) for i in np.unravel_index(int(wrong.argmax()), wrong.shape))
         place = tuple(r.start + i for r, i in zip(at, index, strict=True))
         with self.lock:
             self.count += count
@@ -135,7 +137,7 @@ class _Tensor:
         self.blocks = Blocks(row, claim.record)
         self._claim = claim
         self._progress = progress
-        self._fused = claim.tree.prefix + name
+        self._fused = claim.tree.full(name)
         self._leaf = claim.fused.leaves[self._fused]
         self._stacked = row.spec.axes.index("layers") if "layers" in row.spec.axes else None
         self._layers = 1 if self._stacked is None else self._leaf.shape[self._stacked]
@@ -144,30 +146,33 @@ class _Tensor:
         self._kernels = [_Sums(self._layers) for _ in self.blocks.sources]
         self._gaps = [_Gap(i, j, self._region(at), self._layers) for i, j, at in self.blocks.gaps()]
 
-    def comparisons(self) -> Iterator[Task]:
+    def comparisons(self, budget_bytes: int) -> Iterator[Task]:
         """Tasks that compare each source's own blocks, and the gaps with zeros where they are declared to be zero."""
         # A source that is fused with itself is read once for all of its places.
         for i in self._claim.distinct:
             places = [k for k in self.blocks.sources if self._claim.sources[k] is self._claim.sources[i]]
-            leaf = self._claim.sources[i].leaves[self._claim.trees[i].prefix + self.name]
+            leaf = self._claim.sources[i].leaves[self._claim.trees[i].full(self.name)]
             regions = [self._region(self.blocks.own(k)) for k in places]
             if any(tuple(map(len, region)) != leaf.shape for region in regions):
                 shape = [list(map(len, region)) for region in regions]
                 self._misplaced.append(f"source {i} is {list(leaf.shape)}, its place is {shape[0]}")
                 continue
-            for tile in tiles(leaf.shape, _piece(leaf.shape, leaf.chunks, self._leaf.chunks)):
-                yield size(tile) * BYTES_PER_VALUE, partial(self._compare, i, places, regions, tile)
+            copied = all(self._copied(k) for k in places) and not self._noisy
+            cost = COPIED_BYTES if copied else COMPUTED_BYTES
+            edges = common_tile(leaf.shape, [leaf.chunks, self._leaf.chunks], budget_bytes // cost)
+            for tile in tiles(leaf.shape, edges):
+                yield size(tile) * cost, partial(self._compare, i, places, regions, tile)
         if self.blocks.record.fill.kind == "zeros":
             for gap in self._gaps:
                 for tile in gap.pieces(self._leaf.chunks):
-                    yield size(tile) * BYTES_PER_VALUE, partial(self._expect_zero, gap, tile)
+                    yield size(tile) * COPIED_BYTES, partial(self._expect_zero, gap, tile)
 
     def measurements(self) -> Iterator[Task]:
         """Tasks that compare the noise in the gaps with the declared one."""
-        if self.blocks.record.fill.kind != "zeros":
+        if self._noisy:
             for gap in self._gaps:
                 for tile in gap.pieces(self._leaf.chunks):
-                    yield size(tile) * BYTES_PER_VALUE, partial(self._measure, gap, tile)
+                    yield size(tile) * COMPUTED_BYTES, partial(self._measure, gap, tile)
 
     def problems(self) -> Iterator[str]:
         """Everything about the tensor that is not as declared."""
@@ -193,20 +198,30 @@ class _Tensor:
                 if self.blocks.record.fill.kind != "zeros" and std > 0.0:
                     yield noise_off(gap.sums.mean[k], gap.sums.std[k], std, gap.sums.count[k])
 
+    @property
+    def _noisy(self) -> bool:
+        return bool(self._gaps) and self.blocks.record.fill.kind != "zeros"
+
+    def _copied(self, k: int) -> bool:
+        """Whether source k's own block is the source as it is."""
+        return self.blocks.scale(k) == 1.0 and not self.blocks.takes_noise_off(k)
+
     def _compare(self, i: int, places: list[int], regions: list[Region], tile: Region) -> None:
-        source = self._claim.sources[i].read(self._claim.trees[i].prefix + self.name, tile)
-        noisy = bool(self._gaps) and self.blocks.record.fill.kind != "zeros"
+        source = self._claim.sources[i].read(self._claim.trees[i].full(self.name), tile)
         for k, region in zip(places, regions, strict=True):
-            found, scale, taken_off = self._read(region, tile), self.blocks.scale(k), self.blocks.takes_noise_off(k)
-            if scale == 1.0 and not taken_off:
+            found = self._read(region, tile)
+            if self._copied(k):
                 expected = source.astype(found.dtype, copy=False)
                 self._own[k].add(found != expected, tile, found, expected)
             else:
-                noise = [self._read(self._region(at), tile) for at in taken_off]
+                noise = [self._read(self._region(at), tile) for at in self.blocks.takes_noise_off(k)]
                 expected = self.blocks.exact(k, source, noise, found.dtype)
                 self._own[k].add(~within_rounding(found, expected), tile, found, expected)
-            if noisy:
-                self._kernels[k].add(source.astype(np.float64) * scale, self._stacked, tile)
+            if self._noisy:
+                kernel = source.astype(np.float64) * self.blocks.scale(k)
+                # Noise is relative to the kernel as it stands there, where it has kept its dtype.
+                kernel = kernel.astype(found.dtype).astype(np.float64) if found.dtype == source.dtype else kernel
+                self._kernels[k].add(kernel, self._stacked, tile)
         self._progress.advance(self.name, source.nbytes * (1 + len(places)))
 
     def _expect_zero(self, gap: _Gap, tile: Region) -> None:
@@ -227,7 +242,7 @@ class _Tensor:
         expected = noise * self._by_layer(kernel.std, tile)
         # The tool's own standard deviation is exact to 2**-18 of the largest magnitude.
         allowed = np.abs(noise) * self._by_layer(kernel.largest, tile) * 2.0**-18
-        wrong = ~(np.abs(values - expected) <= allowed + epsilon(found.dtype.name) * np.abs(values))
+        wrong = ~(np.abs(values - expected) <= allowed + unit(found.dtype.name, np.abs(values)))
         gap.wrong.add(wrong, tile, found, expected)
 
     def _gap_problems(self, gap: _Gap) -> Iterator[str]:
@@ -279,7 +294,7 @@ class _Gap:
     def pieces(self, chunks: tuple[int, ...]) -> Iterator[Region]:
         """The regions, counted from the block's corner, that are worked on at once."""
         shape = tuple(map(len, self.region))
-        return tiles(shape, _piece(shape, chunks))
+        return tiles(shape, common_tile(shape, [chunks], size(self.region)))
 
 
 class _Slot:
@@ -293,7 +308,7 @@ class _Slot:
 
     def tasks(self) -> Iterator[Task]:
         leaf = self._fused.leaves[self.name]
-        for tile in tiles(leaf.shape, _piece(leaf.shape, leaf.chunks)):
+        for tile in tiles(leaf.shape, leaf.chunks):
             yield size(tile) * np_dtype(leaf.dtype).itemsize * 2, partial(self._expect_zero, tile)
 
     def _expect_zero(self, tile: Region) -> None:
@@ -309,11 +324,6 @@ def noise_off(mean: float, std: float, declared: float, count: float) -> tuple[f
     return abs(mean) / (declared / math.sqrt(count)), abs(std / declared - 1.0) * math.sqrt(2.0 * count)
 
 
-def _piece(shape: tuple[int, ...], *chunks: tuple[int, ...]) -> tuple[int, ...]:
-    """What is read at once: whole chunks of everybody who takes part, so that each is decoded about once."""
-    return tuple(max(1, min(n, max(edges))) for n, *edges in zip(shape, *chunks, strict=True))
-
-
 def _within(block: Region, tile: Region) -> Region:
     """A piece of a block as a region of the whole tensor."""
     return shifted(tile, whole(tuple(map(len, block))), block)
@@ -324,10 +334,8 @@ def _other_order(claim: Claim) -> list[str]:
     if len(claim.distinct) < 2:
         return []
     norms = [n for n, row in claim.tree.rows.items() if not row.spec.inputs and not row.tied_head]
-    scales = [
-        [claim.sources[i].read(claim.trees[i].prefix + name) for name in norms] for i in range(len(claim.sources))
-    ]
-    fused = [claim.fused.read(claim.tree.prefix + name) for name in norms]
+    scales = [[claim.sources[i].read(claim.trees[i].full(name)) for name in norms] for i in range(len(claim.sources))]
+    fused = [claim.fused.read(claim.tree.full(name)) for name in norms]
 
     def fits(order: tuple[int, ...]) -> bool:
         return all(
@@ -343,16 +351,24 @@ def _other_order(claim: Claim) -> list[str]:
     return []
 
 
-def _slot_problems(claim: Claim, checked: list[_Slot], any_slots: bool) -> Iterator[str]:
+def _state_problems(claim: Claim, checked: list[_Slot], slots: list[str]) -> Iterator[str]:
+    """What is wrong with everything that is no parameter's value: dtypes, the step, slots, tensors of no use."""
     first = claim.sources[0]
+    yield from _dtype_problems(claim)
     now, then = (next((c.read(name) for name in STEPS if name in c.leaves), None) for c in (claim.fused, first))
-    if now is not None and then is not None and (now.dtype != then.dtype or now != then):
+    if then is not None and now is None:
+        yield "the step is gone"
+    elif now is not None and then is not None and (now.dtype != then.dtype or now != then):
         yield f"the step: {now} ({now.dtype}), {then} ({then.dtype}) in the first source"
-    if claim.record.optimizer == "drop" and any_slots:
+    known = {*map(claim.tree.full, claim.tree.rows), *slots, *STEPS}
+    yield from (
+        f"{name}: no part of a fusion" for name in claim.fused.leaves if name not in known | first.leaves.keys()
+    )
+    if claim.record.optimizer == "drop" and slots:
         yield "the optimizer's slots: declared as dropped, and there"
     if claim.record.optimizer != "reset":
         return
-    if not any_slots:
+    if not slots:
         yield "the optimizer's slots are gone"
         return
     try:
@@ -360,5 +376,17 @@ def _slot_problems(claim: Claim, checked: list[_Slot], any_slots: bool) -> Itera
     except FusectlError as error:
         yield from (f"slot {detail}" for detail in error.details)
     for slot in checked:
+        was, now_is = first.leaves.get(slot.name), claim.fused.leaves[slot.name]
+        if was is not None and was.dtype != now_is.dtype:
+            yield f"{slot.name}: {now_is.dtype}, {was.dtype} in the first source"
         if slot.wrong.count:
             yield f"{slot.name}: declared as reset, and not zero"
+
+
+def _dtype_problems(claim: Claim) -> Iterator[str]:
+    """Parameters keep the dtype of the first source's, or all of them have been cast to one."""
+    now = {name: claim.fused.leaves[claim.tree.full(name)].dtype for name in claim.tree.rows}
+    then = {name: claim.sources[0].leaves[claim.trees[0].full(name)].dtype for name in claim.tree.rows}
+    odd = [name for name in now if now[name] != then[name]]
+    if odd and len(set(now.values())) > 1:
+        yield from (f"{name}: {now[name]}, {then[name]} in the first source" for name in odd)

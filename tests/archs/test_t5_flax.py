@@ -179,6 +179,34 @@ def test_groups_that_do_not_sum_up_are_refused():
         network("t5_1_1", norm_groups=(4, 8))
 
 
+def test_configs_are_changed_and_checked_as_t5xs_are():
+    config = CONFIGS["t5_1_1"].replace(mlp_activations=(jax.nn.gelu, "linear"))
+
+    assert Transformer(config.replace(**SIZES, dropout_rate=0.0)).config.dropout_rate == 0.0
+    with pytest.raises(TypeError, match="a sequence"):
+        config.replace(mlp_activations="relu")
+    with pytest.raises(ValueError, match="1 norm epsilons for 2 norm groups"):
+        config.replace(emb_dim=8, norm_groups=(4, 4), norm_epsilons=(1e-6,))
+
+
+def test_segments_of_one_side_only_are_refused():
+    """Targets would see other examples' inputs."""
+    ones = jnp.ones((1, 3), jnp.int32)
+    with pytest.raises(ValueError, match="belong together"):
+        network("t5_1_1").apply(fresh("t5_1_1"), ones, ones, ones, encoder_segment_ids=ones, enable_dropout=False)
+
+
+def test_activations_may_be_functions(written):
+    variables, tokens = {"params": parameters(written, "t5_1_1")}, np.arange(1, 11).reshape(2, 5)
+
+    named, given = (
+        network("t5_1_1", mlp_activations=activations).apply(variables, tokens, tokens, tokens, enable_dropout=False)
+        for activations in (("gelu", "linear"), (jax.nn.gelu, lambda x: x))
+    )
+
+    np.testing.assert_array_equal(named, given)
+
+
 def test_packed_examples_cannot_be_decoded():
     ones = jnp.ones((1, 3), jnp.int32)
     with pytest.raises(ValueError, match="packed examples cannot be decoded"):

@@ -13,12 +13,12 @@ from fusectl.archs.twin import Part, Step
 from fusectl.errors import NotEnoughSpace
 from fusectl.formats import open_checkpoint
 from fusectl.formats.sink import save
+from fusectl.forward import read_part
 from fusectl.record import Fill
 from fusectl.surgery import Options, carry_out, plan_fusion, plan_noise_fill
 from fusectl.tokens import Tokens
 from fusectl.verify import Declared, Settings, verify
-from fusectl.verify.forward import read_part
-from fusectl.verify.function import LogitsComparison
+from fusectl.verify.logits import LogitsComparison
 
 
 VARIANTS = ["t5_1_1", "t5_1_0", "scalable_1_1"]
@@ -176,6 +176,12 @@ def test_gaussian_noise_shifts_native_and_not_the_algebra(written, tmp_path):
     assert zeros.native.max_abs <= 5e-6
     assert noisy.native.rms > 1e-3
     assert noisy.native.passed is None
+    # Noise is no rounding: what is stored computes the ensemble but for the noise.
+    half = verify(
+        fuse(sources, tmp_path / "half", Fill("gaussian", 0.1, 1), dtype="bfloat16"), settings=Settings(FUNCTION_ONLY)
+    )
+    assert half.passed
+    assert half.algebra.max_abs_as_stored < 0.02 < half.native.max_abs
 
 
 def test_noise_fill_of_a_fusion_is_the_fusion_with_noise(written, tmp_path):
@@ -234,7 +240,9 @@ def test_a_threshold_makes_the_native_distance_a_claim(written, tmp_path):
     distance = verify(path, settings=Settings(FUNCTION_ONLY)).native.rms
 
     assert verify(path, settings=Settings(FUNCTION_ONLY, max_native_rms=2 * distance)).passed
-    assert not verify(path, settings=Settings(FUNCTION_ONLY, max_native_rms=distance / 2)).passed
+    report = verify(path, settings=Settings(FUNCTION_ONLY, max_native_rms=distance / 2))
+    assert not report.passed
+    assert f"at most {distance / 2:g} allowed" in report.failures()[0]
 
 
 def test_how_the_models_run_follows_from_the_memory(written, tmp_path):
@@ -276,12 +284,13 @@ def test_the_comparison_in_parts_of_the_vocab_is_the_comparison(written):
     rng = np.random.default_rng(0)
     reference = rng.normal(0, 3, (5, 64))
     got = reference + rng.normal(0, 0.3, (5, 64))
-    wanted = np.ones((1, 5), bool)
+    one = np.ones((1, 5), np.int32)
+    tokens = Tokens(one, one, one)
 
-    parts = LogitsComparison(1)
+    parts = LogitsComparison("head")
     for start in range(0, 64, 10):
-        parts.add(0, wanted, got[:, start : start + 10], reference[:, start : start + 10])
-    found = parts.result(None, "", "", None)
+        parts.add(tokens, got[:, start : start + 10], reference[:, start : start + 10])
+    found = parts.result(None, "", "", None, None)
 
     p, q = (np.exp(x - x.max(-1, keepdims=True)) for x in (reference, got))
     p, q = p / p.sum(-1, keepdims=True), q / q.sum(-1, keepdims=True)
@@ -293,15 +302,21 @@ def test_the_comparison_in_parts_of_the_vocab_is_the_comparison(written):
     assert found.tokens == 5
 
 
-def test_a_nan_among_the_logits_never_passes():
-    comparison = LogitsComparison(1)
+def test_a_nan_among_the_logits_never_passes_and_is_where_they_differ():
+    comparison = LogitsComparison("decoder/logits_dense/kernel")
     logits = np.zeros((2, 8))
     logits[1, 3] = np.nan
+    two = np.ones((1, 2), np.int32)
+    tokens = Tokens(two, two, two, first_row=5)
 
-    comparison.add(0, np.ones((1, 2), bool), logits, np.zeros((2, 8)))
+    comparison.add(tokens, logits, np.zeros((2, 8)))
+    comparison.add(tokens, np.full((2, 8), 9.0), np.zeros((2, 8)))
 
-    assert comparison.result(1e3, "", "", None).passed is False
-    assert comparison.difference(1e3).position == (0, 1, 3)
+    assert comparison.result(1e3, "", "", None, None).passed is False
+    assert comparison.result(None, "", "", None, 1e3).passed is False
+    assert comparison.result(None, "", "", None, None).passed is None
+    assert comparison.worst.position == (5, 1, 3)
+    assert "decoder/logits_dense: nan at [5, 1, 3], 0 expected" in str(comparison.worst)
 
 
 def test_the_trace_tells_how_much_one_norm_mixes(written, tmp_path):

@@ -96,6 +96,19 @@ def test_a_trace_is_drawn(report, tmp_path, fusectl):
     assert fusectl("verify", report.path, "--levels", "native", "--plot", tmp_path / "no" / "out.png").code == 8
 
 
+def test_damaged_files_are_reported_though_there_is_nothing_to_draw(sources, tmp_path, fusectl):
+    path = tmp_path / "out"
+    fusectl("fuse", *sources, "-o", path, "--format", "orbax-zarr2")
+    (path / "state/target.decoder.decoder_norm.scale/0").unlink()
+
+    done = fusectl("verify", path, "--plot", tmp_path / "out.png", "--report")
+
+    assert done.code == 3
+    assert "chunk" in done.err
+    assert not (tmp_path / "out.png").exists()
+    assert json.loads((path / FILE_NAME).read_text())["passed"] is False
+
+
 def test_fusing_verifies_before_anything_appears(sources, tmp_path, fusectl):
     done = fusectl("fuse", *sources, "-o", tmp_path / "out", "--verify")
 
@@ -130,5 +143,8 @@ def test_what_fails_its_verification_does_not_appear(sources, tmp_path, fusectl,
     assert "verification failed, nothing was kept" in done.err
     assert "weights:" in done.err
     assert list(tmp_path.iterdir()) == []
+    as_json = fusectl("fuse", *sources, "-o", tmp_path / "out", "--verify", "--json").json
+    assert as_json["status"] == "failed"
+    assert as_json["result"]["verification"]["weights"]["passed"] is False
     # The control: without the proof it appears.
     assert fusectl("fuse", *sources, "-o", tmp_path / "out").code == 0

@@ -155,6 +155,7 @@ def test_a_fault_is_found_in_the_weights_and_in_the_function(fusions, tmp_path, 
     assert report.algebra.first_difference.parameter == name
 
 
+SCALE = "target/encoder/encoder_norm/scale"
 SLOT = "state/param_states/decoder/decoder_norm/scale/v"
 
 
@@ -162,6 +163,10 @@ SLOT = "state/param_states/decoder/decoder_norm/scale/v"
     ("change", "says"),
     [
         (lambda v: v.__setitem__("state/step", np.array(3, np.int32)), "the step: 3"),
+        (lambda v: v.pop("state/step"), "the step is gone"),
+        (lambda v: v.__setitem__("state/more", np.ones(3, np.float32)), "state/more: no part of a fusion"),
+        (lambda v: v.__setitem__(SLOT, np.zeros(24, np.float16)), f"{SLOT}: float16, float32 in the first source"),
+        (lambda v: v.__setitem__(SCALE, v[SCALE].astype(np.float64)), "float64, float32 in the first source"),
         (lambda v: v[SLOT].__setitem__(0, 1.0), f"{SLOT}: declared as reset, and not zero"),
         (lambda v: v.__setitem__(SLOT, np.zeros(5, np.float32)), "decoder_norm/scale/v: shape [5], expected [24]"),
         (lambda v: v.pop(SLOT), "decoder_norm/scale/v: shape none, expected [24]"),
@@ -225,13 +230,27 @@ def test_noise_of_another_size_than_declared_is_found(tmp_path, factor):
     assert verify(rewrite(path, lambda _: None), settings=Settings(("weights",))).weights.passed
 
 
+def test_declaring_what_is_recorded_keeps_the_seed(tmp_path):
+    from fusectl.verify import Declared
+
+    path = fused(tmp_path, "t5-1.1", Fill("gaussian", 0.1, 3))
+    name = "target/encoder/layers_0/mlp/wi_0/kernel"
+
+    def change(values):
+        values[name][:EMBED, MLP:] = values[name][:EMBED, MLP:][::-1].copy()
+
+    mutated = rewrite(path, change)
+    for declared in (Declared(), Declared(fill="gaussian"), Declared(noise_scale=0.1)):
+        assert not verify(mutated, declared, Settings(("weights",))).weights.passed
+
+
 def test_noise_of_an_unknown_seed_is_held_to_its_mean_and_deviation(tmp_path):
     from fusectl.verify import Declared
 
     path = str(fused(tmp_path, "t5-1.1", Fill("gaussian", 0.1, 3)))
 
     def passed(scale):
-        declared = Declared(fill=Fill("gaussian", scale, None))
+        declared = Declared(fill="gaussian", noise_scale=scale)
         return verify(path, declared, Settings(("weights",))).weights.passed
 
     assert passed(0.1)
@@ -284,6 +303,22 @@ def test_a_source_that_was_copied_elsewhere_is_the_same_source(tmp_path):
 
     assert report.passed
     assert report.notes == ()
+
+
+@pytest.mark.parametrize("fill", [Fill(), Fill("gaussian", 0.1, 5), Fill("antisymmetric", 0.2, 5)])
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
+def test_every_dtype_passes_and_one_value_fails(tmp_path, fill, dtype):
+    path = fused(tmp_path, "t5-1.0", fill, dtype=dtype)
+    name = "target/decoder/decoder_norm/scale"
+
+    def three_units_off(values):
+        values[name][0] = np.nextafter(
+            np.nextafter(values[name][0], values[name].dtype.type(9)), values[name].dtype.type(9)
+        )
+        values[name][0] = np.nextafter(values[name][0], values[name].dtype.type(9))
+
+    assert verify(str(path), settings=Settings(("files", "weights"))).passed
+    assert not verify(rewrite(path, three_units_off), settings=Settings(("weights",))).passed
 
 
 @pytest.mark.parametrize("fill", [Fill(), Fill("gaussian", 0.1, 5), Fill("antisymmetric", 0.2, 5)])
