@@ -319,12 +319,8 @@ def _refuse_widening(opened: Opened, options: Options) -> None:
     """Raises Incompatible when a fusion would be cast to a wider dtype: no wider source stands behind its values."""
     if options.dtype is None:
         return
-    narrow = {opened.checkpoint.leaves[opened.full(name)].dtype for name in opened.tree.shapes} - {options.dtype}
-    narrower = [
-        dtype
-        for dtype in narrow
-        if ml_dtypes.finfo(np_dtype(dtype)).bits < ml_dtypes.finfo(np_dtype(options.dtype)).bits
-    ]
+    dtypes = {opened.checkpoint.leaves[opened.full(name)].dtype for name in opened.tree.shapes}
+    narrower = [dtype for dtype in sorted(dtypes) if np_dtype(dtype).itemsize < np_dtype(options.dtype).itemsize]
     if narrower:
         raise Incompatible(
             f"{opened.label}: {narrower[0]} cast to {options.dtype}, which its sources may hold and it does not",

@@ -98,7 +98,7 @@ def test_arrays_keep_their_decoder_inputs_and_are_cut(tmp_path, names):
         ),
         ('{"inputs": [1], "targets": [1], "targets_segment_ids": [1]}\n', Corrupt, "belong together"),
         ('{"inputs": [1], "targets": [1, 50]}\n', Incompatible, "token 50 is not in the vocabulary of 50"),
-        ('{"inputs": [-1], "targets": [1]}\n', Incompatible, "token -1 is not in the vocabulary"),
+        ('{"inputs": [3, -1], "targets": [1]}\n', Incompatible, "token -1 is not in the vocabulary"),
         ('{"inputs": [99999999999999], "targets": [1]}\n', Corrupt, "more than 31 bits"),
     ],
 )

@@ -30,7 +30,7 @@ from fusectl.errors import FusectlError, NotEnoughSpace, OutputExists, StorageEr
 from fusectl.formats import Format, format_named
 from fusectl.formats.locate import T5X_INDEX, TEMPORARY_SUFFIX
 from fusectl.formats.orbax import mark_committed, write_metadata, write_step_metadata
-from fusectl.formats.store import CONTEXT, Spec, directory, ocdbt, translate
+from fusectl.formats.store import Spec, directory, new_context, ocdbt, translate
 from fusectl.formats.t5x import kept_in_index, write_index
 from fusectl.formats.tree import EmptyNode, Key, Leaf, Location, dict_keys
 from fusectl.formats.zarr import new_metadata, np_dtype, parse_metadata
@@ -85,6 +85,7 @@ class Sink:
     def create(self, tensors: Iterable[NewTensor]) -> None:
         """Announces tensors; `write` must then cover each of them."""
         pending: dict[str, Any] = {}
+        context = new_context()
         # Each commit of an OCDBT database costs milliseconds and a file: all new arrays share one.
         transaction = ts.Transaction() if self._format.ocdbt else None
         for tensor in tensors:
@@ -102,7 +103,7 @@ class Sink:
             }
             stored = parse_metadata(_as_json(metadata), tensor.name)
             self._leaves[tensor.name] = Leaf(tensor.name, tensor.keys, tensor.shape, tensor.dtype, stored=stored)
-            pending[tensor.name] = ts.open(spec, create=True, context=CONTEXT, transaction=transaction)
+            pending[tensor.name] = ts.open(spec, create=True, context=context, transaction=transaction)
         try:
             opened = {name: future.result() for name, future in pending.items()}
             if transaction is not None:

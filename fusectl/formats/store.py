@@ -13,8 +13,12 @@ from fusectl.errors import Corrupt, FusectlError, NotEnoughSpace, StorageError
 Spec = dict[str, Any]
 
 
-# The context that all stores share: no chunk cache, since every chunk is read once.
-CONTEXT = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
+def new_context() -> ts.Context:
+    """A context for the stores of one checkpoint: no chunk cache, since every chunk is read once.
+
+    One for all would remember the metadata of a checkpoint that has been replaced.
+    """
+    return ts.Context({"cache_pool": {"total_bytes_limit": 0}})
 
 
 def directory(path: str) -> Spec:
@@ -51,7 +55,7 @@ class Files:
     def __init__(self, spec: Spec, where: str) -> None:
         self.where = where
         try:
-            self._store = ts.KvStore.open(spec, context=CONTEXT).result()
+            self._store = ts.KvStore.open(spec, context=new_context()).result()
             self.names = frozenset(key.decode() for key in self._store.list().result())
         except ValueError as error:
             raise translate(error, where) from error

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import tensorstore as ts
 
 from fusectl.errors import Corrupt
-from fusectl.formats.store import CONTEXT, Files, Spec, translate
+from fusectl.formats.store import Files, Spec, new_context, translate
 from fusectl.formats.zarr import ArrayMetadata, np_dtype
 from fusectl.layout import Region, whole
 from fusectl.record import Record
@@ -129,6 +129,7 @@ class Checkpoint:
         self._files = files
         self._file_of = file_of
         self._open: dict[str, ts.TensorStore] = {}
+        self._context = new_context()
         self._lock = threading.Lock()
 
     @property
@@ -188,7 +189,7 @@ class Checkpoint:
                 "recheck_cached_metadata": False,
                 "recheck_cached_data": False,
             }
-            store = ts.open(spec, read=True, context=CONTEXT).result()
+            store = ts.open(spec, read=True, context=self._context).result()
             if tuple(store.shape) != leaf.shape:
                 raise Corrupt(f"{self.path}: {leaf.name}: shape {list(leaf.shape)}, now {list(store.shape)}")
             with self._lock:

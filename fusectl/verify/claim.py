@@ -118,13 +118,10 @@ def _record(
 ) -> Record:
     """What to hold the checkpoint against: its own record, with what the caller declares put over it."""
     count = len(sources)
-    recorded = record.sources if record else ()
-    groups = tuple(
-        entry.norm_groups
-        if entry and sum(entry.norm_groups) == t.sizes["embed"]
-        else norm_groups(s.record, t.sizes["embed"])
-        for s, t, entry in zip(sources, trees, recorded or (None,) * count, strict=True)
-    )
+    own = tuple(norm_groups(s.record, t.sizes["embed"]) for s, t in zip(sources, trees, strict=True))
+    # As they were when they were fused, if that fits: a source may have lost its record since.
+    then = tuple(entry.norm_groups for entry in record.sources) if record else ()
+    groups = then if tuple(map(sum, then)) == tuple(map(sum, own)) else own
     if record is None:
         record = replace(nothing_known(), family=trees[0].family.name, weights=(1.0 / count,) * count)
     if declared.sources or not record.sources:

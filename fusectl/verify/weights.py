@@ -361,9 +361,8 @@ def _state_problems(claim: Claim, checked: list[_Slot], slots: list[str]) -> Ite
     elif now is not None and then is not None and (now.dtype != then.dtype or now != then):
         yield f"the step: {now} ({now.dtype}), {then} ({then.dtype}) in the first source"
     known = {*map(claim.tree.full, claim.tree.rows), *slots, *STEPS}
-    yield from (
-        f"{name}: no part of a fusion" for name in claim.fused.leaves if name not in known | first.leaves.keys()
-    )
+    strange = [name for name in claim.fused.leaves if name not in known and name not in first.leaves]
+    yield from (f"{name}: no part of a fusion" for name in strange)
     if claim.record.optimizer == "drop" and slots:
         yield "the optimizer's slots: declared as dropped, and there"
     if claim.record.optimizer != "reset":

@@ -113,10 +113,12 @@ def test_self_fusion_keeps_the_logits(written, tmp_path, variant, copies):
     wanted = expected["tgt"] > 0
     path = fuse([source] * copies, tmp_path / "out")
 
-    off = np.abs(logits(path, expected) - logits(source, expected))[wanted]
+    # Whole once, layer by layer always.
+    runs = RUNS if copies == 2 else RUNS[1:]
+    kept, grown = (logits(each, expected, layered=copies > 2)[wanted] for each in (source, path))
 
-    assert off.max() <= TOLERANCE["float32"]
-    for precision, layered in RUNS:
+    assert np.abs(grown - kept).max() <= TOLERANCE["float32"]
+    for precision, layered in runs:
         report = verify(path, settings=Settings(FUNCTION_ONLY, x64=precision == "float64", layered=layered))
         assert report.passed
         assert report.algebra.max_abs <= TOLERANCE[precision]

@@ -312,10 +312,8 @@ def test_every_dtype_passes_and_one_value_fails(tmp_path, fill, dtype):
     name = "target/decoder/decoder_norm/scale"
 
     def three_units_off(values):
-        values[name][0] = np.nextafter(
-            np.nextafter(values[name][0], values[name].dtype.type(9)), values[name].dtype.type(9)
-        )
-        values[name][0] = np.nextafter(values[name][0], values[name].dtype.type(9))
+        for _ in range(3):
+            values[name][0] = np.nextafter(values[name][0], values[name].dtype.type(9))
 
     assert verify(str(path), settings=Settings(("files", "weights"))).passed
     assert not verify(rewrite(path, three_units_off), settings=Settings(("weights",))).passed
