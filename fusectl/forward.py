@@ -142,7 +142,7 @@ def run_stages(
         shelf.fetch(checkpoints, stage.parts)
         parameters = {
             # Models that run the same values share them.
-            values: {part.name: jnp.asarray(values(part), precision) for part in stage.parts}
+            values: {part.name: jnp.asarray(np.asarray(values(part), precision)) for part in stage.parts}
             for values in {model.values: None for model in models}
         }
         shelf.clear()

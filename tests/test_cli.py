@@ -614,6 +614,7 @@ def test_commands_that_move_bytes_never_import_jax(models, tmp_path):
     assert "jax" in imported_by("verify", fused, "--levels", "algebra")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("argv", [["--help"], ["fuse", "--help"]])
 def test_help_costs_less_than_150_ms_of_cpu(argv):
     import resource

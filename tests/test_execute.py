@@ -137,6 +137,7 @@ sys.exit(code)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("format", "fill"), [("orbax", "zeros"), ("t5x", "antisymmetric")])
 def test_peak_memory_stays_within_the_budget_and_300_mb(tmp_path, format, fill):
     """The embedding has 123 MB in chunks of 41 MB, the budget is 40 MB, the fused model 0.6 GB."""

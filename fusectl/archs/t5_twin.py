@@ -108,14 +108,15 @@ def unstacked(tree: Recognized, parameters: Mapping[str, Array]) -> dict[str, Ar
             flat[name] = values
             continue
         stack, _, rest = name.split("/", 2)
-        for i in range(values.shape[axes.index("layers")]):
-            flat[f"{stack}/layers_{i}/{rest}"] = values.take(i, axis=axes.index("layers"))
+        # In numpy: JAX would compile a program for every shape.
+        layers = np.moveaxis(np.asarray(values), axes.index("layers"), 0)
+        flat |= {f"{stack}/layers_{i}/{rest}": layer for i, layer in enumerate(layers)}
     return flat
 
 
 def _embedder(tree: Recognized, ids: Any) -> Stage:
     def run(step: Step) -> tuple[State, list[Tap]]:
-        table = step.parameters[EMBEDDING]
+        table = np.asarray(step.parameters[EMBEDDING])
         x, y = (table[np.searchsorted(ids, each)] for each in (step.tokens.encoder, step.tokens.decoder))
         return {"x": x, "decoder": y}, [_named(tree, "", Tap(EMBEDDING, None, each)) for each in (x, y)]
 
