@@ -149,17 +149,23 @@ def draw(trace: Sequence[TraceRow], file: Path) -> None:
 
     figure = Figure(figsize=(max(7.0, 0.28 * len(trace)), 9.0), layout="constrained")
     streams, mixing, deviation = figure.subplots(3, 1, sharex=True)
-    places = range(len(trace))
-    for i in range(len(trace[0].rms)):
-        streams.plot(places, [row.rms[i] for row in trace], marker="o", markersize=3, label=f"group {i}")
-        mixing.plot(places, [row.mixing[i] for row in trace], marker="o", markersize=3, label=f"group {i}")
-    streams.plot(places, [row.fused_rms for row in trace], color="black", linestyle=":", label="fused")
-    streams.set(ylabel="rms of the residual stream", yscale="log")
+    groups = range(len(trace[0].rms))
+    # One line for each stack: the decoder does not go on where the encoder has ended.
+    for first, stack in enumerate(dict.fromkeys(row.norm.split("/", 1)[0] for row in trace)):
+        rows = [(i, row) for i, row in enumerate(trace) if row.norm.startswith(f"{stack}/")]
+        places = [i for i, _ in rows]
+        for i in groups:
+            line = {"color": f"C{i}", "marker": "o", "markersize": 3, "label": None if first else f"group {i}"}
+            streams.plot(places, [row.rms[i] for _, row in rows], **line)
+            mixing.plot(places, [row.mixing[i] for _, row in rows], **line)
+        fused = {"color": "black", "linestyle": ":", "label": None if first else "fused"}
+        streams.plot(places, [row.fused_rms for _, row in rows], **fused)
+        deviation.plot(places, [row.deviation for _, row in rows], color="black", marker="o", markersize=3)
+    streams.set(title="rms of the residual stream", yscale="log")
     mixing.axhline(1.0, color="grey", linewidth=0.8)
-    mixing.set(ylabel="what one norm multiplies it with")
-    deviation.plot(places, [row.deviation for row in trace], color="black", marker="o", markersize=3)
-    deviation.set(ylabel="deviation of the fused stream, relative")
-    deviation.set_xticks(list(places), [row.norm for row in trace], rotation=90, fontsize=6)
+    mixing.set(title="what one norm multiplies it with")
+    deviation.set(title="deviation of the fused stream, relative")
+    deviation.set_xticks(range(len(trace)), [row.norm for row in trace], rotation=90, fontsize=6)
     for axes in (streams, mixing):
         axes.legend(fontsize=8)
     with storage_errors(file):
