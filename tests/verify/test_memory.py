@@ -39,7 +39,7 @@ def test_a_model_is_proved_in_a_part_of_its_own_memory(tmp_path):
     parameters = sum(leaf.nbytes for name, leaf in fused.leaves.items() if name.startswith("target/"))
     everything = parameters + 2 * sum(leaf.nbytes for leaf in sources[0].leaves.values())
 
-    layered, out = peak_bytes("verify", path, "--max-memory", "800MB", "--trace", "-q")
+    layered, out = peak_bytes("verify", path, "--max-memory", "1GB", "--trace", "-q")
     weights, _ = peak_bytes("verify", path, "--levels", "files,weights", "--max-memory", "64MiB", "-q")
     whole, told = peak_bytes("verify", path, "--levels", "algebra", "--whole", "-q")
 
