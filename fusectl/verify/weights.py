@@ -38,10 +38,10 @@ Task = tuple[int, Callable[[], None]]
 STANDARD_ERRORS = 6.0
 # Sources whose orders are tried: 720 of them.
 MOST_ORDERED = 6
-# What a value takes while it is compared: both sides as they are stored; and where it was computed, in float64 with
-# what was computed, differences and masks.
-COPIED_BYTES = 16
-COMPUTED_BYTES = 64
+# What a value takes while it is compared: both sides as they are stored, noise, a mask. What was computed is compared
+# in float64, with differences and masks, a slab of so many values at a time.
+BYTES_PER_VALUE = 20
+SLAB = 1 << 18
 
 
 def check_weights(claim: Claim, *, budget_bytes: int, jobs: int, progress: Progress) -> WeightsResult:
@@ -157,22 +157,20 @@ class _Tensor:
                 shape = [list(map(len, region)) for region in regions]
                 self._misplaced.append(f"source {i} is {list(leaf.shape)}, its place is {shape[0]}")
                 continue
-            copied = all(self._copied(k) for k in places) and not self._noisy
-            cost = COPIED_BYTES if copied else COMPUTED_BYTES
-            edges = common_tile(leaf.shape, [leaf.chunks, self._leaf.chunks], budget_bytes // cost)
+            edges = common_tile(leaf.shape, [leaf.chunks, self._leaf.chunks], budget_bytes // BYTES_PER_VALUE)
             for tile in tiles(leaf.shape, edges):
-                yield size(tile) * cost, partial(self._compare, i, places, regions, tile)
+                yield size(tile) * BYTES_PER_VALUE, partial(self._compare, i, places, regions, tile)
         if self.blocks.record.fill.kind == "zeros":
             for gap in self._gaps:
                 for tile in gap.pieces(self._leaf.chunks):
-                    yield size(tile) * COPIED_BYTES, partial(self._expect_zero, gap, tile)
+                    yield size(tile) * BYTES_PER_VALUE, partial(self._expect_zero, gap, tile)
 
     def measurements(self) -> Iterator[Task]:
         """Tasks that compare the noise in the gaps with the declared one."""
         if self._noisy:
             for gap in self._gaps:
                 for tile in gap.pieces(self._leaf.chunks):
-                    yield size(tile) * COMPUTED_BYTES, partial(self._measure, gap, tile)
+                    yield size(tile) * BYTES_PER_VALUE, partial(self._measure, gap, tile)
 
     def problems(self) -> Iterator[str]:
         """Everything about the tensor that is not as declared."""
@@ -202,27 +200,28 @@ class _Tensor:
     def _noisy(self) -> bool:
         return bool(self._gaps) and self.blocks.record.fill.kind != "zeros"
 
-    def _copied(self, k: int) -> bool:
-        """Whether source k's own block is the source as it is."""
-        return self.blocks.scale(k) == 1.0 and not self.blocks.takes_noise_off(k)
-
     def _compare(self, i: int, places: list[int], regions: list[Region], tile: Region) -> None:
         source = self._claim.sources[i].read(self._claim.trees[i].full(self.name), tile)
         for k, region in zip(places, regions, strict=True):
             found = self._read(region, tile)
-            if self._copied(k):
-                expected = source.astype(found.dtype, copy=False)
-                self._own[k].add(found != expected, tile, found, expected)
-            else:
-                noise = [self._read(self._region(at), tile) for at in self.blocks.takes_noise_off(k)]
-                expected = self.blocks.exact(k, source, noise, found.dtype)
-                self._own[k].add(~within_rounding(found, expected), tile, found, expected)
-            if self._noisy:
-                kernel = source.astype(np.float64) * self.blocks.scale(k)
-                # Noise is relative to the kernel as it stands there, where it has kept its dtype.
-                kernel = kernel.astype(found.dtype).astype(np.float64) if found.dtype == source.dtype else kernel
-                self._kernels[k].add(kernel, self._stacked, tile)
+            noise = [self._read(self._region(at), tile) for at in self.blocks.takes_noise_off(k)]
+            for at, cut in _slabs(tile):
+                self._compare_slab(k, at, source[cut], found[cut], [each[cut] for each in noise])
         self._progress.advance(self.name, source.nbytes * (1 + len(places)))
+
+    def _compare_slab(self, k: int, at: Region, source: Array, found: Array, noise: list[Array]) -> None:
+        scale = self.blocks.scale(k)
+        if scale == 1.0 and not noise:
+            expected = source.astype(found.dtype, copy=False)
+            self._own[k].add(found != expected, at, found, expected)
+        else:
+            expected = self.blocks.exact(k, source, noise, found.dtype)
+            self._own[k].add(~within_rounding(found, expected), at, found, expected)
+        if self._noisy:
+            kernel = source.astype(np.float64) * scale
+            # Noise is relative to the kernel as it stands there, where it has kept its dtype.
+            kernel = kernel.astype(found.dtype).astype(np.float64) if found.dtype == source.dtype else kernel
+            self._kernels[k].add(kernel, self._stacked, at)
 
     def _expect_zero(self, gap: _Gap, tile: Region) -> None:
         found = self._read(gap.region, tile)
@@ -230,20 +229,24 @@ class _Tensor:
         self._progress.advance(self.name, found.nbytes)
 
     def _measure(self, gap: _Gap, tile: Region) -> None:
-        found, fill = self._read(gap.region, tile), self.blocks.record.fill
-        values = found.astype(np.float64)
-        gap.sums.add(values, self._stacked, tile)
+        found = self._read(gap.region, tile)
+        for at, cut in _slabs(tile):
+            self._measure_slab(gap, at, found[cut])
         self._progress.advance(self.name, found.nbytes)
+
+    def _measure_slab(self, gap: _Gap, at: Region, found: Array) -> None:
+        fill, values = self.blocks.record.fill, found.astype(np.float64)
+        gap.sums.add(values, self._stacked, at)
         if fill.seed is None:
             return
         kernel = self._kernels[gap.writes]
-        region = _within(gap.region, tile)
+        region = _within(gap.region, at)
         noise = unit_noise(fill.seed, self.name, self._leaf.shape, region).astype(np.float64) * fill.noise_scale
-        expected = noise * self._by_layer(kernel.std, tile)
+        expected = noise * self._by_layer(kernel.std, at)
         # The tool's own standard deviation is exact to 2**-18 of the largest magnitude.
-        allowed = np.abs(noise) * self._by_layer(kernel.largest, tile) * 2.0**-18
+        allowed = np.abs(noise) * self._by_layer(kernel.largest, at) * 2.0**-18
         wrong = ~(np.abs(values - expected) <= allowed + unit(found.dtype.name, np.abs(values)))
-        gap.wrong.add(wrong, tile, found, expected)
+        gap.wrong.add(wrong, at, found, expected)
 
     def _gap_problems(self, gap: _Gap) -> Iterator[str]:
         fill, total = self.blocks.record.fill, math.prod(map(len, gap.region))
@@ -322,6 +325,16 @@ def noise_off(mean: float, std: float, declared: float, count: float) -> tuple[f
     if declared == 0.0:
         return 0.0, 0.0
     return abs(mean) / (declared / math.sqrt(count)), abs(std / declared - 1.0) * math.sqrt(2.0 * count)
+
+
+def _slabs(tile: Region) -> Iterator[tuple[Region, Slices]]:
+    """A piece of a block cut into slabs: where each is in the block, and in the piece."""
+    edge = [len(r) for r in tile]
+    for axis, n in enumerate(edge):
+        edge[axis] = max(1, min(n, n * SLAB // max(1, math.prod(edge))))
+    for slab in tiles(tuple(map(len, tile)), tuple(edge)):
+        at = tuple(range(t.start + s.start, t.start + s.stop) for t, s in zip(tile, slab, strict=True))
+        yield at, tuple(slice(s.start, s.stop) for s in slab)
 
 
 def _within(block: Region, tile: Region) -> Region:
