@@ -41,6 +41,11 @@ class TensorSpec:
     inputs: frozenset[str]
     outputs: frozenset[str]
 
+    @property
+    def stacked_axis(self) -> int | None:
+        """The position of the axis that counts copies of the tensor, or None."""
+        return next((i for i, axis in enumerate(self.axes) if axis in STACKED), None)
+
 
 @lru_cache(maxsize=1024)
 def parse_axes(text: str) -> TensorSpec:

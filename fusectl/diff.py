@@ -92,8 +92,7 @@ def diff(
 
     def compare(name: str, region: Region) -> None:
         sums[name].add(first.read(name, region), second.read(name, region))
-        itemsizes = sum(c.leaves[name].nbytes // max(1, math.prod(c.leaves[name].shape)) for c in (first, second))
-        watched.advance(name, size(region) * itemsizes)
+        watched.advance(name, size(region) * (first.leaves[name].itemsize + second.leaves[name].itemsize))
 
     in_parallel(
         (

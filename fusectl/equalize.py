@@ -22,7 +22,6 @@ import numpy as np
 
 from fusectl.archs.table import Row
 from fusectl.errors import Corrupt, Incompatible, UsageError
-from fusectl.formats.zarr import np_dtype
 from fusectl.layout import Region, size, tiles
 from fusectl.parallel import DEFAULT_MAX_MEMORY_BYTES, Progress, Silent, default_jobs, in_parallel
 from fusectl.sources import Opened
@@ -105,14 +104,13 @@ def _by_weights(sources: Sequence[Opened], how: Equalize) -> list[dict[str, floa
 
     def add(i: int, name: str, region: Region) -> None:
         values = sources[i].checkpoint.read(sources[i].full(name), region).astype(np.float64)
-        axes = rows[name].spec.axes
-        stacked = axes.index("layers") if "layers" in axes else None
-        rest = tuple(axis for axis in range(len(axes)) if axis != stacked)
+        stacked = rows[name].spec.stacked_axis
+        rest = tuple(axis for axis in range(values.ndim) if axis != stacked)
         at = slice(None) if stacked is None else slice(region[stacked].start, region[stacked].stop)
         totals = np.sum(values**2, axis=rest)
         with lock:
             squares[i][name][at] += totals
-        watched.advance(name, values.nbytes // 8 * np_dtype(leaves[i][name].dtype).itemsize)
+        watched.advance(name, values.size * leaves[i][name].itemsize)
 
     in_parallel(
         (
@@ -135,7 +133,7 @@ def _by_weights(sources: Sequence[Opened], how: Equalize) -> list[dict[str, floa
 
 
 def _layers(row: Row, shape: tuple[int, ...]) -> int:
-    return shape[row.spec.axes.index("layers")] if "layers" in row.spec.axes else 1
+    return 1 if row.spec.stacked_axis is None else shape[row.spec.stacked_axis]
 
 
 def _outputs(row: Row, shape: tuple[int, ...]) -> int:

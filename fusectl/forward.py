@@ -23,7 +23,6 @@ from fusectl.archs import Recognized
 from fusectl.archs.twin import Part, Stage, State, Step, Tap, Twin
 from fusectl.errors import NotEnoughSpace
 from fusectl.formats.tree import Checkpoint
-from fusectl.formats.zarr import np_dtype
 from fusectl.layout import whole
 from fusectl.memory import available_bytes
 from fusectl.parallel import Progress
@@ -227,7 +226,7 @@ class _Need:
         elements = [[_elements(tree, part) for part in stage.parts] for _, tree in self.checkpoints]
         converted = self.itemsize * (sum(map(sum, elements)) + sum(elements[0]))
         chunks = max(
-            math.prod(leaf.chunks) * np_dtype(leaf.dtype).itemsize
+            math.prod(leaf.chunks) * leaf.itemsize
             for checkpoint, tree in self.checkpoints
             for leaf in (checkpoint.leaves[tree.full(part.name)] for part in stage.parts)
         )
@@ -242,7 +241,7 @@ class _Need:
 
 def _stored_bytes(stage: Stage, checkpoints: Sequence[Weights]) -> int:
     return sum(
-        _elements(tree, part) * np_dtype(checkpoint.leaves[tree.full(part.name)].dtype).itemsize
+        _elements(tree, part) * checkpoint.leaves[tree.full(part.name)].itemsize
         for checkpoint, tree in checkpoints
         for part in stage.parts
     )
@@ -253,11 +252,16 @@ def _elements(tree: Recognized, part: Part) -> int:
     return math.prod(len(part.at) if axis == part.axis else n for axis, n in zip(axes, shape, strict=True))
 
 
+def head_of(tree: Recognized) -> str:
+    """The parameter that logits come from: what writes the vocab, or the embedding, which a tied head reads again."""
+    tables = [name for name, row in tree.rows.items() if "vocab" in row.spec.axes]
+    return next((name for name in tables if "vocab" in tree.rows[name].spec.outputs), tables[0])
+
+
 def _head_tile(widest: Weights, budget_bytes: int, positions: int) -> int:
     """How many tokens of the vocab the head is asked for at once: whole chunks of the widest model's table."""
     checkpoint, tree = widest
-    tables = [name for name, row in tree.rows.items() if "vocab" in row.spec.axes]
-    head = next((name for name in tables if "vocab" in tree.rows[name].spec.outputs), tables[0])
+    head = head_of(tree)
     leaf = checkpoint.leaves[tree.full(head)]
     axis = tree.rows[head].spec.axes.index("vocab")
     vocab, chunk = leaf.shape[axis], min(leaf.chunks[axis], leaf.shape[axis])
@@ -284,8 +288,9 @@ def stream_rms(
     weights: list[Weights] = [(source.checkpoint, source.tree) for source in sources]
     widest = max(weights, key=lambda each: each[1].parameters)
     others = [each for each in weights if each is not widest]
-    settings = {"models": len(sources), "precision": "float32", "budget_bytes": budget_bytes, "layered": None}
-    passes = plan_passes(widest, others, tokens, **settings)  # type: ignore[arg-type]
+    passes = plan_passes(
+        widest, others, tokens, models=len(sources), precision="float32", budget_bytes=budget_bytes, layered=None
+    )
     shelf = Shelf(jobs)
     squares: list[dict[str, list[Array]]] = [{} for _ in sources]
     with jax.enable_x64(True):

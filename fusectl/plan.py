@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import reduce
 
 from fusectl.errors import Incompatible, NotEnoughSpace
-from fusectl.formats.tree import EmptyNode, Key
+from fusectl.formats.tree import READ_COPIES, EmptyNode, Key
 from fusectl.formats.zarr import np_dtype
 from fusectl.layout import Layout, Noise, Term, size
 from fusectl.record import Record
@@ -27,8 +27,6 @@ COPIED_COPIES = 2
 FLOAT64_BYTES = 16
 # Of float32, six times in all: the share of the budget that a chunk may have follows from it.
 COMPUTED_COPIES = 6
-# What a chunk of a source takes while it is read: its encoded bytes and the decoded ones.
-READ_COPIES = 2
 # A chunk that is larger than the budget is worked on alone, up to this much more; beyond, the budget is an error.
 TOLERATED_EXCESS_BYTES = 224 << 20
 

@@ -15,7 +15,7 @@ import os
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,17 +79,14 @@ class Tokens:
         """The batch in pieces of at most so many rows."""
         for start in range(0, len(self.encoder), rows):
             cut = slice(start, start + rows)
-            encoder_segments, target_segments = (
-                None if s is None else s[cut] for s in (self.encoder_segments, self.target_segments)
-            )
-            yield Tokens(
-                self.encoder[cut],
-                self.decoder[cut],
-                self.targets[cut],
-                encoder_segments,
-                target_segments,
-                self.says,
-                self.first_row + start,
+            yield replace(
+                self,
+                encoder=self.encoder[cut],
+                decoder=self.decoder[cut],
+                targets=self.targets[cut],
+                encoder_segments=None if self.encoder_segments is None else self.encoder_segments[cut],
+                target_segments=None if self.target_segments is None else self.target_segments[cut],
+                first_row=self.first_row + start,
             )
 
 
@@ -140,7 +137,7 @@ def read_tokens(path: str, vocab: int, batch: int | None, length: int | None) ->
     rows, columns = tokens.targets.shape
     packed = "" if tokens.target_segments is None else ", packed"
     says = f"{file.name}: {rows} rows of {tokens.encoder.shape[1]} and {columns}{packed}, sha256 {digest}"
-    return Tokens(tokens.encoder, tokens.decoder, tokens.targets, tokens.encoder_segments, tokens.target_segments, says)
+    return replace(tokens, says=says)
 
 
 def _from_npz(raw: bytes) -> dict[str, npt.NDArray[Any]]:

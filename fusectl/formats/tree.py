@@ -30,6 +30,8 @@ T5X_STEP = "state/step"
 STEPS = (T5X_STEP, "step")
 
 MOST_MISSING = 1000
+# What a chunk takes while it is read: its encoded bytes and the decoded ones.
+READ_COPIES = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +65,12 @@ class Leaf:
     value: npt.NDArray[Any] | None = field(default=None, repr=False)
 
     @property
+    def itemsize(self) -> int:
+        return np_dtype(self.dtype).itemsize
+
+    @property
     def nbytes(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64)) * np_dtype(self.dtype).itemsize
+        return int(np.prod(self.shape, dtype=np.int64)) * self.itemsize
 
     @property
     def chunks(self) -> tuple[int, ...]:

@@ -176,7 +176,7 @@ def with_noise(fusion: Fusion, name: str, fill: Fill, own: Sequence[Block], kern
     if fill.kind == "zeros" or not noisy(fusion, row):
         yield from own
         return
-    stacked = row.spec.axes.index("layers") if "layers" in row.spec.axes else None
+    stacked = row.spec.stacked_axis
     for i, (block, kernel) in enumerate(zip(own, kernels, strict=True)):
         between = [
             fusion.cell(name, {**dict.fromkeys(row.spec.inputs, j), **dict.fromkeys(row.spec.outputs, i)})

@@ -7,16 +7,12 @@ from collections.abc import Iterator
 from functools import partial
 
 from fusectl.errors import Corrupt
-from fusectl.formats.tree import Checkpoint, Leaf
-from fusectl.formats.zarr import checksum, nonfinite_at, np_dtype
+from fusectl.formats.tree import READ_COPIES, Checkpoint, Leaf
+from fusectl.formats.zarr import checksum, nonfinite_at
 from fusectl.layout import Region, size, tiles
 from fusectl.parallel import Progress, in_parallel
 from fusectl.record import Checksums, Record
 from fusectl.verify.report import FilesResult
-
-
-# What a chunk takes while it is read: its encoded bytes and the decoded ones.
-READ_COPIES = 2
 
 
 def check_files(checkpoint: Checkpoint, *, budget_bytes: int, jobs: int, progress: Progress) -> FilesResult:
@@ -32,7 +28,7 @@ def check_files(checkpoint: Checkpoint, *, budget_bytes: int, jobs: int, progres
         if problem:
             with lock:
                 by_leaf[leaf.name][tuple(r.start for r in region)] = problem
-        progress.advance(leaf.name, size(region) * np_dtype(leaf.dtype).itemsize)
+        progress.advance(leaf.name, size(region) * leaf.itemsize)
 
     def tasks() -> Iterator[tuple[int, partial[None]]]:
         nonlocal bytes_read, compared
@@ -49,7 +45,7 @@ def check_files(checkpoint: Checkpoint, *, budget_bytes: int, jobs: int, progres
             bytes_read += leaf.nbytes
             compared += len(sums.crc32) if sums is not None else 0
             for i, region in enumerate(tiles(leaf.shape, sums.chunks if sums is not None else leaf.chunks)):
-                cost = size(region) * np_dtype(leaf.dtype).itemsize * READ_COPIES
+                cost = size(region) * leaf.itemsize * READ_COPIES
                 yield cost, partial(check, leaf, region, sums, i)
 
     in_parallel(tasks(), budget_bytes=budget_bytes, jobs=jobs)

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from fusectl.archs import Recognized
 from fusectl.archs.twin import Part, Tap
-from fusectl.forward import Model, Outcome, Passes, Shelf, plan_passes, positions, run_stages, twin_of
+from fusectl.forward import Model, Outcome, Passes, Shelf, head_of, plan_passes, positions, run_stages, twin_of
 from fusectl.parallel import Progress
 from fusectl.tokens import Tokens
 from fusectl.verify.blocks import Blocks, epsilon, within_rounding
@@ -209,7 +209,7 @@ class _Comparison:
         for name, sources in (("algebra", self._names), ("stored", self._names), ("native", self._plain_names)):
             if name in outcome.logits and (name != "native" or self._settings.runs_native):
                 mean = sum(w * outcome.logits[n][wanted] for w, n in zip(weights, sources, strict=True))
-                comparison = self._logits.setdefault(name, LogitsComparison(self._head))
+                comparison = self._logits.setdefault(name, LogitsComparison(head_of(self._claim.tree)))
                 comparison.add(outcome.tokens, outcome.logits[name][wanted], np.asarray(mean))
 
     def _add_taps(self, outcome: Outcome) -> None:
@@ -285,13 +285,6 @@ class _Comparison:
         copies = len(self._claim.record.weights)
         says += f" x the largest logit {largest:.3g}; K = {copies} adds nothing, sums being accumulated in float64"
         return self._relative(as_stored=as_stored) * largest, says
-
-    @property
-    def _head(self) -> str:
-        """The parameter that logits come from: the last one that knows the vocab."""
-        rows = self._claim.tree.rows
-        tables = [name for name, row in rows.items() if "vocab" in row.spec.axes]
-        return next((name for name in tables if "vocab" in rows[name].spec.outputs), tables[0])
 
     @property
     def _layers(self) -> int:

@@ -23,7 +23,8 @@ class LogitsComparison:
         self._by_batch: dict[int, _Softmax] = {}
         self._squares = self._reference_squares = 0.0
         self._count = 0
-        self._worst: Difference | None = None
+        # The position at which the logits are furthest apart.
+        self.worst: Difference | None = None
         self.max_abs = 0.0
         self.reference_max_abs = 0.0
 
@@ -39,15 +40,10 @@ class LogitsComparison:
             position, token = (int(i) for i in np.unravel_index(int(off.argmax()), off.shape))
             row, at = (int(i) for i in np.argwhere(tokens.compared)[position])
             where = (tokens.first_row + row, at, softmax.seen + token)
-            self._worst = Difference(self._head, where, float(got[position, token]), float(reference[position, token]))
+            self.worst = Difference(self._head, where, float(got[position, token]), float(reference[position, token]))
             self.max_abs = float(off.max())
         self.reference_max_abs = float(np.maximum(self.reference_max_abs, np.abs(reference).max(initial=0.0)))
         softmax.add(got, reference)
-
-    @property
-    def worst(self) -> Difference | None:
-        """The position at which the logits are furthest apart."""
-        return self._worst
 
     def result(
         self, tolerance: float | None, tolerance_says: str, says: str, stored: float | None, max_rms: float | None

@@ -22,7 +22,6 @@ from fusectl.archs.table import Row
 from fusectl.errors import FusectlError
 from fusectl.fill import unit_noise
 from fusectl.formats.tree import STEPS, Checkpoint
-from fusectl.formats.zarr import np_dtype
 from fusectl.layout import Region, common_tile, shifted, size, tiles, whole
 from fusectl.parallel import Progress, in_parallel
 from fusectl.transforms.optimizer import STATE, find_state
@@ -139,7 +138,7 @@ class _Tensor:
         self._progress = progress
         self._fused = claim.tree.full(name)
         self._leaf = claim.fused.leaves[self._fused]
-        self._stacked = row.spec.axes.index("layers") if "layers" in row.spec.axes else None
+        self._stacked = row.spec.stacked_axis
         self._layers = 1 if self._stacked is None else self._leaf.shape[self._stacked]
         self._misplaced: list[str] = []
         self._own = [_Wrong() for _ in self.blocks.sources]
@@ -312,7 +311,7 @@ class _Slot:
     def tasks(self) -> Iterator[Task]:
         leaf = self._fused.leaves[self.name]
         for tile in tiles(leaf.shape, leaf.chunks):
-            yield size(tile) * np_dtype(leaf.dtype).itemsize * 2, partial(self._expect_zero, tile)
+            yield size(tile) * leaf.itemsize * 2, partial(self._expect_zero, tile)
 
     def _expect_zero(self, tile: Region) -> None:
         found = self._fused.read(self.name, tile)
