@@ -12,12 +12,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
 from fusectl.errors import FusectlError, StorageError, UsageError, VerificationFailed
-from fusectl.memory import return_memory
+from fusectl.memory import prepare_process
 from fusectl.render import Screen, Terminated
 
 
@@ -76,8 +76,27 @@ Dtype = Annotated[
     Literal["float64", "float32", "bfloat16", "float16"] | None,
     typer.Option(help="Cast the parameters to this dtype. [default: as they are]"),
 ]
+Codec = Annotated[
+    Literal["auto", "zstd", "none"],
+    typer.Option(help="How chunks are compressed; auto keeps the source's wherever its chunks are taken over."),
+]
+Sparse = Annotated[
+    bool | None,
+    typer.Option(
+        "--sparse/--dense", help="Leave chunks of zeros out, or store them. [default: sparse for t5x, dense for Orbax]"
+    ),
+]
+Link = Annotated[
+    bool, typer.Option("--link", help="Hard links to the sources' files instead of copies: never edit either then.")
+]
+Check = Annotated[
+    bool,
+    typer.Option("--check/--no-check", help="Read the chunks that are taken over, to notice what is corrupt in them."),
+]
+Sync = Annotated[bool, typer.Option("--sync/--no-sync", help="Flush it to the disk before it appears.")]
 MaxMemory = Annotated[
-    str | None, typer.Option(help="The most bytes in flight, such as 64MiB or 2GB. [default: 256MiB]")
+    str | None,
+    typer.Option(help="The most bytes in flight, such as 64MiB. [default: 256MiB, less where little memory is free]"),
 ]
 Jobs = Annotated[int | None, typer.Option("-j", "--jobs", help="Threads. [default: one per core, two at least]", min=1)]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
@@ -129,6 +148,11 @@ def fuse(
     arch: Arch = None,
     drop: Drop = [],  # noqa: B006
     dtype: Dtype = None,
+    codec: Codec = "auto",
+    sparse: Sparse = None,
+    link: Link = False,
+    check: Check = True,
+    sync: Sync = True,
     max_memory: MaxMemory = None,
     jobs: Jobs = None,
     force: Force = False,
@@ -149,13 +173,16 @@ def fuse(
 
         if not equalize and (equalize_by != "trace" or tokens is not None):
             raise UsageError("--equalize-by and --tokens say how to --equalize", hint="--equalize")
-        options = _options(_fill(fill, noise_scale, seed), optimizer, format, arch, drop, dtype, max_memory, norm)
+        stored = _Stored(codec, sparse, link, check)
+        options = _options(
+            _fill(fill, noise_scale, seed), optimizer, format, arch, drop, dtype, stored, max_memory, norm
+        )
         shares = _numbers(weights, "--weights")
         with screen.progress() as progress:
             budget_bytes = parse_bytes(max_memory, "--max-memory")
             how = Equalize(equalize_by, tokens, budget_bytes, jobs, progress) if equalize else None
             plan, opened = plan_fusion(sources, options, weights=shares, equalize=how)
-        _write(screen, plan, opened, output, force, jobs, dry_run, allow_nonfinite, verify, report, max_memory)
+        _write(screen, plan, opened, output, force, jobs, dry_run, allow_nonfinite, verify, report, max_memory, sync)
 
 
 @app.command(
@@ -174,6 +201,11 @@ def self_fuse(
     arch: Arch = None,
     drop: Drop = [],  # noqa: B006
     dtype: Dtype = None,
+    codec: Codec = "auto",
+    sparse: Sparse = None,
+    link: Link = False,
+    check: Check = True,
+    sync: Sync = True,
     max_memory: MaxMemory = None,
     jobs: Jobs = None,
     force: Force = False,
@@ -192,9 +224,10 @@ def self_fuse(
 
         if copies < 2:
             raise UsageError(f"--copies {copies}: fusing takes two or more")
-        options = _options(_fill(fill, noise_scale, seed), optimizer, format, arch, drop, dtype, max_memory)
+        stored = _Stored(codec, sparse, link, check)
+        options = _options(_fill(fill, noise_scale, seed), optimizer, format, arch, drop, dtype, stored, max_memory)
         plan, opened = plan_fusion([_path(source)] * copies, options, command="self-fuse")
-        _write(screen, plan, opened, output, force, jobs, dry_run, allow_nonfinite, verify, report, max_memory)
+        _write(screen, plan, opened, output, force, jobs, dry_run, allow_nonfinite, verify, report, max_memory, sync)
 
 
 @app.command(
@@ -214,6 +247,11 @@ def noise_fill(
     arch: Arch = None,
     drop: Drop = [],  # noqa: B006
     dtype: Dtype = None,
+    codec: Codec = "auto",
+    sparse: Sparse = None,
+    link: Link = False,
+    check: Check = True,
+    sync: Sync = True,
     max_memory: MaxMemory = None,
     jobs: Jobs = None,
     force: Force = False,
@@ -232,9 +270,10 @@ def noise_fill(
 
         if fill == "zeros":
             raise UsageError("--fill zeros: there are zeros already", hint="--fill gaussian or antisymmetric")
-        options = _options(_fill(fill, noise_scale, seed), "reset", format, arch, drop, dtype, max_memory)
+        stored = _Stored(codec, sparse, link, check)
+        options = _options(_fill(fill, noise_scale, seed), "reset", format, arch, drop, dtype, stored, max_memory)
         plan, opened = plan_noise_fill(_path(source), options, copies=copies)
-        _write(screen, plan, opened, output, force, jobs, dry_run, allow_nonfinite, verify, report, max_memory)
+        _write(screen, plan, opened, output, force, jobs, dry_run, allow_nonfinite, verify, report, max_memory, sync)
 
 
 @app.command(
@@ -360,9 +399,8 @@ def diff(
     screen = Screen("diff", json=json, quiet=quiet, debug=debug)
     with screen.errors():
         from fusectl.diff import diff as run_diff
-        from fusectl.parallel import DEFAULT_MAX_MEMORY_BYTES
 
-        budget_bytes = parse_bytes(max_memory, "--max-memory") or DEFAULT_MAX_MEMORY_BYTES
+        budget_bytes = parse_bytes(max_memory, "--max-memory")
         with screen.progress() as progress:
             found = run_diff(a, b, atol=atol, max_memory_bytes=budget_bytes, jobs=jobs, progress=progress)
         screen.diff(found)
@@ -412,7 +450,7 @@ def demo(
 
 def run(arguments: Sequence[str]) -> int:
     """Runs the command line; its exit code."""
-    return_memory()
+    prepare_process()
     _prepare_streams()
     argv = gather(list(arguments), "--sources")
     command = next((word for word in argv if not word.startswith("-")), "fusectl")
@@ -501,14 +539,33 @@ def _options(
     arch: str | None,
     drop: list[str],
     dtype: str | None,
+    stored: _Stored,
     max_memory: str | None,
     norm: str = "rule",
 ) -> Options:
-    from fusectl.parallel import DEFAULT_MAX_MEMORY_BYTES
+    from fusectl.parallel import default_max_memory_bytes
     from fusectl.surgery import Options
 
-    budget_bytes = parse_bytes(max_memory, "--max-memory") or DEFAULT_MAX_MEMORY_BYTES
-    return Options(fill, optimizer, format, arch, tuple(drop), dtype, budget_bytes, norm)
+    return Options(
+        fill=fill,
+        optimizer=optimizer,
+        format=format,
+        arch=arch,
+        drop=tuple(drop),
+        dtype=dtype,
+        max_memory_bytes=parse_bytes(max_memory, "--max-memory") or default_max_memory_bytes(),
+        norm=norm,
+        **stored._asdict(),
+    )
+
+
+class _Stored(NamedTuple):
+    """The options that say how what is written is stored."""
+
+    codec: str
+    sparse: bool | None
+    link: bool
+    check: bool
 
 
 def _stay_on_the_cpu() -> None:
@@ -570,6 +627,7 @@ def _write(
     verify: bool,
     report: bool,
     max_memory: str | None,
+    sync: bool,
 ) -> None:
     """What every writing command ends with: the plan shown, or carried out and the output's path printed."""
     from fusectl.formats.locate import local
@@ -612,7 +670,9 @@ def _write(
             force=force,
             jobs=jobs,
             allow_nonfinite=allow_nonfinite,
+            sync=sync,
             progress=progress,
             check=check if verify else None,
+            note=screen.note,
         )
     screen.written(plan, final)

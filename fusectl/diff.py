@@ -15,7 +15,7 @@ from fusectl.errors import UsageError
 from fusectl.formats import open_checkpoint
 from fusectl.formats.tree import STEPS, Checkpoint
 from fusectl.layout import Region, common_tile, size, tiles
-from fusectl.parallel import DEFAULT_MAX_MEMORY_BYTES, Progress, Silent, default_jobs, in_parallel
+from fusectl.parallel import Progress, Silent, default_jobs, default_max_memory_bytes, in_parallel
 
 
 # What a value takes while it is compared: both sides as they are stored, in float64, and their difference.
@@ -71,11 +71,12 @@ def diff(
     b: str,
     *,
     atol: float = 0.0,
-    max_memory_bytes: int = DEFAULT_MAX_MEMORY_BYTES,
+    max_memory_bytes: int | None = None,
     jobs: int | None = None,
     progress: Progress | None = None,
 ) -> Diff:
     """The Diff of two checkpoints of any formats, streaming. Values no further apart than `atol` are equal."""
+    budget_bytes = max_memory_bytes or default_max_memory_bytes()
     if not 0.0 <= atol < math.inf:
         raise UsageError(f"--atol {atol:g}: a distance")
     first, second = open_checkpoint(a), open_checkpoint(b)
@@ -88,7 +89,7 @@ def diff(
 
     def tile(name: str) -> tuple[int, ...]:
         one, two = first.leaves[name], second.leaves[name]
-        return common_tile(one.shape, [one.chunks, two.chunks], max_memory_bytes // BYTES_PER_VALUE)
+        return common_tile(one.shape, [one.chunks, two.chunks], budget_bytes // BYTES_PER_VALUE)
 
     def compare(name: str, region: Region) -> None:
         sums[name].add(first.read(name, region), second.read(name, region))
@@ -100,7 +101,7 @@ def diff(
             for name in sums
             for region in tiles(first.leaves[name].shape, tile(name))
         ),
-        budget_bytes=max_memory_bytes,
+        budget_bytes=budget_bytes,
         jobs=jobs or default_jobs(),
     )
     values = tuple(each.values(name) for name, each in sums.items() if each.differing)

@@ -23,7 +23,7 @@ import numpy as np
 from fusectl.archs.table import Row
 from fusectl.errors import Corrupt, Incompatible, UsageError
 from fusectl.layout import Region, size, tiles
-from fusectl.parallel import DEFAULT_MAX_MEMORY_BYTES, Progress, Silent, default_jobs, in_parallel
+from fusectl.parallel import Progress, Silent, default_jobs, default_max_memory_bytes, in_parallel
 from fusectl.sources import Opened
 from fusectl.tokens import DEFAULT_BATCH, DEFAULT_LENGTH, random_tokens, read_tokens
 
@@ -119,7 +119,7 @@ def _by_weights(sources: Sequence[Opened], how: Equalize) -> list[dict[str, floa
             for name, leaf in each.items()
             for region in tiles(leaf.shape, leaf.chunks)
         ),
-        budget_bytes=how.max_memory_bytes or DEFAULT_MAX_MEMORY_BYTES,
+        budget_bytes=how.max_memory_bytes or default_max_memory_bytes(),
         jobs=how.jobs or default_jobs(),
     )
     return [

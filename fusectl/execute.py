@@ -1,7 +1,9 @@
 """Carrying out a plan: tile by tile, on threads, within a budget of bytes in flight. The one place where bytes move.
 
-    for every output tensor, for every tile of whole chunks:
-        read the source regions that meet the tile  →  place, scale, add noise  →  write the tile
+    for every output tensor, for every tile of whole chunks, for every chunk:
+        a source's own chunk   →  checked, then taken over as it is
+        no block meets it      →  a chunk of zeros
+        else                   →  read the source regions that meet the tile, place, scale, add noise, write
 
 Sums are computed in float64 and rounded once; before noise is added, once more. Nothing depends on the order in which
 tiles are worked on.
@@ -9,56 +11,64 @@ tiles are worked on.
 
 from __future__ import annotations
 
-import math
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fusectl.errors import Corrupt, Incompatible
-from fusectl.fill import Moments, unit_noise
+from fusectl.fill import Moments, lanes, tile_shape, unit_quantiles
+from fusectl.formats.encoding import checksum
 from fusectl.formats.sink import NewTensor, Sink
-from fusectl.formats.tree import Checkpoint
-from fusectl.formats.zarr import checksum, nonfinite_at, np_dtype
-from fusectl.layout import Block, Noise, Region, Term, intersect, shifted, size, tiles
+from fusectl.formats.tree import READ_COPIES, Checkpoint
+from fusectl.formats.zarr import nonfinite_at, np_dtype
+from fusectl.layout import Block, Noise, Region, Term, intersect, is_computed, shifted, size, slices, tiles
 from fusectl.parallel import Progress, in_parallel
-from fusectl.plan import COMPUTED_COPIES, Output, Plan, is_computed
-from fusectl.record import Checksums, Fill
+from fusectl.plan import Output, Plan, taken, taken_chunks
+from fusectl.record import LEFT_OUT, UNREAD, Checksums, Fill
 
 
 Array = npt.NDArray[Any]
+# Of values that a kernel's deviation is computed from at once: they stay in the processor's cache.
+_PIECE = 1 << 16
 
 
 @dataclass(frozen=True)
 class Work:
-    """What every tile needs: the sources, the measured kernels, the fill, and whether NaN and Inf may pass."""
+    """What every tile needs: the sources, the fill, what may pass, and the kernels that were measured before."""
 
     sources: Sequence[Checkpoint]
     fill: Fill
     allow_nonfinite: bool = False
+    # Whether chunks that are taken over are read, to notice what is corrupt or not finite.
+    check: bool = True
     stds: Mapping[tuple[Term, int | None], Array] = field(default_factory=dict)
+    # The CRC-32 of the sources' chunks that have been checked: a self-fusion takes each several times.
+    checked: dict[tuple[int, str, tuple[int, ...]], str] = field(default_factory=dict)
 
 
 def execute(plan: Plan, work: Work, sink: Sink, *, jobs: int, progress: Progress) -> dict[str, Checksums]:
     """Writes every tensor of the plan to the sink; the checksums of what was written."""
-    work = Work(
-        work.sources, work.fill, work.allow_nonfinite, measure_kernels(plan, work, jobs=jobs, progress=progress)
+    work = replace(work, stds=measure_kernels(plan, work, jobs=jobs, progress=progress))
+    sink.create(NewTensor(o.name, o.keys, o.layout.shape, o.layout.dtype, o.storage) for o in plan.outputs)
+    sink.expect(
+        (work.sources[term.source], term.tensor, index)
+        for output in plan.outputs
+        for term, index in taken_chunks(output)
+        if not work.sources[term.source].is_left_out(term.tensor, index)
     )
-    sink.create(NewTensor(o.name, o.keys, o.layout.shape, o.layout.dtype, o.chunks) for o in plan.outputs)
     sums: dict[str, dict[Region, str]] = {output.name: {} for output in plan.outputs}
 
     def one(output: Output, tile: Region) -> None:
-        reader = _Reader(output, tile, work)
+        unit = _Unit(output, tile, work)
         for inner in tiles(tuple(map(len, tile)), output.chunks):
             chunk = tuple(range(t.start + r.start, t.start + r.stop) for t, r in zip(tile, inner, strict=True))
-            values = compute(chunk, reader)
-            sink.write(output.name, chunk, values)
-            sums[output.name][chunk] = checksum(values)
-            progress.advance(output.name, values.nbytes)
+            sums[output.name][chunk] = _write(chunk, unit, sink)
+            progress.advance(output.name, size(chunk) * output.itemsize)
 
     progress.start("writing", plan.nbytes)
     in_parallel(
@@ -73,35 +83,97 @@ def execute(plan: Plan, work: Work, sink: Sink, *, jobs: int, progress: Progress
     return {output.name: _checksums(output, sums[output.name]) for output in plan.outputs}
 
 
-class _Reader:
-    """The source regions that meet a tile, each read once, and the noise of its output tensor."""
+def _write(chunk: Region, unit: _Unit, sink: Sink) -> str:
+    """Writes one chunk of an output tensor; its CRC-32, or what stands in place of it."""
+    output, work = unit.output, unit.work
+    found = taken(output, chunk)
+    if found is not None:
+        term, index = found
+        source = work.sources[term.source]
+        if not source.is_left_out(term.tensor, index):
+            crc32 = _vouched_for(term, index, work)
+            sink.take(output.name, chunk, source, term.tensor, index)
+            return crc32
+    elif unit.blocks_in(chunk):
+        values = compute(chunk, unit)
+        sink.write(output.name, chunk, values)
+        return checksum(values)
+    left_out = sink.write_zeros(output.name, chunk)
+    return LEFT_OUT if left_out else _zeros_checksum(size(chunk) * output.itemsize)
+
+
+@lru_cache(maxsize=64)
+def _zeros_checksum(nbytes: int) -> str:
+    return checksum(np.zeros(nbytes, np.uint8))
+
+
+def _vouched_for(term: Term, index: tuple[int, ...], work: Work) -> str:
+    """The CRC-32 of a source's stored chunk; raises Corrupt if the chunk is not what it was, or not finite.
+
+    Unless chunks are to be checked it is what the source's record says, or UNREAD.
+    """
+    source = work.sources[term.source]
+    leaf = source.leaves[term.tensor]
+    assert leaf.stored is not None
+    chunks = leaf.stored.storage.chunks
+    sums = source.record.tensors.get(term.tensor) if source.record else None
+    recorded = sums.of(index) if sums is not None and sums.chunks == chunks else UNREAD
+    if not work.check:
+        return recorded
+    key = (id(source), term.tensor, index)
+    if key not in work.checked:
+        at = tuple(range(i * c, min((i + 1) * c, n)) for i, c, n in zip(index, chunks, leaf.shape, strict=True))
+        work.checked[key] = checksum(read_finite(work, term, at))
+        if recorded not in {UNREAD, work.checked[key]}:
+            raise Corrupt(
+                f"{source.path}: {term.tensor}: the chunk at {[r.start for r in at]} is not what was written",
+                details=(f"CRC-32 {work.checked[key]}, in its fusectl.json {recorded}",),
+            )
+    return work.checked[key]
+
+
+class _Unit:
+    """One tile of an output tensor: the source regions that it is computed from, each read once, and its noise."""
 
     def __init__(self, output: Output, tile: Region, work: Work) -> None:
-        self._output = output
-        self._work = work
+        self.output = output
+        self.work = work
         self.dtype = np_dtype(output.layout.dtype)
-        self.met = [(block, part) for block in output.layout.blocks if (part := intersect(block.at, tile)) is not None]
-        self._values: dict[Term, tuple[Region, Array]] = {}
-        for block, part in self.met:
-            for term in block.terms:
-                if isinstance(term, Term):
-                    region = shifted(part, block.at, term.region)
-                    self._values[term] = (region, self._read(term, region))
+        self._computed = [
+            (block, part)
+            for block in output.layout.blocks
+            if block not in output.passed and (part := intersect(block.at, tile)) is not None
+        ]
+        self._loaded: dict[Term, tuple[Region, Array]] | None = None
+        self._tables: dict[tuple[Term, float], list[Array]] = {}
+        self._stds: dict[tuple[int, float], Array] = {}
+        self._blocks: dict[tuple[int, ...], list[Block]] = {}
+        for block, part in self._computed:
+            for index in _grid(part, output.chunks):
+                self._blocks.setdefault(index, []).append(block)
+
+    def blocks_in(self, chunk: Region) -> list[Block]:
+        """The blocks, of those that are not taken over, that meet a chunk."""
+        return self._blocks.get(tuple(r.start // c for r, c in zip(chunk, self.output.chunks, strict=True)), [])
 
     def source(self, term: Term, region: Region) -> Array:
         """The values of a source region that lies within what the tile meets."""
-        loaded, values = self._values[term]
-        return values[tuple(slice(r.start - a.start, r.stop - a.start) for r, a in zip(region, loaded, strict=True))]
+        loaded, values = self._read()[term]
+        return values[slices(region, loaded)]
 
-    def noise(self, noise: Noise, region: Region) -> Array:
-        """The noise of a term in float64, rounded to the output's dtype: what is taken off is exactly what is added."""
-        std = self._work.stds[noise.like, noise.stacked_axis] * abs(noise.scale)
-        if noise.stacked_axis is not None:
-            own = region[noise.stacked_axis]
-            std = std[own.start : own.stop].reshape([-1 if a == noise.stacked_axis else 1 for a in range(len(region))])
-        assert self._work.fill.seed is not None
-        field = unit_noise(self._work.fill.seed, self._output.noise_name, self._output.layout.shape, region)
-        return self.stored(field * std).astype(np.float64) * math.copysign(1.0, noise.scale)
+    def noise(self, noise: Noise, region: Region) -> Iterator[tuple[tuple[slice, ...], Array]]:
+        """The noise of a region in pieces, each with its place there, in the output's dtype."""
+        output, axis, seed = self.output, noise.stacked_axis, self.work.fill.seed
+        assert seed is not None
+        tables = self._tables_of(noise)
+        for part, chosen in lanes(seed, output.noise_name, output.layout.shape, region):
+            # Every lane is a valid index; "clip" only skips the check for it.
+            if axis is None:
+                yield slices(part, region), tables[0].take(chosen, mode="clip")
+                continue
+            for layer in part[axis]:
+                one = (*part[:axis], range(layer, layer + 1), *part[axis + 1 :])
+                yield slices(one, region), tables[layer].take(chosen[slices(one, part)], mode="clip")
 
     def stored(self, values: Array) -> Array:
         """The values in the output's dtype and C order; raises Incompatible where they do not fit into it."""
@@ -109,52 +181,121 @@ class _Reader:
             return np.asarray(values, order="C")
         with np.errstate(over="ignore"):
             cast = np.asarray(values, self.dtype, order="C")
-        if not self._work.allow_nonfinite:
-            at = nonfinite_at(cast)
-            if at is not None:
-                raise Incompatible(f"{self._output.name}: {values[at]:g} does not fit into {self.dtype.name}")
+        self.require_finite(cast, values)
         return cast
 
-    def _read(self, term: Term, region: Region) -> Array:
-        values = read_finite(self._work, term, region)
-        if term.must_be_zero:
-            _require_zero(values, term, region, self._work)
-        return values
+    def require_finite(self, cast: Array, values: Array) -> None:
+        """Raises Incompatible where values became infinite in the output's dtype."""
+        at = None if self.work.allow_nonfinite else nonfinite_at(cast)
+        if at is not None:
+            raise Incompatible(f"{self.output.name}: {values[at]:g} does not fit into {self.dtype.name}")
+
+    def _read(self) -> Mapping[Term, tuple[Region, Array]]:
+        """What the tile is computed from. Copies of one source are read once."""
+        if self._loaded is None:
+            terms = [
+                (term, shifted(part, block.at, term.region))
+                for block, part in self._computed
+                for term in block.terms
+                if isinstance(term, Term)
+            ]
+            if self.output.at_once:
+                terms += [(noise.like, noise.like.region) for noise in _noises(self.output)]
+            read: dict[tuple[int, str, Region], Array] = {}
+            self._loaded = {}
+            for term, region in dict(terms).items():
+                source = self.work.sources[term.source]
+                key = (id(source), term.tensor, region)
+                if key not in read:
+                    read[key] = read_finite(self.work, term, region)
+                if term.must_be_zero:
+                    _require_zero(read[key], term, region, self.work)
+                self._loaded[term] = (region, read[key])
+        return self._loaded
+
+    def _tables_of(self, noise: Noise) -> Sequence[Array]:
+        """The 65,536 values that a noise takes, for each kernel that is stacked in the tensor."""
+        key = (noise.like, noise.scale)
+        if key not in self._tables:
+            stds = self._measured(noise) * abs(noise.scale)
+            # Rounded to the output's dtype: what is taken off is exactly what is added.
+            units = unit_quantiles().astype(np.float64)
+            self._tables[key] = [
+                np.copysign(1.0, noise.scale).astype(self.dtype) * self.stored(units * s) for s in stds
+            ]
+        return self._tables[key]
+
+    def _measured(self, noise: Noise) -> Array:
+        """The standard deviation of each kernel that a noise is relative to; of copies of one source measured once."""
+        known = self.work.stds.get((noise.like, noise.stacked_axis))
+        if known is not None:
+            return known
+        kernel = self._read()[noise.like][1]
+        key = (id(kernel), noise.like.scale)
+        if key not in self._stds:
+            count = 1 if noise.stacked_axis is None else kernel.shape[noise.stacked_axis]
+            kept = self.dtype == kernel.dtype
+            self._stds[key] = _std(lambda: _kernel_pieces(kernel, noise, kept=kept), count)
+        return self._stds[key]
 
 
-def compute(chunk: Region, reader: _Reader) -> Array:
+def compute(chunk: Region, unit: _Unit) -> Array:
     """The values of one chunk of an output tensor, in its dtype and C order."""
-    out: Array | None = None
-    for block, met in reader.met:
-        part = intersect(met, chunk)
-        if part is None:
-            continue
-        values = _sum(block, part, reader)
-        if part == chunk:
-            return values
-        if out is None:
-            out = np.zeros(tuple(map(len, chunk)), reader.dtype)
-        out[tuple(slice(p.start - c.start, p.stop - c.start) for p, c in zip(part, chunk, strict=True))] = values
-    return np.zeros(tuple(map(len, chunk)), reader.dtype) if out is None else out
+    blocks = [(block, part) for block in unit.blocks_in(chunk) if (part := intersect(block.at, chunk)) is not None]
+    if len(blocks) == 1 and blocks[0][1] == chunk and not is_computed(blocks[0][0].terms):
+        return _plain(blocks[0][0], chunk, unit)
+    covered = sum(size(part) for _, part in blocks) == size(chunk)
+    out = (np.empty if covered else np.zeros)(tuple(map(len, chunk)), unit.dtype)
+    for block, part in blocks:
+        # The ellipsis keeps it a view, where the tensor has no axes, too.
+        _sum(block, part, unit, out[slices(part, chunk) or ...])
+    return out
 
 
-def _sum(block: Block, part: Region, reader: _Reader) -> Array:
-    """The sum of a block's terms over a part of it; one region as it is stays in its own dtype."""
+def _plain(block: Block, part: Region, unit: _Unit) -> Array:
+    """A part of a block that is one source region as it is."""
+    (term,) = block.terms
+    assert isinstance(term, Term)
+    return unit.stored(unit.source(term, shifted(part, block.at, term.region)))
+
+
+def _sum(block: Block, part: Region, unit: _Unit, out: Array) -> None:
+    """Puts the sum of a block's terms over a part of it into `out`."""
+    values: Array
     if not is_computed(block.terms):
-        (term,) = block.terms
-        assert isinstance(term, Term)
-        return reader.stored(reader.source(term, shifted(part, block.at, term.region)))
-    total = np.zeros(tuple(map(len, part)), np.float64)
-    noisy = any(isinstance(term, Noise) for term in block.terms)
-    for term in block.terms:
-        region = shifted(part, block.at, term.region)
-        if isinstance(term, Noise):
-            total += reader.noise(term, region)
-        elif not term.must_be_zero:
-            values = reader.source(term, region).astype(np.float64) * term.scale
+        out[...] = _plain(block, part, unit)
+        return
+    terms = [term for term in block.terms if isinstance(term, Term) and not term.must_be_zero]
+    noises = [term for term in block.terms if isinstance(term, Noise)]
+    if not terms and len(noises) == 1:
+        for at, values in unit.noise(noises[0], shifted(part, block.at, noises[0].region)):
+            out[at] = values
+        return
+    if len(terms) == 1 and unit.dtype == np.float32:
+        values = unit.source(terms[0], shifted(part, block.at, terms[0].region))
+        scale = np.float32(terms[0].scale)
+        # A product or a sum of two float32 is the same, whether it is rounded from float64 or computed in float32.
+        if values.dtype == np.float32 and float(scale) == terms[0].scale and len(noises) + (scale != 1) <= 1:
+            if not noises:
+                with np.errstate(over="ignore"):
+                    np.multiply(values, scale, out=out)
+            for noise in noises:
+                for at, added in unit.noise(noise, shifted(part, block.at, noise.region)):
+                    np.add(values[at], added, out=out[at])
+            unit.require_finite(out, values)
+            return
+    # Piece by piece, so that what is in float64 stays in the processor's cache.
+    for inner in tiles(tuple(map(len, part)), tile_shape(unit.output.layout.shape)):
+        piece = tuple(range(p.start + i.start, p.start + i.stop) for p, i in zip(part, inner, strict=True))
+        total = np.zeros(tuple(map(len, piece)), np.float64)
+        for term in terms:
+            values = unit.source(term, shifted(piece, block.at, term.region)).astype(np.float64) * term.scale
             # What noise is taken off is rounded before, too, as it is where the noise is filled in later.
-            total += reader.stored(values).astype(np.float64) if noisy else values
-    return reader.stored(total)
+            total += unit.stored(values).astype(np.float64) if noises else values
+        for noise in noises:
+            for at, values in unit.noise(noise, shifted(piece, block.at, noise.region)):
+                total[at] += values.astype(np.float64)
+        out[slices(inner)] = unit.stored(total)
 
 
 def read_finite(work: Work, term: Term, region: Region) -> Array:
@@ -188,73 +329,85 @@ def _checksums(output: Output, sums: Mapping[Region, str]) -> Checksums:
     return Checksums(layout.shape, layout.dtype, output.chunks, crc32)
 
 
+def _noises(output: Output) -> Iterator[Noise]:
+    return (term for block in output.layout.blocks for term in block.terms if isinstance(term, Noise))
+
+
+def _grid(region: Region, chunks: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    """The places in the grid of the chunks that a region meets."""
+    return itertools.product(*(range(r.start // c, -(-r.stop // c)) for r, c in zip(region, chunks, strict=True)))
+
+
 def measure_kernels(plan: Plan, work: Work, *, jobs: int, progress: Progress) -> dict[tuple[Term, int | None], Array]:
-    """The standard deviation of every kernel that noise is relative to: one value, or one per stacked kernel."""
+    """The standard deviation of every kernel that noise is relative to and that is too large to be read at once.
+
+    For each of them one value, or one per stacked kernel. The others are measured where they are used.
+    """
     wanted = {
-        (term.like, term.stacked_axis): output.layout.dtype
+        (noise.like, noise.stacked_axis): (noise, output)
         for output in plan.outputs
-        for block in output.layout.blocks
-        for term in block.terms
-        if isinstance(term, Noise)
+        if not output.at_once
+        for noise in _noises(output)
     }
     if not wanted:
         return {}
-    total = sum(2 * size(kernel.region) * _itemsize(work.sources[kernel.source], kernel) for kernel, _ in wanted)
-    progress.start("measuring kernels", total)
-    return {
-        (kernel, stacked): _kernel_std(kernel, stacked, dtype, plan, work, jobs=jobs, progress=progress)
-        for (kernel, stacked), dtype in wanted.items()
-    }
+    leaves = {noise.like: work.sources[noise.like.source].leaves[noise.like.tensor] for noise, _ in wanted.values()}
+    progress.start("measuring kernels", sum(2 * size(k.region) * leaf.itemsize for k, leaf in leaves.items()))
+    found: dict[tuple[Term, int | None], Array] = {}
 
-
-def _kernel_std(
-    kernel: Term, stacked: int | None, dtype: str, plan: Plan, work: Work, *, jobs: int, progress: Progress
-) -> Array:
-    leaf = work.sources[kernel.source].leaves[kernel.tensor]
-    kept = dtype == leaf.dtype
-    count = 1 if stacked is None else len(kernel.region[stacked])
-    largest = np.zeros(count)
-    moments: list[Moments] = []
-    lock = threading.Lock()
-    shape = tuple(map(len, kernel.region))
-
-    def pieces(tile: Region) -> Iterator[tuple[int, Array]]:
-        region = tuple(range(k.start + t.start, k.start + t.stop) for k, t in zip(kernel.region, tile, strict=True))
-        values = read_finite(work, kernel, region)
-        # As it will stand in the output, if that has the source's dtype: filling it later measures the same.
-        scaled = values.astype(np.float64) * kernel.scale
-        values = scaled.astype(values.dtype).astype(np.float64) if kept else scaled
-        progress.advance(kernel.tensor, values.size * _itemsize(work.sources[kernel.source], kernel))
-        if stacked is None:
-            yield 0, values
-        else:
-            for i in range(values.shape[stacked]):
-                yield tile[stacked].start + i, np.asarray(values.take(i, axis=stacked))
-
-    def find_largest(tile: Region) -> None:
-        for i, values in pieces(tile):
-            magnitude = float(max(values.max(), -values.min()))
-            with lock:
-                largest[i] = max(largest[i], magnitude)
-
-    def add(tile: Region) -> None:
-        for i, values in pieces(tile):
-            own = Moments(float(largest[i]))
-            own.add(values)
-            with lock:
-                moments[i].merge(own)
-
-    def over_tiles(visit: Callable[[Region], None]) -> None:
+    def measure(noise: Noise, output: Output) -> None:
+        kernel, axis = noise.like, noise.stacked_axis
+        leaf = leaves[kernel]
+        shape = tuple(map(len, kernel.region))
         edge = tuple(min(c, n) for c, n in zip(leaf.chunks, shape, strict=True))
-        cost = int(np.prod(edge)) * 8 * COMPUTED_COPIES
-        tasks = ((cost, partial(visit, tile)) for tile in tiles(shape, edge))
-        in_parallel(tasks, budget_bytes=plan.budget_bytes, jobs=jobs)
 
-    over_tiles(find_largest)
+        def pieces() -> Iterator[tuple[int, Array]]:
+            for tile in tiles(shape, edge):
+                region = tuple(
+                    range(k.start + t.start, k.start + t.stop) for k, t in zip(kernel.region, tile, strict=True)
+                )
+                values = read_finite(work, kernel, region)
+                progress.advance(kernel.tensor, values.nbytes)
+                for layer, piece in _kernel_pieces(values, noise, kept=output.layout.dtype == leaf.dtype):
+                    yield layer + (tile[axis].start if axis is not None else 0), piece
+
+        found[kernel, axis] = _std(pieces, 1 if axis is None else shape[axis])
+
+    tasks = (
+        (
+            int(np.prod(leaves[noise.like].chunks)) * leaves[noise.like].itemsize * READ_COPIES,
+            partial(measure, noise, output),
+        )
+        for noise, output in wanted.values()
+    )
+    in_parallel(tasks, budget_bytes=plan.budget_bytes, jobs=jobs)
+    return found
+
+
+def _kernel_pieces(values: Array, noise: Noise, *, kept: bool) -> Iterator[tuple[int, Array]]:
+    """The values of a kernel, or of several that are stacked, in small pieces, each with its place among them.
+
+    They are as they will stand in the output, if that keeps (`kept`) the source's dtype: filling it later measures the
+    same.
+    """
+    scale = noise.like.scale
+    kernels = values[None] if noise.stacked_axis is None else np.moveaxis(values, noise.stacked_axis, 0)
+    for i, kernel in enumerate(kernels):
+        flat = kernel.reshape(-1)
+        for start in range(0, flat.size, _PIECE):
+            piece = flat[start : start + _PIECE]
+            if scale != 1.0:
+                scaled = piece.astype(np.float64) * scale
+                piece = scaled.astype(values.dtype) if kept else scaled
+            yield i, piece
+
+
+def _std(pieces: Callable[[], Iterable[tuple[int, Array]]], count: int) -> Array:
+    """The standard deviations of `count` kernels, from their pieces in any order, which are passed twice."""
+    largest = np.zeros(count)
+    for i, piece in pieces():
+        largest[i] = max(largest[i], float(piece.max()), -float(piece.min()))
     moments = [Moments(float(value)) for value in largest]
-    over_tiles(add)
+    for i, piece in pieces():
+        moments[i].add(piece.astype(np.float64))
     return np.array([m.std for m in moments])
-
-
-def _itemsize(source: Checkpoint, kernel: Term) -> int:
-    return np_dtype(source.leaves[kernel.tensor].dtype).itemsize

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from statistics import NormalDist
@@ -20,8 +21,10 @@ from statistics import NormalDist
 import numpy as np
 import numpy.typing as npt
 
-from fusectl.layout import Region, intersect, tiles
+from fusectl.layout import Region, intersect, slices, tiles
 
+
+Lanes = npt.NDArray[np.uint16]
 
 TILE_ELEMENTS = 1 << 16
 TILE_EDGE = 1 << 9
@@ -47,18 +50,17 @@ def tile_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 @lru_cache(maxsize=1)
-def _quantiles() -> npt.NDArray[np.float32]:
+def unit_quantiles() -> npt.NDArray[np.float32]:
+    """The 65,536 values that unit noise takes, ascending: float32, mean 0, std 1."""
     normal = NormalDist()
     half = np.array([normal.inv_cdf((k + 0.5) / 65536) for k in range(32768, 65536)])
     both = np.concatenate([-half[::-1], half])
     return np.asarray(both / np.sqrt(np.mean(both**2)), np.float32)
 
 
-def unit_noise(seed: int, name: str, shape: tuple[int, ...], region: Region) -> npt.NDArray[np.float32]:
-    """The part `region` of the noise field of tensor `name`: float32 of the region's shape, mean 0, std 1."""
-    table = _quantiles()
+def lanes(seed: int, name: str, shape: tuple[int, ...], region: Region) -> Iterator[tuple[Region, Lanes]]:
+    """The part `region` of the noise field of tensor `name`, tile by tile: which of the quantiles stands where."""
     key = np.frombuffer(hashlib.blake2b(f"{seed}\0{name}".encode(), digest_size=16).digest(), dtype="<u8")
-    out = np.empty(tuple(map(len, region)), np.float32)
     edge = tile_shape(shape)
     counts = [math.ceil(n / e) for n, e in zip(shape, edge, strict=True)]
     touched = tuple(range(r.start // e, (r.stop - 1) // e + 1) for r, e in zip(region, edge, strict=True))
@@ -69,14 +71,19 @@ def unit_noise(seed: int, name: str, shape: tuple[int, ...], region: Region) -> 
         for i, n in zip(at, counts, strict=True):
             number = number * n + i
         bits = np.random.Philox(key=key, counter=[0, 0, number, 0]).random_raw(-(-elements // 4))
-        lanes = bits.astype("<u8", copy=False).view("<u2")[:elements].reshape(edge)
         tile = tuple(range(i * e, (i + 1) * e) for i, e in zip(at, edge, strict=True))
         part = intersect(tile, region)
         assert part is not None
-        source = tuple(slice(p.start - t.start, p.stop - t.start) for p, t in zip(part, tile, strict=True))
-        target = tuple(slice(p.start - r.start, p.stop - r.start) for p, r in zip(part, region, strict=True))
+        yield part, bits.astype("<u8", copy=False).view("<u2")[:elements].reshape(edge)[slices(part, tile)]
+
+
+def unit_noise(seed: int, name: str, shape: tuple[int, ...], region: Region) -> npt.NDArray[np.float32]:
+    """The part `region` of the noise field of tensor `name`: float32 of the region's shape, mean 0, std 1."""
+    table = unit_quantiles()
+    out = np.empty(tuple(map(len, region)), np.float32)
+    for part, chosen in lanes(seed, name, shape, region):
         # Every lane is a valid index; "clip" only skips the check for it.
-        out[target] = table.take(lanes[source], mode="clip")
+        out[slices(part, region)] = table.take(chosen, mode="clip")
     return out
 
 

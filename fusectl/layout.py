@@ -39,6 +39,17 @@ def size(region: Region) -> int:
     return math.prod(len(r) for r in region)
 
 
+def slices(region: Region, within: Region | None = None) -> tuple[slice, ...]:
+    """A region as the index of an array; of an array that holds `within`, counted from there.
+
+    >>> slices((range(5, 7),), (range(4, 9),))
+    (slice(1, 3, None),)
+    """
+    if within is None:
+        return tuple(slice(r.start, r.stop) for r in region)
+    return tuple(slice(r.start - w.start, r.stop - w.start) for r, w in zip(region, within, strict=True))
+
+
 def intersect(a: Region, b: Region) -> Region | None:
     """What two regions share, or None."""
     both = tuple(range(max(x.start, y.start), min(x.stop, y.stop)) for x, y in zip(a, b, strict=True))
@@ -104,6 +115,11 @@ class Noise:
     like: Term
     scale: float
     stacked_axis: int | None = None
+
+
+def is_computed(terms: Sequence[Term | Noise]) -> bool:
+    """Whether a sum of terms is anything but one source region as it is."""
+    return len(terms) != 1 or not isinstance(terms[0], Term) or terms[0].scale != 1.0
 
 
 @dataclass(frozen=True, slots=True)

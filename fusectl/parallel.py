@@ -9,9 +9,17 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Protocol
 
+from fusectl.memory import available_bytes
 
-# The most bytes in flight, unless told otherwise.
-DEFAULT_MAX_MEMORY_BYTES = 256 << 20
+
+# The most bytes in flight, unless told otherwise, where that is a small share of what is free.
+_MOST_BYTES, _LEAST_BYTES = 256 << 20, 16 << 20
+_SHARE = 16
+
+
+def default_max_memory_bytes() -> int:
+    """The bytes in flight that a process allows itself: 256 MiB, or a sixteenth of the free memory if that is less."""
+    return max(_LEAST_BYTES, min(_MOST_BYTES, available_bytes() // _SHARE))
 
 
 class Progress(Protocol):

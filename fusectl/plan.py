@@ -6,29 +6,15 @@ A plan is integers and names. `--dry-run` prints it, execute.py carries it out; 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import reduce
 
+from fusectl.chunks import TOLERATED_EXCESS_BYTES
 from fusectl.errors import Incompatible, NotEnoughSpace
-from fusectl.formats.tree import READ_COPIES, EmptyNode, Key
-from fusectl.formats.zarr import np_dtype
-from fusectl.layout import Layout, Noise, Term, size
+from fusectl.formats.tree import EmptyNode, Key
+from fusectl.formats.zarr import Storage, np_dtype
+from fusectl.layout import Block, Layout, Region, Term, shifted, size, tiles
 from fusectl.record import Record
-
-
-# T5X's limit for a chunk; readers of larger ones need memory for a whole one at once.
-LARGEST_CHUNK_BYTES = 64 << 20
-# And below this a chunk costs more to handle than to hold.
-SMALLEST_CHUNK_BYTES = 64 << 10
-# What a chunk of the output takes while it is written: itself and its encoded bytes; computed ones are float64 before,
-# twice while a term is added.
-COPIED_COPIES = 2
-FLOAT64_BYTES = 16
-# Of float32, six times in all: the share of the budget that a chunk may have follows from it.
-COMPUTED_COPIES = 6
-# A chunk that is larger than the budget is worked on alone, up to this much more; beyond, the budget is an error.
-TOLERATED_EXCESS_BYTES = 224 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +24,29 @@ class Output:
     name: str
     keys: tuple[Key, ...]
     layout: Layout
-    chunks: tuple[int, ...]
+    storage: Storage
+    # The blocks whose chunks are a source's, byte for byte but for a CRC-32C behind them.
+    passed: frozenset[Block]
     tile: tuple[int, ...]
     # The memory that one tile takes while it is worked on.
     cost_bytes: int
     # The name under which the noise field knows the tensor: the same in every format.
     noise_name: str
+
+    @property
+    def chunks(self) -> tuple[int, ...]:
+        """The shape of a stored chunk."""
+        return self.storage.chunks
+
+    @property
+    def passed_bytes(self) -> int:
+        """The bytes of chunks that are taken over as they are, uncompressed."""
+        return sum(size(block.at) for block in self.passed) * self.itemsize
+
+    @property
+    def at_once(self) -> bool:
+        """Whether the whole tensor is one unit of work."""
+        return self.tile == self.layout.shape
 
     @property
     def itemsize(self) -> int:
@@ -58,11 +61,6 @@ class Output:
         return self.layout.covered * self.itemsize
 
 
-def is_computed(terms: Sequence[Term | Noise]) -> bool:
-    """Whether a sum of terms is anything but one source region as it is."""
-    return len(terms) != 1 or not isinstance(terms[0], Term) or terms[0].scale != 1.0
-
-
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What a writing command is going to do."""
@@ -75,6 +73,11 @@ class Plan:
     dropped: tuple[str, ...]
     notes: tuple[str, ...]
     budget_bytes: int
+    # Whether chunks of zeros are left out, whether the sources' files are linked where they are taken over, and whether
+    # they are read then.
+    sparse: bool = False
+    links: bool = False
+    check_sources: bool = True
 
     @property
     def nbytes(self) -> int:
@@ -85,6 +88,11 @@ class Plan:
     def nonzero_bytes(self) -> int:
         """The bytes that are not known to be zero: about what the output takes on disk at most."""
         return sum(output.nonzero_bytes for output in self.outputs)
+
+    @property
+    def passed_bytes(self) -> int:
+        """The bytes of all chunks that are taken over from the sources as they are, uncompressed."""
+        return sum(output.passed_bytes for output in self.outputs)
 
     @property
     def read_bytes(self) -> int:
@@ -113,76 +121,27 @@ class Plan:
             )
 
 
-def choose_chunks(layout: Layout, source_chunks: Sequence[int] | None, budget_bytes: int) -> tuple[int, ...]:
-    """The chunk shape of an output tensor: the source's where the blocks' edges allow, so that chunks stay as they are.
-
-    Chunks stay below 64 MiB, and small enough for the budget to hold two.
-    """
-    itemsize = np_dtype(layout.dtype).itemsize
-    fitting = max(SMALLEST_CHUNK_BYTES, budget_bytes // (2 * COMPUTED_COPIES))
-    limit = max(1, min(LARGEST_CHUNK_BYTES, fitting) // itemsize)
-    chunks = list(layout.shape if source_chunks is None or len(source_chunks) != len(layout.shape) else source_chunks)
-    for axis, (n, edges) in enumerate(zip(layout.shape, _edges(layout), strict=True)):
-        chunk = max(1, min(chunks[axis], n))
-        common = reduce(math.gcd, edges, n)
-        if common % chunk:
-            fitting = max((d for d in _divisors(common) if d <= chunk), default=1)
-            # Slivers of chunks cost more than chunks that straddle two blocks.
-            chunk = fitting if fitting * 4 >= chunk else chunk
-        chunks[axis] = chunk
-    while math.prod(chunks) > limit:
-        axis = max(range(len(chunks)), key=chunks.__getitem__)
-        smaller = max((d for d in _divisors(chunks[axis]) if d < chunks[axis]), default=1)
-        # A prime has no divisor worth having: then the last chunk is a ragged one.
-        chunks[axis] = smaller if smaller * 4 >= chunks[axis] else math.ceil(chunks[axis] / 2)
-    return tuple(chunks)
+def taken(output: Output, chunk: Region) -> tuple[Term, tuple[int, ...]] | None:
+    """The term and the place in its tensor's grid of the stored chunk that a chunk is; None if it is not taken over."""
+    for block in output.passed:
+        if all(c.start >= a.start and c.stop <= a.stop for c, a in zip(chunk, block.at, strict=True)):
+            return _stored(block, chunk, output)
+    return None
 
 
-def choose_tile(
-    layout: Layout, chunks: tuple[int, ...], sources: Sequence[tuple[tuple[int, ...], int]], budget_bytes: int
-) -> tuple[tuple[int, ...], int]:
-    """The unit of work and the memory that it takes: whole output chunks, enough to read an aligned source chunk once.
-
-    `sources` are the chunk shape and the itemsize of every source tensor that goes in. Where the memory does not
-    suffice, the unit is one output chunk, and source chunks are decoded several times.
-    """
-    computed = any(is_computed(block.terms) for block in layout.blocks)
-    per_element = np_dtype(layout.dtype).itemsize * COPIED_COPIES + (FLOAT64_BYTES if computed else 0)
-    writing = math.prod(chunks) * per_element
-    wide = chunks
-    for source, _ in sources:
-        wide = tuple(
-            c * math.ceil(min(s, n) / c) if s > w else w
-            for n, c, s, w in zip(layout.shape, chunks, source, wide, strict=True)
-        )
-
-    def cost(tile: tuple[int, ...]) -> int:
-        reading = (_touched(tile, source, layout.shape) * itemsize for source, itemsize in sources)
-        return max(reading, default=0) * READ_COPIES + writing
-
-    tile = wide if cost(wide) <= budget_bytes + TOLERATED_EXCESS_BYTES else chunks
-    return tile, cost(tile)
+def taken_chunks(output: Output) -> Iterator[tuple[Term, tuple[int, ...]]]:
+    """The term and the place in its tensor's grid of every stored chunk that is taken over."""
+    for block in output.passed:
+        for inner in tiles(tuple(map(len, block.at)), output.chunks):
+            chunk = tuple(range(a.start + i.start, a.start + i.stop) for a, i in zip(block.at, inner, strict=True))
+            yield _stored(block, chunk, output)
 
 
-def _touched(tile: tuple[int, ...], source_chunks: tuple[int, ...], shape: tuple[int, ...]) -> int:
-    """The number of elements in all source chunks that a tile may meet."""
-    spans = (
-        min(n, math.ceil(t / s) * s + (0 if t % s == 0 else s))
-        for t, s, n in zip(tile, source_chunks, shape, strict=True)
-    )
-    return math.prod(spans)
-
-
-def _edges(layout: Layout) -> Iterator[list[int]]:
-    for axis in range(len(layout.shape)):
-        yield sorted({e for block in layout.blocks for e in (block.at[axis].start, block.at[axis].stop)})
-
-
-def _divisors(n: int) -> Iterator[int]:
-    for d in range(1, math.isqrt(n) + 1):
-        if n % d == 0:
-            yield d
-            yield n // d
+def _stored(block: Block, chunk: Region, output: Output) -> tuple[Term, tuple[int, ...]]:
+    (term,) = block.terms
+    assert isinstance(term, Term)
+    region = shifted(chunk, block.at, term.region)
+    return term, tuple(r.start // c for r, c in zip(region, output.chunks, strict=True))
 
 
 def summary(plan: Plan) -> Mapping[str, object]:
@@ -207,8 +166,12 @@ def summary(plan: Plan) -> Mapping[str, object]:
         "tensors": len(plan.outputs),
         "bytes": plan.nbytes,
         "nonzero_bytes": plan.nonzero_bytes,
+        "passed_bytes": plan.passed_bytes,
         "read_bytes": plan.read_bytes,
         "max_memory_bytes": plan.budget_bytes,
+        "sparse": plan.sparse,
+        "link": plan.links,
+        "check": plan.check_sources,
         "dropped": list(plan.dropped),
         "notes": list(plan.notes),
         "outputs": [
@@ -218,7 +181,9 @@ def summary(plan: Plan) -> Mapping[str, object]:
                 "shape": list(o.layout.shape),
                 "dtype": o.layout.dtype,
                 "chunks": list(o.chunks),
+                "codec": str(o.storage.encoding or "as in the source"),
                 "blocks": len(o.layout.blocks),
+                "passed_bytes": o.passed_bytes,
             }
             for o in plan.outputs
         ],

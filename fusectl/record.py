@@ -63,14 +63,28 @@ class Fill:
             raise ValueError(f"noise of scale {self.noise_scale}")
 
 
+# In place of a chunk's CRC-32: it is all zeros and not on disk; it was taken over unread.
+LEFT_OUT, UNREAD = "left out", "unread"
+
+
 @dataclass(frozen=True, slots=True)
 class Checksums:
-    """A written tensor and the CRC-32 of each chunk's decoded bytes, cut at the edge, in C order of the grid."""
+    """A written tensor and the CRC-32 of each chunk's decoded bytes, cut at the edge, in C order of the grid.
+
+    In place of a CRC-32 may stand LEFT_OUT or UNREAD.
+    """
 
     shape: tuple[int, ...]
     dtype: str
     chunks: tuple[int, ...]
     crc32: tuple[str, ...]
+
+    def of(self, index: tuple[int, ...]) -> str:
+        """What stands for the chunk at this place of the grid."""
+        number = 0
+        for i, n, c in zip(index, self.shape, self.chunks, strict=True):
+            number = number * math.ceil(n / c) + i
+        return self.crc32[number]
 
 
 @dataclass(frozen=True, slots=True)

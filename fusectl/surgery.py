@@ -15,17 +15,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import fusectl
+from fusectl.chunks import CODECS, Storing
 from fusectl.equalize import Equalize, residual_scales
-from fusectl.errors import Corrupt, Incompatible, OutputExists, UsageError, shorten
+from fusectl.errors import Corrupt, Incompatible, OutputExists, UsageError, counted, shorten
 from fusectl.execute import Work, execute
 from fusectl.formats import Format, fingerprint, format_named, open_location
 from fusectl.formats.locate import is_checkpoint
-from fusectl.formats.sink import Sink, check_space, staged, storage_errors
+from fusectl.formats.sink import Manner, Sink, check_space, staged, storage_errors
+from fusectl.formats.t5x import kept_in_index
 from fusectl.formats.tree import STEPS, T5X_STEP, Checkpoint, EmptyNode, Key, dict_keys, is_dropped
 from fusectl.formats.zarr import np_dtype
 from fusectl.layout import Block, Layout, Term, whole
-from fusectl.parallel import DEFAULT_MAX_MEMORY_BYTES, Progress, Silent, default_jobs
-from fusectl.plan import Output, Plan, choose_chunks, choose_tile
+from fusectl.parallel import Progress, Silent, default_jobs, default_max_memory_bytes
+from fusectl.plan import Output, Plan
 from fusectl.record import NORMS, Fill, Record, SourceRecord, mean_weights
 from fusectl.sources import Opened, open_source
 from fusectl.transforms.grow import Fusion, check_fill, filled, fused, line_up
@@ -48,14 +50,26 @@ class Options:
     arch: str | None = None
     drop: tuple[str, ...] = ()
     dtype: str | None = None
-    max_memory_bytes: int = DEFAULT_MAX_MEMORY_BYTES
+    max_memory_bytes: int = field(default_factory=default_max_memory_bytes)
+    # How chunks are compressed: `auto` keeps what the sources have wherever their chunks can be taken over.
+    codec: str = "auto"
+    # Whether chunks of zeros are left out; None where all readers of the format take that for zeros.
+    sparse: bool | None = None
+    # Hard links to the sources' files instead of copies.
+    link: bool = False
+    # Whether chunks that are taken over are read, to notice what is corrupt or not finite.
+    check: bool = True
+    # Whether chunks may be taken over at all.
+    passthrough: bool = True
     # Which norm the fused model is going to be trained with: the fusion rule's, or the fusion property's.
     norm: str = "rule"
 
     def __post_init__(self) -> None:
-        if self.optimizer not in OPTIMIZERS or self.norm not in NORMS or self.max_memory_bytes < 1:
+        known = self.optimizer in OPTIMIZERS and self.norm in NORMS and self.codec in CODECS
+        if not known or self.max_memory_bytes < 1:
             raise UsageError(
-                f"optimizer {self.optimizer!r}, norm {self.norm!r}, {self.max_memory_bytes} bytes of memory"
+                f"optimizer {self.optimizer!r}, norm {self.norm!r}, codec {self.codec!r}, "
+                f"{self.max_memory_bytes} bytes of memory"
             )
 
 
@@ -165,27 +179,32 @@ def carry_out(
     force: bool = False,
     jobs: int | None = None,
     allow_nonfinite: bool = False,
+    sync: bool = True,
     progress: Progress | None = None,
     check: Callable[[Checkpoint], None] | None = None,
+    note: Callable[[str], None] = lambda _: None,
 ) -> Path:
     """Writes the planned checkpoint to `output`, which appears once it is complete and was found as planned.
 
-    `check` is given what was written before it appears; if it raises, nothing does.
+    With `sync` it is on the disk before it appears. `check` is given what was written before it appears; if it raises,
+    nothing does. `note` is told what did not go as it was asked for.
     """
     if allow_nonfinite and plan.record.fill.kind != "zeros":
         raise UsageError("noise is relative to a kernel's deviation, which a NaN or Inf leaves undefined")
     check_output(output, sources, force=force)
     check_space(output, plan.nonzero_bytes)
-    work = Work(sources, plan.record.fill, allow_nonfinite)
-    with staged(output, force=force) as temporary:
-        commit_bytes = min(LARGEST_COMMIT_BYTES, plan.budget_bytes // 8)
-        sink = Sink(temporary, output, format_named(plan.format), plan.item, commit_bytes)
+    work = Work(sources, plan.record.fill, allow_nonfinite, plan.check_sources)
+    manner = Manner(plan.sparse, plan.links, min(LARGEST_COMMIT_BYTES, plan.budget_bytes // 8))
+    with staged(output, force=force, sync=sync) as temporary:
+        sink = Sink(temporary, output, format_named(plan.format), plan.item, manner)
         sums = execute(plan, work, sink, jobs=jobs or default_jobs(), progress=progress or Silent())
         sink.finish(replace(plan.record, tensors=sums), plan.empty)
         written = open_location(sink.location)
         _check_written(plan, written)
         if check is not None:
             check(written)
+        if sink.not_linked:
+            note(f"{counted(sink.not_linked, 'chunk')} copied instead of linked: no whole file, or another file system")
     return output
 
 
@@ -225,6 +244,9 @@ class _Builder:
         self._sources = sources
         self._options = options
         self._format = out_format
+        self._storing = Storing(
+            out_format.zarr, options.codec, options.max_memory_bytes, out_format.ocdbt, options.passthrough
+        )
         self.outputs: list[Output] = []
         self.used: set[str] = set()
         self.notes: list[str] = []
@@ -232,18 +254,19 @@ class _Builder:
     def add(self, name: str, layout: Layout, *, like: str | None, noise_name: str | None = None) -> None:
         """A tensor of the output; `like` names the tensor of the first source whose keys and chunks it inherits."""
         leaf = self._sources[0].checkpoint.leaves[like] if like else None
-        budget = self._options.max_memory_bytes
         terms = [term for block in layout.blocks for term in block.terms if isinstance(term, Term)]
-        feeding = {
-            (source.chunks, np_dtype(source.dtype).itemsize)
-            for term in terms
-            for source in [self._sources[term.source].checkpoint.leaves[term.tensor]]
-        }
+        leaves = {term: self._sources[term.source].checkpoint.leaves[term.tensor] for term in terms}
         # A slot that is reset may have nothing in common with the source's but its name.
-        chunks = choose_chunks(layout, leaf.chunks if leaf and terms else None, budget)
-        tile, cost = choose_tile(layout, chunks, sorted(feeding), budget)
+        storing = self._storing
+        if self._format.name == "t5x" and kept_in_index(name, layout.shape):
+            storing = replace(storing, passthrough=False)
+        storage, passed = storing.choose(layout, leaves, leaf if terms else None)
+        # Copies of one source are read once.
+        distinct = {(id(self._sources[t.source].checkpoint), t.tensor): source for t, source in leaves.items()}
+        all_passed = len(passed) == len(layout.blocks)
+        tile, cost = storing.unit(layout, storage.chunks, list(distinct.values()), all_passed=all_passed)
         keys: tuple[Key, ...] = leaf.keys if leaf and leaf.name == name else dict_keys(name)
-        self.outputs.append(Output(name, keys, layout, chunks, tile, cost, noise_name or name))
+        self.outputs.append(Output(name, keys, layout, storage, passed, tile, cost, noise_name or name))
         self.used |= {term.tensor for term in terms}
 
     def copy(self, name: str, to: str | None = None) -> None:
@@ -283,6 +306,9 @@ class _Builder:
             dropped=tuple(dict.fromkeys(name for o in self._sources for name in o.dropped)),
             notes=tuple(notes),
             budget_bytes=self._options.max_memory_bytes,
+            sparse=self._format.reads_left_out if self._options.sparse is None else self._options.sparse,
+            links=self._options.link,
+            check_sources=self._options.check,
         )
         plan.check()
         return plan

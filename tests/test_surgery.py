@@ -14,8 +14,9 @@ from fusectl.demo import random_parameters
 from fusectl.errors import Corrupt, Incompatible, OutputExists, UsageError
 from fusectl.formats import fingerprint, open_checkpoint
 from fusectl.formats.sink import save
+from fusectl.formats.tree import Leaf
 from fusectl.layout import Block, Layout, Term, whole
-from fusectl.plan import choose_chunks, choose_tile
+from fusectl.chunks import Storing, choose_chunks
 from fusectl.record import FILE_NAME, Fill, Record
 from fusectl.surgery import Options, carry_out, plan_fusion, plan_noise_fill
 
@@ -332,7 +333,9 @@ def test_a_narrowing_cast_counts_the_sources_bytes():
     shape = (4096, 4096)
     layout = Layout(("a", "b"), shape, "bfloat16", (Block(whole(shape), (Term(0, "x", whole(shape)),)),))
 
-    _, cost = choose_tile(layout, (512, 4096), [(shape, 4)], 1 << 30)
+    source = Leaf("x", (), shape, "float32")
+
+    _, cost = Storing(2, "auto", 1 << 30).unit(layout, (512, 4096), [source], all_passed=False)
 
     assert cost >= 2 * 4 * 4096 * 4096
 

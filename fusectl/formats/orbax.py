@@ -14,18 +14,18 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fusectl.errors import Corrupt, StorageError
 from fusectl.formats.locate import COMMITTED, ORBAX_INDEX, STEP_METADATA
-from fusectl.formats.store import Files, directory, ocdbt
+from fusectl.formats.store import MANIFEST, Files, directory, ocdbt
 from fusectl.formats.tree import Checkpoint, EmptyNode, Key, Leaf, Location
 from fusectl.formats.zarr import METADATA_FILE, parse_metadata
 from fusectl.record import Record
 
 
-MANIFEST = "manifest.ocdbt"
 HANDLER = "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckpointHandler"
 # With this type a restore without a target gives numpy arrays on any number of devices, without `_sharding`.
 NUMPY = "np.ndarray"
@@ -79,7 +79,16 @@ def open_orbax(location: Location, record: Record | None) -> Checkpoint:
     )
 
 
-def write_metadata(at: Path, leaves: Iterable[Leaf], empty: Iterable[EmptyNode], *, zarr: int, in_ocdbt: bool) -> None:
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What `_METADATA` says of all arrays: zarr's version, in a database or not, chunks of zeros left out or not."""
+
+    zarr: int
+    in_ocdbt: bool
+    sparse: bool
+
+
+def write_metadata(at: Path, leaves: Iterable[Leaf], empty: Iterable[EmptyNode], form: Form) -> None:
     """Writes the `_METADATA` of an item whose arrays are in place."""
     tree = {}
     for leaf in leaves:
@@ -88,9 +97,9 @@ def write_metadata(at: Path, leaves: Iterable[Leaf], empty: Iterable[EmptyNode],
         tree[_entry_name(node.keys)] = _entry(node.keys, node.value_type, skip=True)
     meta = {
         "tree_metadata": tree,
-        "use_ocdbt": in_ocdbt,
-        "use_zarr3": zarr == 3,
-        "store_array_data_equal_to_fill_value": True,
+        "use_ocdbt": form.in_ocdbt,
+        "use_zarr3": form.zarr == 3,
+        "store_array_data_equal_to_fill_value": not form.sparse,
         "custom_metadata": None,
     }
     (at / ORBAX_INDEX).write_text(json.dumps(meta))

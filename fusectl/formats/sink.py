@@ -6,39 +6,49 @@ which the next run to the same output replaces.
 
 from __future__ import annotations
 
-import asyncio
 import ctypes
 import errno
 import fcntl
-import json
 import os
 import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import tensorstore as ts
 
-from fusectl.errors import FusectlError, NotEnoughSpace, OutputExists, StorageError
+from fusectl.errors import Corrupt, FusectlError, NotEnoughSpace, OutputExists, StorageError
 from fusectl.formats import Format, format_named
+from fusectl.formats.encoding import ZSTD_LEVEL, BadChunk, Buffer, Encoding
 from fusectl.formats.locate import T5X_INDEX, TEMPORARY_SUFFIX
-from fusectl.formats.orbax import mark_committed, write_metadata, write_step_metadata
-from fusectl.formats.store import Spec, directory, new_context, ocdbt, translate
+from fusectl.formats.orbax import Form, mark_committed, write_metadata, write_step_metadata
+from fusectl.formats.store import translate
 from fusectl.formats.t5x import kept_in_index, write_index
-from fusectl.formats.tree import EmptyNode, Key, Leaf, Location, dict_keys
-from fusectl.formats.zarr import new_metadata, np_dtype, parse_metadata
-from fusectl.layout import Region, whole
+from fusectl.formats.target import Database, Directories, Target
+from fusectl.formats.tree import Checkpoint, EmptyNode, Key, Leaf, Location, dict_keys
+from fusectl.formats.zarr import (
+    METADATA_FILE,
+    Storage,
+    encode,
+    new_metadata,
+    new_storage,
+    np_dtype,
+    parse_metadata,
+    zero_chunk,
+)
+from fusectl.layout import Region, slices, tiles, whole
 from fusectl.record import FILE_NAME, Record
 
 
 REMOVALS = 200
+FLUSHES_AT_ONCE = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,121 +59,149 @@ class NewTensor:
     keys: tuple[Key, ...]
     shape: tuple[int, ...]
     dtype: str
-    chunks: tuple[int, ...]
+    storage: Storage
+
+
+@dataclass(frozen=True, slots=True)
+class Manner:
+    """How a checkpoint is written: chunks of zeros left out or not, sources' files linked or copied."""
+
+    sparse: bool = False
+    links: bool = False
+    # How many bytes of an OCDBT database are committed at once.
+    commit_bytes: int = 32 << 20
 
 
 class Sink:
-    """A checkpoint being written below `home`. Tensors are announced with `create`, filled by `write` from any thread,
-    and become a checkpoint with `finish`.
+    """A checkpoint being written below `home`. Tensors are announced with `create`, their chunks come from any thread
+    with `write`, `write_zeros` and `take`, and they become a checkpoint with `finish`.
     """
 
-    def __init__(
-        self,
-        home: Path,
-        final: Path,
-        format: Format,
-        item: str | None,
-        commit_bytes: int = 32 << 20,
-    ) -> None:
+    def __init__(self, home: Path, final: Path, format: Format, item: str | None, manner: Manner | None = None) -> None:
         self._home = home
         self._final = final
         self._format = format
+        self._manner = manner or Manner()
         self._item = None if format.name == "t5x" else item
         self._index = home / self._item if self._item else home
         self._index.mkdir(parents=True, exist_ok=True)
         self._started_ns = time.time_ns()
         self._leaves: dict[str, Leaf] = {}
-        self._arrays: dict[str, ts.TensorStore] = {}
         self._kept: dict[str, npt.NDArray[Any]] = {}
-        self._commits = _Commits(commit_bytes) if format.ocdbt else None
+        links, commit_bytes = self._manner.links, self._manner.commit_bytes
+        self._target: Target = (
+            Database(self._index, links=links, commit_bytes=commit_bytes)
+            if format.ocdbt
+            else Directories(self._index, links=links)
+        )
 
     @property
     def location(self) -> Location:
         """Where it can be opened once it is finished."""
         return Location(self._index, self._home, "t5x" if self._format.name == "t5x" else "orbax", self._item)
 
+    @property
+    def not_linked(self) -> int:
+        """How many chunks were copied although links were asked for."""
+        return self._target.not_linked
+
     def create(self, tensors: Iterable[NewTensor]) -> None:
-        """Announces tensors; `write` must then cover each of them."""
-        pending: dict[str, Any] = {}
-        context = new_context()
-        # Each commit of an OCDBT database costs milliseconds and a file: all new arrays share one.
-        transaction = ts.Transaction() if self._format.ocdbt else None
+        """Announces tensors, each chunk of which must then be written."""
         for tensor in tensors:
             if self._format.name == "t5x" and kept_in_index(tensor.name, tensor.shape):
                 self._kept[tensor.name] = np.zeros(tensor.shape, np_dtype(tensor.dtype))
                 continue
-            metadata = new_metadata(self._format.zarr, tensor.shape, tensor.chunks, tensor.dtype)
-            spec = {
-                "driver": "zarr3" if self._format.zarr == 3 else "zarr",
-                "kvstore": self._store(".".join(key.name for key in tensor.keys)),
-                "metadata": metadata,
-                "store_data_equal_to_fill_value": True,
-                "recheck_cached_metadata": False,
-                "recheck_cached_data": False,
-            }
-            stored = parse_metadata(_as_json(metadata), tensor.name)
+            raw = new_metadata(tensor.storage, tensor.shape, tensor.dtype, sparse=self._manner.sparse)
+            stored = parse_metadata(raw, tensor.name)
             self._leaves[tensor.name] = Leaf(tensor.name, tensor.keys, tensor.shape, tensor.dtype, stored=stored)
-            pending[tensor.name] = ts.open(spec, create=True, context=context, transaction=transaction)
-        try:
-            opened = {name: future.result() for name, future in pending.items()}
-            if transaction is not None:
-                transaction.commit_sync()
-        except ValueError as error:
-            _settle(pending.values())
-            raise translate(error, str(self._final), StorageError) from error
-        except BaseException:
-            _settle(pending.values())
-            raise
-        self._arrays = {name: array.with_transaction(None) for name, array in opened.items()}
+            with self._errors(tensor.name):
+                self._target.write(f"{_base(tensor.keys)}/{METADATA_FILE[self._format.zarr]}", [raw])
 
-    def write(self, name: str, region: Region, values: npt.NDArray[Any]) -> None:
-        """Writes the values of a region, which must consist of whole chunks; they are on disk after `finish`."""
-        at = tuple(slice(r.start, r.stop) for r in region)
-        array = self._arrays.get(name)
-        if array is None:
-            self._kept[name][at] = values
+    def expect(self, chunks: Iterable[tuple[Checkpoint, str, tuple[int, ...]]]) -> None:
+        """Announces the stored chunks of sources that are going to be taken over."""
+        self._target.expect((source.files, source.key(tensor, index)) for source, tensor, index in chunks)
+
+    def write(self, name: str, chunk: Region, values: npt.NDArray[Any]) -> None:
+        """Writes the values of a chunk, cut at the tensor's edge."""
+        kept = self._kept.get(name)
+        if kept is not None:
+            kept[slices(chunk)] = values
             return
+        storage = self._storage(name)
+        if values.shape != storage.chunks:
+            padded = np.zeros(storage.chunks, values.dtype)
+            padded[slices(whole(values.shape))] = values
+            values = padded
+        self._write(name, chunk, encode(values, storage))
+
+    def write_zeros(self, name: str, chunk: Region) -> bool:
+        """Makes a chunk one of zeros; whether it was left out for that."""
+        if name in self._kept:
+            return False
+        if not self._manner.sparse:
+            self._write(name, chunk, [zero_chunk(self._storage(name), self._leaves[name].dtype)])
+        return self._manner.sparse
+
+    def take(self, name: str, chunk: Region, source: Checkpoint, tensor: str, index: tuple[int, ...]) -> None:
+        """Makes a chunk of a source's stored one, which must be like it but for its CRC-32C."""
+        theirs, ours = source.leaves[tensor].stored, self._storage(name)
+        assert theirs is not None
+        if theirs.storage.like(ours):
+            with self._errors(name):
+                self._target.take(self._key(name, chunk), source.files, source.key(tensor, index))
+            return
+        assert theirs.storage.encoding is not None
+        assert ours.encoding is not None
         try:
-            if self._commits is None:
-                array[at].write(values).result()
-            else:
-                with self._commits.joined(values.nbytes) as transaction:
-                    array.with_transaction(transaction)[at].write(values).result()
-        except ValueError as error:
-            raise translate(error, f"{self._final}: {name}", StorageError) from error
+            pieces = theirs.storage.encoding.converted(source.encoded(tensor, index), ours.encoding)
+        except BadChunk as error:
+            raise Corrupt(f"{source.path}: {tensor}: cannot be decoded", details=(str(error),)) from error
+        self._write(name, chunk, pieces)
 
     def finish(self, record: Record | None = None, empty: Iterable[EmptyNode] = ()) -> None:
         """Commits what is pending, then writes the record, the index and the markers, in this order."""
-        if self._commits is not None:
-            try:
-                self._commits.finish()
-            except ValueError as error:
-                raise translate(error, str(self._final), StorageError) from error
+        with self._errors():
+            self._target.finish()
         if record is not None:
             (self._home / FILE_NAME).write_bytes(record.to_json())
         if self._format.name == "t5x":
-            values: dict[str, Leaf | npt.NDArray[Any]] = {**self._leaves, **self._kept}
-            codec = new_metadata(2, (), (), "float32")["compressor"]
-            write_index(self._home / T5X_INDEX, values, codec)
+            write_index(self._home / T5X_INDEX, {**self._leaves, **self._kept})
             return
-        write_metadata(self._index, self._leaves.values(), empty, zarr=self._format.zarr, in_ocdbt=self._format.ocdbt)
+        form = Form(self._format.zarr, in_ocdbt=self._format.ocdbt, sparse=self._manner.sparse)
+        write_metadata(self._index, self._leaves.values(), empty, form)
         if self._item:
             mark_committed(self._index, self._final / self._item)
         write_step_metadata(self._home, self._item, self._started_ns)
         mark_committed(self._home, self._final)
 
-    def _store(self, base: str) -> Spec:
-        at = str(self._index)
-        return ocdbt(at, base + "/") if self._format.ocdbt else directory(f"{at}/{base}")
+    def _write(self, name: str, chunk: Region, pieces: Iterable[Buffer]) -> None:
+        with self._errors(name):
+            self._target.write(self._key(name, chunk), pieces)
+
+    def _storage(self, name: str) -> Storage:
+        stored = self._leaves[name].stored
+        assert stored is not None
+        return stored.storage
+
+    def _key(self, name: str, chunk: Region) -> str:
+        leaf = self._leaves[name]
+        assert leaf.stored is not None
+        index = tuple(r.start // c for r, c in zip(chunk, leaf.stored.storage.chunks, strict=True))
+        return f"{_base(leaf.keys)}/{leaf.stored.chunk_key(index)}"
+
+    @contextmanager
+    def _errors(self, name: str = "") -> Iterator[None]:
+        """Turns what stores and the operating system raise into fusectl's errors."""
+        where = f"{self._final}: {name}" if name else str(self._final)
+        try:
+            with storage_errors(self._final):
+                yield
+        except ValueError as error:
+            raise translate(error, where, StorageError) from error
 
 
-def _settle(futures: Iterable[Any]) -> None:
-    """Waits for operations whose results nobody wants any more: they must not go on beside the cleaning up."""
-    for future in futures:
-        future.cancel()
-    for future in futures:
-        with suppress(ValueError, asyncio.CancelledError):
-            future.result()
+def _base(keys: Sequence[Key]) -> str:
+    return ".".join(key.name for key in keys)
 
 
 def save(
@@ -173,60 +211,31 @@ def save(
     *,
     item: str | None = "state",
     chunks: Mapping[str, tuple[int, ...]] | None = None,
+    encoding: Encoding | None = None,
     force: bool = False,
 ) -> None:
     """Writes tensors in memory as a checkpoint without a record, as a trainer would. `chunks` by tensor name."""
     with staged(final, force=force) as temporary:
-        sink = Sink(temporary, final, format_named(format), item)
-        shapes = {name: (chunks or {}).get(name, array.shape) for name, array in values.items()}
-        sink.create(NewTensor(n, dict_keys(n), a.shape, a.dtype.name, shapes[n]) for n, a in values.items())
-        for name, array in values.items():
-            sink.write(name, whole(array.shape), array)
+        form = format_named(format)
+        sink = Sink(temporary, final, form, item)
+        codec = encoding or Encoding("zstd", ZSTD_LEVEL, crc32c=form.zarr == 3)
+        tensors = [
+            NewTensor(name, dict_keys(name), array.shape, array.dtype.name, storage)
+            for name, array in values.items()
+            for storage in [new_storage(form.zarr, (chunks or {}).get(name, array.shape), array.dtype.name, codec)]
+        ]
+        sink.create(tensors)
+        for tensor in tensors:
+            for chunk in tiles(tensor.shape, tensor.storage.chunks):
+                sink.write(tensor.name, chunk, values[tensor.name][slices(chunk)])
         sink.finish()
 
 
-class _Commits:
-    """Transactions that many writes share: one commit for every few megabytes instead of one for every chunk."""
-
-    def __init__(self, limit_bytes: int) -> None:
-        self._limit_bytes = limit_bytes
-        self._lock = threading.Lock()
-        self._current = _Group(ts.Transaction())
-
-    @contextmanager
-    def joined(self, nbytes: int) -> Iterator[ts.Transaction]:
-        """The transaction to write `nbytes` in. The last writer of a full one commits it before going on."""
-        with self._lock:
-            group = self._current
-            group.writers += 1
-            group.nbytes += nbytes
-            if group.nbytes >= self._limit_bytes:
-                group.full = True
-                self._current = _Group(ts.Transaction())
-        try:
-            yield group.transaction
-        finally:
-            with self._lock:
-                group.writers -= 1
-                last = group.full and not group.writers
-        if last:
-            group.transaction.commit_sync()
-
-    def finish(self) -> None:
-        self._current.transaction.commit_sync()
-
-
-@dataclass
-class _Group:
-    transaction: ts.Transaction
-    writers: int = 0
-    nbytes: int = 0
-    full: bool = False
-
-
 @contextmanager
-def staged(final: Path, *, force: bool) -> Iterator[Path]:
+def staged(final: Path, *, force: bool, sync: bool = True) -> Iterator[Path]:
     """A temporary sibling of `final`, which becomes `final` when the body ends and is removed when the body fails.
+
+    With `sync` all of it is on the disk before it appears.
 
     Raises OutputExists when `final` exists and `force` is not given, or when another process is writing it.
     """
@@ -248,7 +257,8 @@ def staged(final: Path, *, force: bool) -> Iterator[Path]:
             with storage_errors(final):
                 _empty(temporary)
                 yield temporary
-                _sync(temporary)
+                if sync:
+                    _sync(temporary)
                 with undisturbed():
                     _publish(temporary, final)
         except BaseException:
@@ -316,14 +326,6 @@ def _is_open_as(path: Path, handle: int) -> bool:
         return False
 
 
-def _as_json(metadata: Mapping[str, Any]) -> bytes:
-
-    meta = dict(metadata)
-    if "data_type" in meta:
-        meta["zarr_format"] = 3
-    return json.dumps(meta).encode()
-
-
 def _empty(at: Path) -> None:
     for child in at.iterdir():
         if child.is_dir() and not child.is_symlink():
@@ -333,13 +335,12 @@ def _empty(at: Path) -> None:
 
 
 def _sync(at: Path) -> None:
-    """Flushes what Python wrote (the index, the markers) and the directories; tensorstore has synced its own files."""
-    for parent, _, names in os.walk(at):
-        for name in names:
-            path = Path(parent, name)
-            if path.suffix == ".json" or path.name.startswith("_") or path.name in {T5X_INDEX, "commit_success.txt"}:
-                _fsync(path)
-        _fsync(Path(parent))
+    """Flushes all files and directories to the disk; for those that are linked there is nothing left to do."""
+    with ThreadPoolExecutor(FLUSHES_AT_ONCE) as pool:
+        for parent, _, names in os.walk(at):
+            flushed = pool.map(_fsync, [Path(parent, name) for name in names])
+            list(flushed)
+            _fsync(Path(parent))
 
 
 def _fsync(path: Path) -> None:

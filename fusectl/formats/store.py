@@ -1,24 +1,38 @@
-"""Files of a checkpoint through tensorstore's key-value stores, and its error texts turned into fusectl's errors."""
+"""Files of a checkpoint through tensorstore's key-value stores, and its error texts turned into fusectl's errors.
+
+Where a file's bytes lie on this machine, be it a file of its own or a piece of an OCDBT data file, they are read and
+copied by the operating system: three to five times as fast as through a store.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import errno
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import tensorstore as ts
 
 from fusectl.errors import Corrupt, FusectlError, NotEnoughSpace, StorageError
+from fusectl.formats.encoding import Buffer
 
 
 Spec = dict[str, Any]
 
+MANIFEST = "manifest.ocdbt"
 
-def new_context() -> ts.Context:
+
+def new_context(*, sync: bool = True) -> ts.Context:
     """A context for the stores of one checkpoint: no chunk cache, since every chunk is read once.
 
-    One for all would remember the metadata of a checkpoint that has been replaced.
+    One for all would remember the metadata of a checkpoint that has been replaced. Without `sync`, what is written is
+    not flushed to the disk at once.
     """
-    return ts.Context({"cache_pool": {"total_bytes_limit": 0}})
+    return ts.Context({"cache_pool": {"total_bytes_limit": 0}, "file_io_sync": sync})
 
 
 def directory(path: str) -> Spec:
@@ -49,16 +63,83 @@ def translate(error: Exception, where: str, otherwise: type[FusectlError] = Corr
     return otherwise(f"{where}: cannot be {'decoded' if otherwise is Corrupt else 'written'}", details=(text,))
 
 
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """A piece of a local file, or all of it."""
+
+    path: str
+    offset: int
+    nbytes: int
+
+    def read(self) -> bytes:
+        """Its bytes; raises OSError, or Corrupt where the file ends before."""
+        pieces: list[bytes] = []
+        handle = os.open(self.path, os.O_RDONLY)
+        try:
+            done = 0
+            while done < self.nbytes:
+                # Linux reads 2 GiB at most; what fits is not copied once more.
+                pieces.append(os.pread(handle, self.nbytes - done, self.offset + done))
+                if not pieces[-1]:
+                    raise Corrupt(f"{self.path}: ends at {self.offset + done:,}, before {self.offset + self.nbytes:,}")
+                done += len(pieces[-1])
+        finally:
+            os.close(handle)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+@dataclass(frozen=True)
+class Database:
+    """What an OCDBT database's tree holds: for every key the extent of its value, or the value that the tree holds.
+
+    `nodes` are the extents of the tree itself.
+    """
+
+    values: Mapping[str, Extent | bytes]
+    nodes: Sequence[Extent]
+
+
 class Files:
-    """A read-only view of all files under a store: which there are, and their contents."""
+    """A read-only view of all files under a store: which there are, where they lie, and their contents."""
 
     def __init__(self, spec: Spec, where: str) -> None:
         self.where = where
+        self.spec = spec
         try:
             self._store = ts.KvStore.open(spec, context=new_context()).result()
             self.names = frozenset(key.decode() for key in self._store.list().result())
         except ValueError as error:
             raise translate(error, where) from error
+
+    @cached_property
+    def database(self) -> Database | None:
+        """The tree of an OCDBT database, or None for other stores, and for a tree that is not understood."""
+        if self.spec["driver"] != "ocdbt":
+            return None
+        root = self.spec["base"]["path"]
+        try:
+            nodes: list[Extent] = []
+            found = Database(dict(_walk(root, nodes)), nodes)
+        except (ValueError, LookupError, TypeError):
+            return None
+        return found if found.values.keys() == self.names else None
+
+    def place(self, name: str) -> Extent | bytes | None:
+        """Where a file's bytes lie; they themselves where a database's tree holds them; None if nobody knows.
+
+        Raises OSError or KeyError for one that is not there.
+        """
+        if self.spec["driver"] == "file":
+            path = self.spec["path"] + name
+            return Extent(path, 0, Path(path).stat().st_size)
+        return self.database.values[name] if self.database else None
+
+    def bytes_of(self, name: str) -> Buffer:
+        """The contents of one file; raises OSError, KeyError or Corrupt for one that is not there."""
+        place = self.place(name)
+        if isinstance(place, Extent):
+            return place.read()
+        return place if place is not None else self.read([name])[name]
 
     def read(self, names: Iterable[str]) -> Mapping[str, bytes]:
         """The contents of these files, read concurrently; a missing one is an error that names it."""
@@ -73,3 +154,85 @@ class Files:
                 raise Corrupt(f"{self.where}/{name}: missing", hint="dotfiles get lost in copies; copy it again whole")
             contents[name] = result.value
         return contents
+
+
+def _walk(root: str, nodes: list[Extent]) -> Iterator[tuple[str, Extent | bytes]]:
+    """The keys and values of the newest version of the OCDBT database in `root`; notes the extents of its nodes."""
+    base = ts.KvStore.open(directory(root), context=new_context()).result()
+
+    def below(location: str, prefix: bytes) -> Iterator[tuple[str, Extent | bytes]]:
+        nodes.append(_extent(root, location))
+        for entry in ts.ocdbt.dump(base, location).result()["entries"]:
+            if "location" in entry:
+                yield from below(entry["location"], prefix + entry.get("subtree_common_prefix", b""))
+            else:
+                inline = entry.get("inline_value")
+                value = _extent(root, entry["indirect_value"]) if inline is None else inline
+                yield (prefix + entry["key"]).decode(), value
+
+    newest = ts.ocdbt.dump(base).result()["versions"][-1]["root"]
+    if "location" in newest:
+        yield from below(newest["location"], b"")
+
+
+def _extent(root: str, location: str) -> Extent:
+    """The extent that `kind:directory:file:offset:length` names, its parts percent-encoded."""
+    _, below, file, offset, nbytes = location.split(":")
+    inside = unquote(below) + unquote(file)
+    if inside.startswith("/") or ".." in inside.split("/"):
+        raise ValueError(f"{inside} leaves the database")
+    return Extent(root + inside, int(offset), int(nbytes))
+
+
+_NOT_THERE = frozenset({errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM, errno.EBADF})
+
+
+def copy(source: Extent, to: Path, offset: int = 0) -> None:
+    """Has the kernel copy an extent into a file, which need not exist; it shares the blocks where it can (reflink)."""
+    reading = os.open(source.path, os.O_RDONLY)
+    try:
+        writing = os.open(to, os.O_WRONLY | os.O_CREAT, 0o666)
+        try:
+            done = 0
+            while done < source.nbytes:
+                left = source.nbytes - done
+                got = _copied(reading, writing, left, source.offset + done, offset + done)
+                if not got:
+                    raise Corrupt(f"{source.path}: ends at {source.offset + done:,}")
+                done += got
+        finally:
+            os.close(writing)
+    finally:
+        os.close(reading)
+
+
+def _copied(reading: int, writing: int, nbytes: int, at: int, to: int) -> int:
+    try:
+        return os.copy_file_range(reading, writing, nbytes, at, to)
+    except OSError as error:
+        if error.errno not in _NOT_THERE:
+            raise
+    os.lseek(writing, to, os.SEEK_SET)
+    return os.sendfile(writing, reading, at, nbytes)
+
+
+def link(source: Extent, to: Path) -> bool:
+    """Makes `to` another name of the file, if the extent is all of it and the file system can; whether it did."""
+    if source.offset or source.nbytes != Path(source.path).stat().st_size:
+        return False
+    try:
+        os.link(source.path, to)
+    except OSError as error:
+        if error.errno in {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES}:
+            return False
+        raise
+    return True
+
+
+def write(pieces: Iterable[Buffer], to: Path) -> None:
+    """Writes a file that does not exist yet."""
+    with open(to, "xb", buffering=0) as file:  # noqa: PTH123
+        for piece in pieces:
+            view = memoryview(piece).cast("B") if memoryview(piece).nbytes else memoryview(b"")
+            while view:
+                view = view[file.write(view) :]

@@ -10,6 +10,7 @@ Sources: t5x/checkpoints.py (version 3), flax/serialization.py (`_MsgpackExtType
 
 from __future__ import annotations
 
+import json
 import posixpath
 from collections.abc import Iterator, Mapping
 from enum import IntEnum
@@ -61,7 +62,8 @@ def open_t5x(location: Location, record: Record | None) -> Checkpoint:
         _agree(spec, stored, f"{where}: {name}")
         store = directory(str(location.index / file_of[name]))
         leaves[name] = Leaf(name, dict_keys(name), stored.shape, stored.dtype, stored=stored, store=store)
-    return Checkpoint(location, "t5x", leaves, files=files, file_of=file_of, record=record)
+    # T5X itself gives its arrays no fill value, and stores every chunk.
+    return Checkpoint(location, "t5x", leaves, files=files, file_of=file_of, lenient=True, record=record)
 
 
 def read_index(path: Path) -> dict[str, Any]:
@@ -87,7 +89,7 @@ def read_index(path: Path) -> dict[str, Any]:
     return optimizer
 
 
-def write_index(path: Path, values: Mapping[str, Leaf | npt.NDArray[Any]], codec: Mapping[str, Any]) -> None:
+def write_index(path: Path, values: Mapping[str, Leaf | npt.NDArray[Any]]) -> None:
     """Writes a `checkpoint` file for tensors whose arrays are in place; numpy arrays are kept in the index."""
     tree: dict[str, Any] = {}
     for name, value in sorted(values.items()):
@@ -95,7 +97,7 @@ def write_index(path: Path, values: Mapping[str, Leaf | npt.NDArray[Any]], codec
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})
-        node[last] = _spec(value, codec) if isinstance(value, Leaf) else value
+        node[last] = _spec(value) if isinstance(value, Leaf) else value
     packed = msgpack.packb({"version": VERSION, "optimizer": tree}, default=_to_ext, strict_types=True)
     path.write_bytes(packed)
 
@@ -107,13 +109,15 @@ def kept_in_index(name: str, shape: tuple[int, ...]) -> bool:
     return shape in {(), (1,)} or name.rsplit("/", 1)[-1] in _INLINED_SLOTS
 
 
-def _spec(leaf: Leaf, codec: Mapping[str, Any]) -> dict[str, Any]:
+def _spec(leaf: Leaf) -> dict[str, Any]:
+    assert leaf.stored is not None
+    compressor = json.loads(leaf.stored.storage.codecs)["compressor"]
     # T5X deletes metadata.chunks and metadata.compressor on restore: both keys must be there.
     return {
         "driver": "zarr",
         "dtype": leaf.dtype,
         "kvstore": {"driver": "file", "path": leaf.name.replace("/", ".") + "/"},
-        "metadata": {"chunks": list(leaf.chunks), "compressor": dict(codec), "shape": list(leaf.shape)},
+        "metadata": {"chunks": list(leaf.chunks), "compressor": compressor, "shape": list(leaf.shape)},
     }
 
 

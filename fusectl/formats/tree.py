@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import itertools
+import math
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -15,11 +16,12 @@ import numpy as np
 import numpy.typing as npt
 import tensorstore as ts
 
-from fusectl.errors import Corrupt
+from fusectl.errors import Corrupt, StorageError
+from fusectl.formats.encoding import BadChunk, Buffer
 from fusectl.formats.store import Files, Spec, new_context, translate
 from fusectl.formats.zarr import ArrayMetadata, np_dtype
-from fusectl.layout import Region, whole
-from fusectl.record import Record
+from fusectl.layout import Region, intersect, slices, whole
+from fusectl.record import LEFT_OUT, Record
 
 
 # The kinds of key in Orbax's tree metadata: a position in a sequence, a key of a dictionary.
@@ -132,9 +134,10 @@ class Checkpoint:
         self.empty = empty
         self.record = record
         self.lenient = lenient
-        self._files = files
+        self.files = files
         self._file_of = file_of
         self._open: dict[str, ts.TensorStore] = {}
+        self._zeros: dict[str, frozenset[str]] = {}
         self._context = new_context()
         self._lock = threading.Lock()
 
@@ -156,42 +159,118 @@ class Checkpoint:
                 return int(self.read(name)[()])
         return self.location.step
 
+    def encoded(self, name: str, index: tuple[int, ...]) -> Buffer:
+        """The bytes of a stored chunk as they are."""
+        try:
+            return self.files.bytes_of(self.key(name, index))
+        except (FileNotFoundError, NotADirectoryError, KeyError) as error:
+            raise Corrupt(f"{self.path}: {name}: data is missing", details=(str(error),)) from error
+        except OSError as error:
+            raise StorageError(f"{self.path}: {name}: storage refused", details=(str(error),)) from error
+
+    def is_left_out(self, name: str, index: tuple[int, ...]) -> bool:
+        """Whether a stored chunk is not there, and stands for zeros."""
+        key = self.key(name, index)
+        return key not in self.files.names and (self._fills(name) or key in self._left_out(name))
+
+    def key(self, name: str, index: tuple[int, ...]) -> str:
+        """The path of a stored chunk inside the checkpoint."""
+        stored = self.leaves[name].stored
+        assert stored is not None
+        return f"{self._file_of[name]}/{stored.chunk_key(index)}"
+
     def missing_chunks(self, name: str) -> list[str]:
         """The chunks of a tensor that should be on disk and are not, as paths inside the checkpoint."""
         leaf = self.leaves[name]
-        if leaf.stored is None or self._fills(leaf.stored):
+        if leaf.stored is None or self._fills(name):
             return []
-        base = self._file_of[name]
-        missing = (key for chunk in leaf.stored.chunk_keys() if (key := f"{base}/{chunk}") not in self._files.names)
+        base, left_out = self._file_of[name], self._left_out(name)
+        missing = (
+            key
+            for chunk in leaf.stored.chunk_keys()
+            if (key := f"{base}/{chunk}") not in self.files.names and key not in left_out
+        )
         # A grid may claim 10**18 chunks; the first of those that are missing say it all.
         return list(itertools.islice(missing, MOST_MISSING))
 
     def read(self, name: str, region: Region | None = None) -> npt.NDArray[Any]:
-        """The values of a tensor's region, in C order and the stored dtype."""
+        """The values of a tensor's region, in C order and the stored dtype; they may be read-only."""
         leaf = self.leaves[name]
         wanted = whole(leaf.shape) if region is None else region
-        at = tuple(slice(r.start, r.stop) for r in wanted)
         if leaf.value is not None:
-            return leaf.value[at]
+            return leaf.value[slices(wanted)]
+        values = self._read_chunks(leaf, wanted)
+        if values is not None:
+            return values
         try:
             store = self._opened(leaf)
-            values = store[at].read(order="C").result()
+            return np.asarray(store[slices(wanted)].read(order="C").result())
         except ValueError as error:
             raise translate(error, f"{self.path}: {name}") from error
-        return np.asarray(values)
 
-    def _fills(self, stored: ArrayMetadata) -> bool:
-        """Whether a missing chunk may legitimately stand for zeros."""
-        return self.lenient and stored.has_fill_value
+    def _read_chunks(self, leaf: Leaf, region: Region) -> npt.NDArray[Any] | None:
+        """The values of a region from the whole chunks that it meets; None if only tensorstore can tell them."""
+        stored = leaf.stored
+        assert stored is not None
+        if stored.storage.encoding is None or self._fills(leaf.name):
+            return None
+        touched = tuple(range(r.start // c, -(-r.stop // c)) for r, c in zip(region, leaf.chunks, strict=True))
+        out: npt.NDArray[Any] | None = None
+        for at in itertools.product(*touched):
+            chunk = tuple(range(i * c, (i + 1) * c) for i, c in zip(at, leaf.chunks, strict=True))
+            met = intersect(chunk, region)
+            assert met is not None
+            values = self._decoded(leaf, at)[slices(met, chunk)]
+            if met == region:
+                return np.asarray(values, order="C")
+            if out is None:
+                out = np.empty(tuple(map(len, region)), values.dtype)
+            out[slices(met, region)] = values
+        return out
+
+    def _decoded(self, leaf: Leaf, index: tuple[int, ...]) -> npt.NDArray[Any]:
+        """The values of a whole stored chunk, those beyond the tensor's edge included."""
+        stored = leaf.stored
+        assert stored is not None
+        assert stored.storage.encoding is not None
+        dtype = np_dtype(leaf.dtype)
+        if self.is_left_out(leaf.name, index):
+            return np.zeros(leaf.chunks, dtype)
+        raw = self.encoded(leaf.name, index)
+        try:
+            values = stored.storage.encoding.decode(raw, math.prod(leaf.chunks) * dtype.itemsize)
+        except BadChunk as error:
+            details = (f"{self.key(leaf.name, index)}: {error}",)
+            raise Corrupt(f"{self.path}: {leaf.name}: cannot be decoded", details=details) from error
+        return np.frombuffer(values, dtype).reshape(leaf.chunks)
+
+    def _fills(self, name: str) -> bool:
+        """Whether any missing chunk may legitimately stand for the fill value: nobody says which ones were left out."""
+        stored = self.leaves[name].stored
+        known = self.record is not None and name in self.record.tensors
+        return self.lenient and stored is not None and stored.has_fill_value and not known
+
+    def _left_out(self, name: str) -> frozenset[str]:
+        """The chunks, as paths inside the checkpoint, that the record says were left out because they are zeros."""
+        if name not in self._zeros:
+            leaf, sums = self.leaves[name], self.record.tensors.get(name) if self.record else None
+            stored, keys = leaf.stored, frozenset[str]()
+            if sums is not None and stored is not None and sums.chunks == stored.storage.chunks:
+                grid = itertools.product(*map(range, stored.grid))
+                keys = frozenset(
+                    self.key(name, at) for at, crc32 in zip(grid, sums.crc32, strict=False) if crc32 == LEFT_OUT
+                )
+            self._zeros[name] = keys
+        return self._zeros[name]
 
     def _opened(self, leaf: Leaf) -> ts.TensorStore:
         store = self._open.get(leaf.name)
         if store is None:
             assert leaf.stored is not None
             spec = {
-                "driver": "zarr3" if leaf.stored.zarr == 3 else "zarr",
+                "driver": "zarr3" if leaf.stored.storage.zarr == 3 else "zarr",
                 "kvstore": leaf.store,
-                "fill_missing_data_reads": self._fills(leaf.stored),
+                "fill_missing_data_reads": self._fills(leaf.name) or bool(self._left_out(leaf.name)),
                 "recheck_cached_metadata": False,
                 "recheck_cached_data": False,
             }

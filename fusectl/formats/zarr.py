@@ -1,29 +1,28 @@
 """Arrays on disk: what a `.zarray` or `zarr.json` says, which chunks must exist, the metadata of new arrays.
 
-And what is asked of values that come from there: their dtype by name, whether they are finite, their checksum.
+And what is asked of values that come from there: their dtype by name, whether they are finite.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
+import tensorstore as ts
 
 from fusectl.errors import Corrupt
+from fusectl.formats.encoding import ZSTD_LEVEL, Buffer, Encoding
 from fusectl.layout import tiles
 
 
 METADATA_FILE = {2: ".zarray", 3: "zarr.json"}
-
-# Where chunks are computed anew: gzip, which T5X writes, costs twenty times as much to encode.
-ZSTD_LEVEL = 1
 
 
 def np_dtype(name: str) -> np.dtype[Any]:
@@ -40,31 +39,65 @@ def is_float(name: str) -> bool:
     return np_dtype(name).kind == "f" or (hasattr(ml_dtypes, name) and "int" not in name)
 
 
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """How an array's chunks are stored: two arrays with the same one can share chunks byte for byte.
+
+    `codecs` is the part of the metadata that says so, as JSON: compressor, dtype and order of zarr v2, the chain of
+    codecs of v3. `encoding` is what fusectl makes of it, None for what only tensorstore encodes and decodes.
+    """
+
+    zarr: int
+    chunks: tuple[int, ...]
+    codecs: str
+    encoding: Encoding | None
+
+    def like(self, other: Storage) -> bool:
+        """Whether a chunk stored in this way may stand in an array that is stored in the other."""
+        if self.encoding is None or other.encoding is None:
+            return self == other
+        return (self.zarr, self.chunks) == (other.zarr, other.chunks) and self.encoding.like(other.encoding)
+
+    def in_zarr(self, zarr: int, dtype: str) -> Storage | None:
+        """The same bytes in the other version of zarr, but for the CRC-32C that v3 has behind them; None if none."""
+        if zarr == self.zarr:
+            return self
+        if self.encoding is None:
+            return None
+        return new_storage(zarr, self.chunks, dtype, replace(self.encoding, crc32c=zarr == 3))
+
+
 @dataclass(frozen=True)
 class ArrayMetadata:
     """What an array's metadata file says, in one form for zarr v2 and v3."""
 
-    zarr: int
     shape: tuple[int, ...]
     dtype: str
-    # The unit that is decoded at once, and the one that is stored under one key: a shard may hold several chunks.
+    # The unit that is decoded at once; a stored one, a shard, may hold several.
     chunks: tuple[int, ...]
-    stored_chunks: tuple[int, ...]
+    storage: Storage
     codec: str
     separator: str
     prefix: str
     # zarr v2 with "fill_value": null has no value that a left-out chunk could stand for.
     has_fill_value: bool
 
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """The number of stored chunks along every axis."""
+        return tuple(math.ceil(n / c) for n, c in zip(self.shape, self.storage.chunks, strict=True))
+
+    def chunk_key(self, index: tuple[int, ...]) -> str:
+        """The key of the stored chunk at this place of the grid, relative to the array."""
+        if not index:
+            return self.prefix.rstrip(self.separator) if self.storage.zarr == 3 else "0"
+        return self.prefix + self.separator.join(map(str, index))
+
     def chunk_keys(self) -> Iterator[str]:
-        """The keys of all chunks, relative to the array, in C order of the grid."""
-        counts = tuple(math.ceil(n / c) for n, c in zip(self.shape, self.stored_chunks, strict=True))
-        if not counts:
-            yield self.prefix.rstrip(self.separator) if self.zarr == 3 else "0"
-            return
+        """The keys of all stored chunks, relative to the array, in C order of the grid."""
         # Lazily: itertools.product would first hold every axis, and a hostile grid has 10**9 chunks on one.
-        for index in tiles(counts, (1,) * len(counts)):
-            yield self.prefix + self.separator.join(str(at.start) for at in index)
+        for index in tiles(self.grid, (1,) * len(self.grid)):
+            yield self.chunk_key(tuple(at.start for at in index))
 
 
 def parse_metadata(raw: bytes, where: str) -> ArrayMetadata:
@@ -77,21 +110,28 @@ def parse_metadata(raw: bytes, where: str) -> ArrayMetadata:
             f"{where}: not the metadata of an array", details=(f"{type(error).__name__}: {error}",)
         ) from error
     rank = len(parsed.shape)
-    if len(parsed.chunks) != rank or len(parsed.stored_chunks) != rank or min((*parsed.chunks, 1)) < 1:
+    stored = parsed.storage.chunks
+    if len(parsed.chunks) != rank or len(stored) != rank or min((*parsed.chunks, *stored, 1)) < 1:
         raise Corrupt(f"{where}: chunks {list(parsed.chunks)} do not fit shape {list(parsed.shape)}")
     return parsed
+
+
+def _text(codecs: Any) -> str:
+    return json.dumps(codecs, sort_keys=True)
 
 
 def _parse_v2(meta: dict[str, Any]) -> ArrayMetadata:
     compressor = meta["compressor"]
     codec = "none" if compressor is None else str(compressor["id"])
     chunks = tuple(int(n) for n in meta["chunks"])
+    codecs = {key: meta.get(key) for key in ("compressor", "dtype", "filters", "order")}
+    plain = meta.get("order", "C") == "C" and not meta.get("filters") and str(meta["dtype"])[0] != ">"
+    known = plain and codec in _COMPRESSORS
     return ArrayMetadata(
-        zarr=2,
         shape=tuple(int(n) for n in meta["shape"]),
         dtype=np_dtype(meta["dtype"]).name,
         chunks=chunks,
-        stored_chunks=chunks,
+        storage=Storage(2, chunks, _text(codecs), Encoding(codec, _level(compressor)) if known else None),
         codec=codec,
         separator=str(meta.get("dimension_separator") or "."),
         prefix="",
@@ -111,11 +151,10 @@ def _parse_v3(meta: dict[str, Any]) -> ArrayMetadata:
     default = "/" if encoding["name"] == "default" else "."
     separator = encoding.get("configuration", {}).get("separator", default)
     return ArrayMetadata(
-        zarr=3,
         shape=tuple(int(n) for n in meta["shape"]),
         dtype=np_dtype(meta["data_type"]).name,
         chunks=chunks,
-        stored_chunks=stored,
+        storage=Storage(3, stored, _text(meta["codecs"]), _encoding_v3(meta["codecs"])),
         codec="+".join(names) or "none",
         separator=separator,
         prefix=f"c{separator}" if encoding["name"] == "default" else "",
@@ -123,36 +162,95 @@ def _parse_v3(meta: dict[str, Any]) -> ArrayMetadata:
     )
 
 
-def new_metadata(zarr: int, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: str) -> dict[str, Any]:
-    """The metadata, as tensorstore takes it, of a new array that is compressed with zstd.
+_COMPRESSORS = {"none": 0, "zstd": ZSTD_LEVEL, "gzip": 1}
 
-    zarr v3 ends its codecs with crc32c, so that every reader notices a flipped bit; zarr v2 has no such codec.
-    """
-    if zarr == 3:
-        return {
-            "shape": list(shape),
-            "data_type": dtype,
-            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(chunks)}},
-            "chunk_key_encoding": {"name": "default"},
-            "codecs": [
-                {"name": "bytes", "configuration": {"endian": "little"}},
-                {"name": "zstd", "configuration": {"level": ZSTD_LEVEL}},
-                {"name": "crc32c"},
-            ],
-            "fill_value": False if dtype == "bool" else 0,
+
+def _level(configuration: Mapping[str, Any] | None) -> int:
+    return int((configuration or {}).get("level", 1))
+
+
+def _encoding_v3(codecs: list[dict[str, Any]]) -> Encoding | None:
+    """The Encoding of a chain of codecs: bytes, at most one compressor, at most a CRC-32C; None for another chain."""
+    first, *rest = codecs
+    if first["name"] != "bytes" or first.get("configuration", {}).get("endian", "little") != "little":
+        return None
+    crc32c = bool(rest) and rest[-1]["name"] == "crc32c"
+    compressors = rest[:-1] if crc32c else rest
+    if not compressors:
+        return Encoding(crc32c=crc32c)
+    name = compressors[0]["name"]
+    if len(compressors) > 1 or name not in _COMPRESSORS:
+        return None
+    return Encoding(name, _level(compressors[0].get("configuration")), crc32c)
+
+
+def new_storage(zarr: int, chunks: tuple[int, ...], dtype: str, encoding: Encoding) -> Storage:
+    """The Storage of an array that is written anew."""
+    compressor = {"id": encoding.compressor, "level": encoding.level} if encoding.compressor != "none" else None
+    if zarr == 2:
+        kind = np_dtype(dtype)
+        name = dtype if hasattr(ml_dtypes, dtype) else kind.newbyteorder("<").str
+        codecs: Any = {"compressor": compressor, "dtype": name, "filters": None, "order": "C"}
+        return Storage(zarr, chunks, _text(codecs), encoding)
+    codecs = [{"name": "bytes", "configuration": {"endian": "little"}}]
+    if compressor:
+        codecs.append({"name": encoding.compressor, "configuration": {"level": encoding.level}})
+    if encoding.crc32c:
+        codecs.append({"name": "crc32c"})
+    return Storage(zarr, chunks, _text(codecs), encoding)
+
+
+def new_metadata(storage: Storage, shape: tuple[int, ...], dtype: str, *, sparse: bool) -> bytes:
+    """The contents of the metadata file of a new array. With `sparse`, chunks that are left out are zeros."""
+    zero: Any = False if dtype == "bool" else 0.0 if is_float(dtype) else 0
+    if storage.zarr == 2:
+        meta = {
+            "zarr_format": 2,
+            "shape": shape,
+            "chunks": storage.chunks,
+            **json.loads(storage.codecs),
+            # As T5X has it; readers other than tensorstore take null for "whatever was in memory".
+            "fill_value": zero if sparse else None,
+            "dimension_separator": ".",
         }
-    kind = np_dtype(dtype)
-    return {
-        "zarr_format": 2,
-        "shape": list(shape),
-        "chunks": list(chunks),
-        "dtype": dtype if hasattr(ml_dtypes, dtype) else kind.newbyteorder("<").str,
-        "compressor": {"id": "zstd", "level": ZSTD_LEVEL},
-        "fill_value": None,
-        "filters": None,
-        "order": "C",
-        "dimension_separator": ".",
+    else:
+        meta = {
+            "zarr_format": 3,
+            "node_type": "array",
+            "shape": shape,
+            "data_type": dtype,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": storage.chunks}},
+            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+            "codecs": json.loads(storage.codecs),
+            "fill_value": zero,
+        }
+    return json.dumps(meta).encode()
+
+
+def encode(values: npt.NDArray[Any], storage: Storage) -> list[Buffer]:
+    """The bytes of one whole stored chunk, in pieces."""
+    if storage.encoding is not None:
+        return storage.encoding.encode(values)
+    raw = new_metadata(storage, values.shape, values.dtype.name, sparse=False)
+    metadata = {k: v for k, v in json.loads(raw).items() if k not in {"zarr_format", "node_type"}}
+    spec = {
+        "driver": "zarr3" if storage.zarr == 3 else "zarr",
+        "kvstore": {"driver": "memory"},
+        "metadata": metadata,
+        "store_data_equal_to_fill_value": True,
     }
+    array = ts.open(spec, create=True, context=ts.Context()).result()
+    array.write(values).result()
+    key = parse_metadata(raw, "a new array").chunk_key((0,) * values.ndim)
+    memory = array.kvstore
+    assert memory is not None
+    return [memory[key]]
+
+
+@lru_cache(maxsize=256)
+def zero_chunk(storage: Storage, dtype: str) -> bytes:
+    """The bytes of a stored chunk of zeros."""
+    return b"".join(encode(np.zeros(storage.chunks, np_dtype(dtype)), storage))
 
 
 def nonfinite_at(values: npt.NDArray[Any]) -> tuple[int, ...] | None:
@@ -164,9 +262,3 @@ def nonfinite_at(values: npt.NDArray[Any]) -> tuple[int, ...] | None:
         if np.isfinite(values.min()) and np.isfinite(values.max()):
             return None
     return tuple(int(i) for i in np.argwhere(~np.isfinite(values))[0])
-
-
-def checksum(values: npt.NDArray[Any]) -> str:
-    """The CRC-32 of an array's bytes in C order, as eight hexadecimal digits."""
-    flat: Any = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
-    return f"{zlib.crc32(flat):08x}"

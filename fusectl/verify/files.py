@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from functools import partial
 
 from fusectl.errors import Corrupt
+from fusectl.formats.encoding import checksum
 from fusectl.formats.tree import READ_COPIES, Checkpoint, Leaf
-from fusectl.formats.zarr import checksum, nonfinite_at
+from fusectl.formats.zarr import nonfinite_at
 from fusectl.layout import Region, size, tiles
 from fusectl.parallel import Progress, in_parallel
-from fusectl.record import Checksums, Record
+from fusectl.record import LEFT_OUT, UNREAD, Checksums, Record
 from fusectl.verify.report import FilesResult
 
 
@@ -43,7 +44,7 @@ def check_files(checkpoint: Checkpoint, *, budget_bytes: int, jobs: int, progres
             if sums is not None and (sums.shape, sums.dtype) != (leaf.shape, leaf.dtype):
                 sums = None
             bytes_read += leaf.nbytes
-            compared += len(sums.crc32) if sums is not None else 0
+            compared += sum(crc32 != UNREAD for crc32 in sums.crc32) if sums is not None else 0
             for i, region in enumerate(tiles(leaf.shape, sums.chunks if sums is not None else leaf.chunks)):
                 cost = size(region) * leaf.itemsize * READ_COPIES
                 yield cost, partial(check, leaf, region, sums, i)
@@ -74,7 +75,9 @@ def _problem(checkpoint: Checkpoint, leaf: Leaf, region: Region, crc32: str | No
     at = [r.start for r in region]
     bad = nonfinite_at(values)
     problems = []
-    if crc32 is not None and checksum(values) != crc32:
+    if crc32 == LEFT_OUT and values.any():
+        problems.append(f"the chunk at {at} was zeros and left out, and is something else")
+    if crc32 not in {None, LEFT_OUT, UNREAD} and checksum(values) != crc32:
         problems.append(f"the chunk at {at} is not what was written (CRC-32)")
     if bad is not None:
         problems.append(f"{values[bad]} in the chunk at {at}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fusectl.errors import UsageError
-from fusectl.parallel import DEFAULT_MAX_MEMORY_BYTES, default_jobs
+from fusectl.parallel import default_jobs, default_max_memory_bytes
 
 
 LEVELS = ("files", "weights", "algebra", "native")
@@ -60,7 +60,7 @@ class Settings:
     @property
     def read_bytes(self) -> int:
         """The budget of the levels that only read."""
-        return self.max_memory_bytes or DEFAULT_MAX_MEMORY_BYTES
+        return self.max_memory_bytes or default_max_memory_bytes()
 
     @property
     def threads(self) -> int:

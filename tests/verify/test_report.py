@@ -133,7 +133,7 @@ def test_what_fails_its_verification_does_not_appear(sources, tmp_path, fusectl,
 
     def wrong(chunk, reader):
         values = right(chunk, reader)
-        return values + np.float32(0.01) if values.shape == (12, 22) else values
+        return values + np.float32(0.01) if values.ndim == 2 else values
 
     monkeypatch.setattr(execute, "compute", wrong)
 

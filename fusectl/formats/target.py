@@ -1,0 +1,229 @@
+"""Where the files of a new checkpoint go: plain directories, or an OCDBT database. Written from any thread.
+
+What a source has already is not read but taken over: its files copied by the kernel or linked, and of an OCDBT database
+its data files, to which the new one refers, as Orbax does when it merges the databases of several writers.
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import tensorstore as ts
+
+from fusectl.formats.encoding import Buffer
+from fusectl.formats.store import MANIFEST, Extent, Files, copy, link, new_context, ocdbt, write
+
+
+# A source's data file is taken over whole if at least this share of it is needed.
+SMALLEST_SHARE = 0.5
+# The next one of these, which fusectl makes inside a new database, holds a source's data files.
+_TAKEN = "ocdbt.source_"
+_THE_KEY_ITSELF = ts.KvStore.KeyRange("", "\0")
+
+
+class Target(Protocol):
+    """The files of a new checkpoint, by their path in it."""
+
+    # How many chunks were copied although links were asked for.
+    not_linked: int
+
+    def expect(self, chunks: Iterable[tuple[Files, str]]) -> None:
+        """Announces which files of sources are going to be taken over."""
+
+    def write(self, key: str, pieces: Iterable[Buffer]) -> None:
+        """Writes a file."""
+
+    def take(self, key: str, files: Files, name: str) -> None:
+        """Makes a file of a source's, byte for byte."""
+
+    def finish(self) -> None:
+        """Makes all of it readable."""
+
+
+class Directories:
+    """Plain files below a directory."""
+
+    def __init__(self, at: Path, *, links: bool) -> None:
+        self._at = at
+        self._links = links
+        self._made: set[Path] = set()
+        self.not_linked = 0
+
+    def expect(self, chunks: Iterable[tuple[Files, str]]) -> None:
+        pass
+
+    def write(self, key: str, pieces: Iterable[Buffer]) -> None:
+        write(pieces, self._path(key))
+
+    def take(self, key: str, files: Files, name: str) -> None:
+        place = files.place(name)
+        if not isinstance(place, Extent):
+            self.write(key, [files.bytes_of(name)])
+        elif not self._links:
+            copy(place, self._path(key))
+        elif not link(place, self._path(key)):
+            self.not_linked += 1
+            copy(place, self._path(key))
+
+    def finish(self) -> None:
+        pass
+
+    def _path(self, key: str) -> Path:
+        path = self._at / key
+        if path.parent not in self._made:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._made.add(path.parent)
+        return path
+
+
+class Database:
+    """An OCDBT database in a directory."""
+
+    def __init__(self, at: Path, *, links: bool, commit_bytes: int) -> None:
+        self._at = at
+        self._links = links
+        # Databases share references only within one context.
+        self._context = new_context(sync=False)
+        self._store = ts.KvStore.open(ocdbt(str(at)), context=self._context).result()
+        self._commits = _Commits(commit_bytes)
+        self._taken: dict[int, _Taken] = {}
+        self._lock = threading.Lock()
+        self.not_linked = 0
+
+    def expect(self, chunks: Iterable[tuple[Files, str]]) -> None:
+        wanted: dict[int, tuple[Files, set[Extent]]] = {}
+        for files, name in chunks:
+            place = files.place(name) if files.database else None
+            if isinstance(place, Extent):
+                wanted.setdefault(id(files), (files, set()))[1].add(place)
+        for key, (files, extents) in wanted.items():
+            used = Counter[str]()
+            for extent in extents:
+                used[extent.path] += extent.nbytes
+            worthy = {path for path, nbytes in used.items() if nbytes >= SMALLEST_SHARE * Path(path).stat().st_size}
+            if worthy:
+                self._taken[key] = _Taken(files, self._at / f"{_TAKEN}{len(self._taken)}", self._links, worthy)
+
+    def write(self, key: str, pieces: Iterable[Buffer]) -> None:
+        value = _joined(pieces)
+        with self._commits.joined(len(value)) as transaction:
+            self._store.with_transaction(transaction).write(key, value).result()
+
+    def take(self, key: str, files: Files, name: str) -> None:
+        taken, place = self._taken.get(id(files)), files.place(name)
+        if taken is None or not isinstance(place, Extent) or place.path not in taken.paths:
+            self.write(key, [files.bytes_of(name)])
+            return
+        if not taken.bring(place) and self._links:
+            self.not_linked += 1
+        with self._lock:
+            taken.keys.append((name, key))
+
+    def finish(self) -> None:
+        self._commits.finish()
+        for taken in self._taken.values():
+            # The sources' keys are copied by reference, from a database that has their data files at hand.
+            with taken.opened(self._context) as source, ts.Transaction() as transaction:
+                target = self._store.with_transaction(transaction)
+                copies = [
+                    (source / name).experimental_copy_range_to(target / key, _THE_KEY_ITSELF)
+                    for name, key in taken.keys
+                ]
+                for copied in copies:
+                    copied.result()
+
+
+def _joined(pieces: Iterable[Buffer]) -> bytes:
+    first, *others = pieces
+    return first if isinstance(first, bytes) and not others else b"".join([first, *others])
+
+
+class _Taken:
+    """A source's database inside a new one: its data files, whole or with holes where nothing is needed."""
+
+    def __init__(self, files: Files, at: Path, links: bool, paths: set[str]) -> None:
+        self.paths = paths
+        self.keys: list[tuple[str, str]] = []
+        self._at = at
+        self._root = files.spec["base"]["path"]
+        self._nodes = files.database.nodes if files.database else ()
+        self._brought: set[Extent] = set()
+        self._linked = {path: links and self._link(path) for path in paths}
+        self._lock = threading.Lock()
+
+    def bring(self, extent: Extent) -> bool:
+        """Copies an extent to where it is in the source's own files; whether the file is linked instead."""
+        if self._linked.get(extent.path):
+            return True
+        with self._lock:
+            if extent in self._brought:
+                return False
+            self._brought.add(extent)
+        copy(extent, self._place(extent.path), extent.offset)
+        return False
+
+    @contextmanager
+    def opened(self, context: ts.Context) -> Iterator[ts.KvStore]:
+        """The database, opened; afterwards only the data files remain."""
+        for node in self._nodes:
+            self.bring(node)
+        manifest = self._at / MANIFEST
+        shutil.copyfile(self._root + MANIFEST, manifest)
+        yield ts.KvStore.open(ocdbt(str(self._at)), context=context).result()
+        manifest.unlink()
+        for path in {node.path for node in self._nodes} - self.paths:
+            self._place(path).unlink()
+
+    def _link(self, path: str) -> bool:
+        return link(Extent(path, 0, Path(path).stat().st_size), self._place(path))
+
+    def _place(self, path: str) -> Path:
+        place = self._at / path.removeprefix(self._root)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        return place
+
+
+class _Commits:
+    """Transactions that many writes share: one commit for every few megabytes instead of one for every chunk."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        self._lock = threading.Lock()
+        self._current = _Group(ts.Transaction())
+
+    @contextmanager
+    def joined(self, nbytes: int) -> Iterator[ts.Transaction]:
+        """The transaction to write `nbytes` in. The last writer of a full one commits it before going on."""
+        with self._lock:
+            group = self._current
+            group.writers += 1
+            group.nbytes += nbytes
+            if group.nbytes >= self._limit_bytes:
+                group.full = True
+                self._current = _Group(ts.Transaction())
+        try:
+            yield group.transaction
+        finally:
+            with self._lock:
+                group.writers -= 1
+                last = group.full and not group.writers
+        if last:
+            group.transaction.commit_sync()
+
+    def finish(self) -> None:
+        self._current.transaction.commit_sync()
+
+
+@dataclass
+class _Group:
+    transaction: ts.Transaction
+    writers: int = 0
+    nbytes: int = 0
+    full: bool = False
