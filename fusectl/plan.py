@@ -39,6 +39,11 @@ class Output:
         return self.storage.chunks
 
     @property
+    def codec(self) -> str:
+        """What its chunks are compressed with, and whether a CRC-32C follows."""
+        return str(self.storage.encoding or "as in the source")
+
+    @property
     def passed_bytes(self) -> int:
         """The bytes of chunks that are taken over as they are, uncompressed."""
         return sum(size(block.at) for block in self.passed) * self.itemsize
@@ -181,7 +186,7 @@ def summary(plan: Plan) -> Mapping[str, object]:
                 "shape": list(o.layout.shape),
                 "dtype": o.layout.dtype,
                 "chunks": list(o.chunks),
-                "codec": str(o.storage.encoding or "as in the source"),
+                "codec": o.codec,
                 "blocks": len(o.layout.blocks),
                 "passed_bytes": o.passed_bytes,
             }

@@ -344,21 +344,34 @@ def _print_plan(console: Console, plan: Plan, output: Path) -> None:
         ("fill", _fill(record.fill)),
         ("optimizer", record.optimizer),
         ("tensors", f"{len(plan.outputs):,}, {human(plan.nbytes)}, of which {human(plan.nonzero_bytes)} not zero"),
-        ("reads", human(plan.read_bytes)),
+        ("chunks", _passing(plan)),
+        ("zeros", "left out" if plan.sparse else "stored"),
         ("memory", f"at most {human(plan.budget_bytes)} in flight"),
     ]
     _print_facts(console, facts)
     table = Table(
-        "tensor", "shape", "axes", "dtype", "chunks", "blocks", box=None, pad_edge=False, padding=(0, 2, 0, 0)
+        "tensor", "shape", "axes", "dtype", "chunks", "codec", "passed", box=None, pad_edge=False, padding=(0, 2, 0, 0)
     )
     for o in plan.outputs:
         if not o.name.startswith("state/"):
             axes = " ".join(o.layout.axes)
             table.add_row(
-                o.name, _shape(o.layout.shape), axes, o.layout.dtype, _shape(o.chunks), str(len(o.layout.blocks))
+                o.name,
+                _shape(o.layout.shape),
+                axes,
+                o.layout.dtype,
+                _shape(o.chunks),
+                o.codec,
+                f"{o.passed_bytes / max(o.nonzero_bytes, 1):.0%}",
             )
     console.print()
     console.print(table)
+
+
+def _passing(plan: Plan) -> str:
+    share = plan.passed_bytes / max(plan.nonzero_bytes, 1)
+    how = ("linked" if plan.links else "copied") + (", checked" if plan.check_sources else ", unread")
+    return f"{human(plan.passed_bytes)} ({share:.0%}) taken over as they are, {how}; the rest is encoded anew"
 
 
 def _print_inspection(console: Console, seen: Inspection, *, tree: bool) -> None:

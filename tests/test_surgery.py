@@ -10,13 +10,13 @@ import pytest
 from models import LAYERS, SIZES, checkpoint, state
 
 from fusectl.archs import family_named
+from fusectl.chunks import Storing, choose_chunks
 from fusectl.demo import random_parameters
 from fusectl.errors import Corrupt, Incompatible, OutputExists, UsageError
 from fusectl.formats import fingerprint, open_checkpoint
 from fusectl.formats.sink import save
 from fusectl.formats.tree import Leaf
 from fusectl.layout import Block, Layout, Term, whole
-from fusectl.chunks import Storing, choose_chunks
 from fusectl.record import FILE_NAME, Fill, Record
 from fusectl.surgery import Options, carry_out, plan_fusion, plan_noise_fill
 
