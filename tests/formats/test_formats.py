@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -14,6 +15,7 @@ from fusectl.formats import FORMATS, open_checkpoint
 from fusectl.formats.sink import save
 from fusectl.formats.store import directory, ocdbt
 from fusectl.layout import tiles
+from fusectl.surgery import Options, carry_out, plan_fusion
 
 
 ORBAX = [name for name in FORMATS if name != "t5x"]
@@ -75,13 +77,21 @@ def test_a_missing_chunk_is_never_read_as_zeros(tmp_path, name):
         opened.read("target/x")
 
 
+@pytest.mark.parametrize("made", ["saved", "copied", "linked", "sparse"])
 @pytest.mark.parametrize("name", ORBAX)
-def test_orbax_restores_it_without_a_target_and_onto_eight_devices(tmp_path, name):
+def test_orbax_restores_it_without_a_target_and_onto_eight_devices(tmp_path, name, made):
     import jax
     import orbax.checkpoint as ocp
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    path = checkpoint(tmp_path / "root" / "20", format=name, sizes={**SIXTEENS}, seed=3)
+    path = str(tmp_path / "root" / "20")
+    if made == "saved":
+        checkpoint(Path(path), format=name, sizes={**SIXTEENS}, seed=3)
+    else:
+        sources = [checkpoint(tmp_path / f"of{seed}", format=name, sizes=SIXTEENS, seed=seed) for seed in (3, 4)]
+        plan, opened = plan_fusion(sources, Options(link=made == "linked", sparse=made == "sparse"))
+        assert plan.passed_bytes > 0
+        carry_out(plan, opened, Path(path))
     expected = values_of(path)
     assert len(jax.devices()) == 8
     mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "model"))

@@ -8,8 +8,10 @@ from models import state
 
 from fusectl.errors import Corrupt, Incompatible, NotFound
 from fusectl.formats import open_checkpoint
+from fusectl.formats.encoding import Encoding
 from fusectl.formats.sink import save
 from fusectl.formats.t5x import _to_ext, kept_in_index
+from fusectl.surgery import Options, carry_out, plan_fusion
 
 
 @pytest.fixture
@@ -100,6 +102,31 @@ def test_t5x_finds_the_keys_that_it_deletes_on_restore(legacy):
     assert spec(tree)["metadata"]["chunks"] == [3, 4]
     assert spec(tree)["metadata"]["compressor"] == {"id": "zstd", "level": 1}
     assert spec(tree)["kvstore"] == {"driver": "file", "path": "target.x/"}
+
+
+@pytest.mark.parametrize("options", [{}, {"link": True}, {"sparse": False}, {"codec": "none"}])
+@pytest.mark.parametrize("compressor", ["gzip", "zstd"])
+def test_t5x_restores_a_fusion_whose_chunks_were_taken_over(tmp_path, options, compressor):
+    """As t5x/checkpoints.py does it: the index's spec, chunks and compressor deleted, the path made absolute."""
+    values = {n: x for n, x in state("t5-1.1", 0).items() if not n.startswith("state/param_states")}
+    save(tmp_path / "a", values, "t5x", encoding=Encoding(compressor, 1))
+    plan, opened = plan_fusion([str(tmp_path / "a")] * 2, Options(**options))
+    out = carry_out(plan, opened, tmp_path / "out")
+    tree = msgpack.unpackb((out / "checkpoint").read_bytes())["optimizer"]["target"]
+    expected = open_checkpoint(str(out))
+    assert (plan.passed_bytes > 0) == (options.get("codec") is None)
+
+    def restore(node, name):
+        if "driver" not in node:
+            for key, child in node.items():
+                restore(child, f"{name}/{key}")
+            return
+        del node["metadata"]["chunks"], node["metadata"]["compressor"]
+        node["kvstore"]["path"] = f"{out}/{node['kvstore']['path']}"
+        found = ts.open(node, open=True).result().read().result()
+        assert np.array_equal(found, expected.read(name)), name
+
+    restore(tree, "target")
 
 
 def test_what_t5x_keeps_in_its_index(written):
