@@ -244,8 +244,14 @@ class _Builder:
         self._sources = sources
         self._options = options
         self._format = out_format
+        self._sparse = out_format.reads_left_out if options.sparse is None else options.sparse
         self._storing = Storing(
-            out_format.zarr, options.codec, options.max_memory_bytes, out_format.ocdbt, options.passthrough
+            zarr=out_format.zarr,
+            codec=options.codec,
+            budget_bytes=options.max_memory_bytes,
+            ocdbt=out_format.ocdbt,
+            sparse=self._sparse,
+            passthrough=options.passthrough,
         )
         self.outputs: list[Output] = []
         self.used: set[str] = set()
@@ -306,7 +312,7 @@ class _Builder:
             dropped=tuple(dict.fromkeys(name for o in self._sources for name in o.dropped)),
             notes=tuple(notes),
             budget_bytes=self._options.max_memory_bytes,
-            sparse=self._format.reads_left_out if self._options.sparse is None else self._options.sparse,
+            sparse=self._sparse,
             links=self._options.link,
             check_sources=self._options.check,
         )

@@ -73,6 +73,10 @@ class Encoding:
             body = zlib.compress(plain, 0, wbits=31)
         return [body, _crc32c(body)] if self.crc32c else [body]
 
+    def behind_zeros(self, nbytes: int) -> bytes:
+        """What stands behind so many uncompressed bytes of zeros."""
+        return _crc32c(bytes(nbytes)) if self.crc32c else b""
+
     def converted(self, raw: Buffer, to: Encoding) -> list[Buffer]:
         """The bytes of a chunk that differs in its CRC-32C only: with it, or checked and without it."""
         assert self.compressor == to.compressor

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import math
 import os
 import shutil
 import signal
@@ -138,9 +139,16 @@ class Sink:
         """Makes a chunk one of zeros; whether it was left out for that."""
         if name in self._kept:
             return False
-        if not self._manner.sparse:
-            self._write(name, chunk, [zero_chunk(self._storage(name), self._leaves[name].dtype)])
-        return self._manner.sparse
+        if self._manner.sparse:
+            return True
+        storage, leaf = self._storage(name), self._leaves[name]
+        with self._errors(name):
+            if storage.encoding is not None and storage.encoding.compressor == "none":
+                nbytes = math.prod(storage.chunks) * leaf.itemsize
+                self._target.write_zeros(self._key(name, chunk), nbytes, storage.encoding.behind_zeros(nbytes))
+            else:
+                self._target.write(self._key(name, chunk), [zero_chunk(storage, leaf.dtype)])
+        return False
 
     def take(self, name: str, chunk: Region, source: Checkpoint, tensor: str, index: tuple[int, ...]) -> None:
         """Makes a chunk of a source's stored one, which must be like it but for its CRC-32C."""

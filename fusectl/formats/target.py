@@ -40,6 +40,9 @@ class Target(Protocol):
     def write(self, key: str, pieces: Iterable[Buffer]) -> None:
         """Writes a file."""
 
+    def write_zeros(self, key: str, nbytes: int, behind: bytes) -> None:
+        """Writes a file of so many zeros and what stands behind them, without storing them each time."""
+
     def take(self, key: str, files: Files, name: str) -> None:
         """Makes a file of a source's, byte for byte."""
 
@@ -61,6 +64,13 @@ class Directories:
 
     def write(self, key: str, pieces: Iterable[Buffer]) -> None:
         write(pieces, self._path(key))
+
+    def write_zeros(self, key: str, nbytes: int, behind: bytes) -> None:
+        # A hole, which takes no blocks of the disk.
+        with self._path(key).open("xb") as file:
+            file.truncate(nbytes)
+            file.seek(nbytes)
+            file.write(behind)
 
     def take(self, key: str, files: Files, name: str) -> None:
         place = files.place(name)
@@ -94,6 +104,9 @@ class Database:
         self._store = ts.KvStore.open(ocdbt(str(at)), context=self._context).result()
         self._commits = _Commits(commit_bytes)
         self._taken: dict[int, _Taken] = {}
+        # The first file of so many zeros, and those that are the same and refer to it.
+        self._zeros: dict[tuple[int, bytes], str] = {}
+        self._same: list[tuple[str, str]] = []
         self._lock = threading.Lock()
         self.not_linked = 0
 
@@ -116,6 +129,14 @@ class Database:
         with self._commits.joined(len(value)) as transaction:
             self._store.with_transaction(transaction).write(key, value).result()
 
+    def write_zeros(self, key: str, nbytes: int, behind: bytes) -> None:
+        with self._lock:
+            first = self._zeros.setdefault((nbytes, behind), key)
+            if first != key:
+                self._same.append((first, key))
+        if first == key:
+            self.write(key, [bytes(nbytes), behind])
+
     def take(self, key: str, files: Files, name: str) -> None:
         taken, place = self._taken.get(id(files)), files.place(name)
         if taken is None or not isinstance(place, Extent) or place.path not in taken.paths:
@@ -129,15 +150,18 @@ class Database:
     def finish(self) -> None:
         self._commits.finish()
         for taken in self._taken.values():
-            # The sources' keys are copied by reference, from a database that has their data files at hand.
-            with taken.opened(self._context) as source, ts.Transaction() as transaction:
-                target = self._store.with_transaction(transaction)
-                copies = [
-                    (source / name).experimental_copy_range_to(target / key, _THE_KEY_ITSELF)
-                    for name, key in taken.keys
-                ]
-                for copied in copies:
-                    copied.result()
+            # From a database that has the source's data files at hand.
+            with taken.opened(self._context) as source:
+                self._refer(source, taken.keys)
+        self._refer(self._store, self._same)
+
+    def _refer(self, source: ts.KvStore, keys: Iterable[tuple[str, str]]) -> None:
+        """Makes keys of the database from those of another one below it, or its own, by reference."""
+        with ts.Transaction() as transaction:
+            target = self._store.with_transaction(transaction)
+            copies = [(source / old).experimental_copy_range_to(target / new, _THE_KEY_ITSELF) for old, new in keys]
+            for copied in copies:
+                copied.result()
 
 
 def _joined(pieces: Iterable[Buffer]) -> bytes:
