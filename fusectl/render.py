@@ -326,8 +326,6 @@ def _print_diff(console: Console, found: Diff) -> None:
 
 
 def _print_plan(console: Console, plan: Plan, output: Path) -> None:
-    from rich.table import Table
-
     record = plan.record
     facts = [
         ("writes", f"{output}"),
@@ -349,23 +347,29 @@ def _print_plan(console: Console, plan: Plan, output: Path) -> None:
         ("memory", f"at most {human(plan.budget_bytes)} in flight"),
     ]
     _print_facts(console, facts)
-    table = Table(
-        "tensor", "shape", "axes", "dtype", "chunks", "codec", "passed", box=None, pad_edge=False, padding=(0, 2, 0, 0)
-    )
-    for o in plan.outputs:
-        if not o.name.startswith("state/"):
-            axes = " ".join(o.layout.axes)
-            table.add_row(
-                o.name,
-                _shape(o.layout.shape),
-                axes,
-                o.layout.dtype,
-                _shape(o.chunks),
-                o.codec,
-                f"{o.passed_bytes / max(o.nonzero_bytes, 1):.0%}",
-            )
+    rows = [("tensor", "shape", "axes", "dtype", "chunks", "codec", "passed")]
+    rows += [
+        (
+            o.name,
+            _shape(o.layout.shape),
+            " ".join(o.layout.axes),
+            o.layout.dtype,
+            _shape(o.chunks),
+            o.codec,
+            f"{o.passed_bytes / max(o.nonzero_bytes, 1):.0%}",
+        )
+        for o in plan.outputs
+        if not o.name.startswith("state/")
+    ]
     console.print()
-    console.print(table)
+    _print_columns(console, rows)
+
+
+def _print_columns(console: Console, rows: Sequence[Sequence[str]]) -> None:
+    """Prints rows of which there may be thousands: Rich's tables take a millisecond for each."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    console.file.write("\n".join(lines) + "\n")
 
 
 def _passing(plan: Plan) -> str:
@@ -375,8 +379,6 @@ def _passing(plan: Plan) -> str:
 
 
 def _print_inspection(console: Console, seen: Inspection, *, tree: bool) -> None:
-    from rich.table import Table
-
     checkpoint, found = seen.checkpoint, seen.tree
     step = checkpoint.step
     facts = [
@@ -405,14 +407,14 @@ def _print_inspection(console: Console, seen: Inspection, *, tree: bool) -> None
     _print_facts(console, facts)
     if not tree:
         return
-    table = Table("tensor", "shape", "axes", "dtype", "chunks", "codec", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    rows = [("tensor", "shape", "axes", "dtype", "chunks", "codec")]
     for leaf in checkpoint.leaves.values():
         stored = leaf.stored
         axes = " ".join(seen.axes(leaf.name) or ())
         where = (_shape(stored.chunks), stored.codec) if stored else ("", "in the index")
-        table.add_row(leaf.name, _shape(leaf.shape), axes, leaf.dtype, *where)
+        rows.append((leaf.name, _shape(leaf.shape), axes, leaf.dtype, *where))
     console.print()
-    console.print(table)
+    _print_columns(console, rows)
 
 
 def _fill(fill: Fill) -> str:
