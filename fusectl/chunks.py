@@ -26,6 +26,8 @@ SMALLEST_CHUNK_BYTES = 64 << 10
 WRITE_COPIES, OCDBT_COPIES = 2, 2
 # With those that are read for it, the chunks that must fit into the budget twice, so that two threads have work.
 CHUNKS_AT_ONCE = WRITE_COPIES + 2 * READ_COPIES
+# Larger ones are not written into an OCDBT database in one piece: it takes four times their size.
+LARGEST_VALUE_BYTES = 32 << 20
 # A chunk that is larger than the budget is worked on alone, up to this much more; beyond, the budget is an error.
 TOLERATED_EXCESS_BYTES = 224 << 20
 
@@ -39,6 +41,8 @@ class Storing:
     budget_bytes: int
     ocdbt: bool = False
     sparse: bool = False
+    # Whether chunks that are taken over are going to be references to the sources' data files.
+    refers: bool = False
     passthrough: bool = True
 
     def choose(
@@ -101,6 +105,12 @@ class Storing:
     def _way(self, leaf: Leaf, layout: Layout, compressor: str | None) -> Storage | None:
         """How the target would store a source's chunks as they are; None if it cannot, or if that is not wanted."""
         if not self.passthrough or leaf.stored is None or leaf.dtype != layout.dtype:
+            return None
+        if (
+            self.ocdbt
+            and not self.refers
+            and math.prod(leaf.stored.storage.chunks) * leaf.itemsize > LARGEST_VALUE_BYTES
+        ):
             return None
         way = leaf.stored.storage.in_zarr(self.zarr, leaf.dtype)
         if compressor is None or way is None:

@@ -37,7 +37,7 @@ from fusectl.transforms.optimizer import STATE, find_state, fresh_slots
 OPTIMIZERS = ("reset", "drop")
 # Above this, antisymmetric noise loses digits of the kernels that it is taken off from.
 LARGE_NOISE_SCALE = 0.5
-LARGEST_COMMIT_BYTES = 32 << 20
+LARGEST_COMMIT_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -251,6 +251,8 @@ class _Builder:
             budget_bytes=options.max_memory_bytes,
             ocdbt=out_format.ocdbt,
             sparse=self._sparse,
+            # With noise most of a source's data files would be of no use to the output.
+            refers=all(format_named(o.checkpoint.format).ocdbt for o in sources) and options.fill.kind == "zeros",
             passthrough=options.passthrough,
         )
         self.outputs: list[Output] = []

@@ -95,7 +95,7 @@ def test_a_dry_run_prints_the_plan_for_people(models, fusectl):
     out = fusectl("self-fuse", models[0], "--copies", "3", "--dry-run").out
 
     assert "embed 12 + 12 + 12 = 36" in out
-    assert re.search(r"target/encoder/layers_0/mlp/wi_0/kernel +36x66 +embed mlp +float32 +12x22 +3", out)
+    assert re.search(r"target/encoder/layers_0/mlp/wi_0/kernel +36x66 +embed mlp +float32 +12x22 +zstd +100%", out)
 
 
 def test_the_optimizer_is_reset_to_the_fused_shapes_or_dropped(models, fusectl):

@@ -411,3 +411,23 @@ def test_an_extent_is_copied_to_its_place(tmp_path):
     with pytest.raises(Corrupt, match="ends at 10"):
         copy(Extent(str(tmp_path / "a"), 8, 3), tmp_path / "c")
     assert not link(Extent(str(tmp_path / "a"), 2, 3), tmp_path / "d")
+
+
+@pytest.mark.parametrize("crc32c", [False, True])
+def test_large_chunks_are_decoded_as_they_are_read(tmp_path, crc32c):
+    from fusectl.formats.encoding import BadChunk
+    from fusectl.formats.store import Extent, streamed
+
+    encoding = Encoding("zstd", 1, crc32c=crc32c)
+    x = np.random.default_rng(0).normal(size=1 << 20).astype(np.float32)
+    raw = b"".join(encoding.encode(x))
+
+    def read(contents):
+        (tmp_path / "file").write_bytes(b"before" + contents + b"behind")
+        return bytes(streamed(Extent(str(tmp_path / "file"), 6, len(contents)), encoding, x.nbytes))
+
+    assert read(raw) == x.tobytes()
+    middle = len(raw) // 2
+    for damaged in (raw[:-9], raw + b"12345", raw[4:], *[raw[:middle] + b"\0" + raw[middle + 1 :]] * crc32c):
+        with pytest.raises(BadChunk):
+            read(damaged)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 import deflate
 import google_crc32c
@@ -19,7 +19,7 @@ import zstandard
 
 # Where chunks are computed anew: gzip, which T5X writes, costs twenty times as much to encode.
 ZSTD_LEVEL = 1
-_CRC32C_BYTES = 4
+CRC32C_BYTES = 4
 _GZIP_TRAILER_BYTES = 8
 
 Buffer = bytes | bytearray | memoryview
@@ -61,6 +61,25 @@ class Encoding:
             raise BadChunk(str(error)) from error
         if memoryview(values).nbytes != nbytes:
             raise BadChunk(f"{memoryview(values).nbytes:,} bytes of values, not {nbytes:,}")
+        return values
+
+    def decode_stream(self, stream: BinaryIO, nbytes: int) -> Buffer:
+        """As `decode`, but of zstd's bytes as they come: a large chunk's need not be in memory beside its values.
+
+        The stream ends before a CRC-32C.
+        """
+        assert self.compressor == "zstd"
+        values = np.empty(nbytes, np.uint8).data
+        done = 0
+        try:
+            # Across frames, so that bytes behind the end are an error.
+            with zstandard.ZstdDecompressor().stream_reader(stream, read_across_frames=True) as reader:
+                while done < nbytes and (got := reader.readinto(values[done:])):
+                    done += got
+                if done < nbytes or reader.read(1):
+                    raise BadChunk(f"not {nbytes:,} bytes of values")
+        except zstandard.ZstdError as error:
+            raise BadChunk(str(error)) from error
         return values
 
     def encode(self, values: npt.NDArray[Any]) -> list[Buffer]:
@@ -112,13 +131,23 @@ def _without_gzip(view: memoryview, nbytes: int) -> bytearray:
     return values
 
 
-def _crc32c(body: Buffer) -> bytes:
+def crc32c(body: Buffer, before: int = 0) -> int:
+    """The CRC-32C of bytes that stand behind others whose own it is given."""
     # google_crc32c refuses some read-only views, and takes any array.
-    return int(google_crc32c.value(np.frombuffer(body, np.uint8))).to_bytes(_CRC32C_BYTES, "little")
+    return int(google_crc32c.extend(before, np.frombuffer(body, np.uint8)))
+
+
+def require_crc32c(computed: int, found: bytes) -> None:
+    """Raises BadChunk unless the bytes behind a chunk are its CRC-32C."""
+    if computed.to_bytes(CRC32C_BYTES, "little") != found:
+        raise BadChunk("its CRC-32C is another one")
+
+
+def _crc32c(body: Buffer) -> bytes:
+    return crc32c(body).to_bytes(CRC32C_BYTES, "little")
 
 
 def _without_crc32c(view: memoryview) -> memoryview:
-    body, found = view[:-_CRC32C_BYTES], bytes(view[-_CRC32C_BYTES:])
-    if _crc32c(body) != found:
-        raise BadChunk("its CRC-32C is another one")
+    body = view[:-CRC32C_BYTES]
+    require_crc32c(crc32c(body), bytes(view[-CRC32C_BYTES:]))
     return body

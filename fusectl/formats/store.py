@@ -7,6 +7,7 @@ copied by the operating system: three to five times as fast as through a store.
 from __future__ import annotations
 
 import errno
+import io
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,12 +19,13 @@ from urllib.parse import unquote
 import tensorstore as ts
 
 from fusectl.errors import Corrupt, FusectlError, NotEnoughSpace, StorageError
-from fusectl.formats.encoding import Buffer
+from fusectl.formats.encoding import CRC32C_BYTES, Buffer, Encoding, crc32c, require_crc32c
 
 
 Spec = dict[str, Any]
 
 MANIFEST = "manifest.ocdbt"
+_BUFFER_BYTES = 1 << 20
 
 
 def new_context(*, sync: bool = True) -> ts.Context:
@@ -86,6 +88,44 @@ class Extent:
         finally:
             os.close(handle)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+class Stream(io.RawIOBase):
+    """The bytes of an extent but for its last ones, as a file; `crc32c` is that of what has been read."""
+
+    def __init__(self, extent: Extent, without: int = 0) -> None:
+        self.crc32c = 0
+        self._extent = extent
+        self._tail = without
+        self._left = extent.nbytes - without
+        self._handle = os.open(extent.path, os.O_RDONLY)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, out: Any) -> int:
+        view = memoryview(out)[: max(0, self._left)]
+        end = self._extent.offset + self._extent.nbytes
+        got = os.preadv(self._handle, [view], end - self._tail - self._left) if view else 0
+        self._left -= got
+        self.crc32c = crc32c(view[:got], self.crc32c)
+        return got
+
+    def close(self) -> None:
+        if not self.closed:
+            os.close(self._handle)
+        super().close()
+
+
+def streamed(extent: Extent, encoding: Encoding, nbytes: int) -> Buffer:
+    """The `nbytes` bytes that an extent of zstd holds; raises BadChunk, as Encoding.decode does."""
+    behind = CRC32C_BYTES if encoding.crc32c else 0
+    with Stream(extent, behind) as stream:
+        values = encoding.decode_stream(io.BufferedReader(stream, _BUFFER_BYTES), nbytes)
+        if behind:
+            end = Extent(extent.path, extent.offset + extent.nbytes - behind, behind)
+            require_crc32c(stream.crc32c, end.read())
+    return values
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ import fnmatch
 import itertools
 import math
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +19,7 @@ import tensorstore as ts
 
 from fusectl.errors import Corrupt, StorageError
 from fusectl.formats.encoding import BadChunk, Buffer
-from fusectl.formats.store import Files, Spec, new_context, translate
+from fusectl.formats.store import Extent, Files, Spec, new_context, streamed, translate
 from fusectl.formats.zarr import ArrayMetadata, np_dtype
 from fusectl.layout import Region, intersect, slices, whole
 from fusectl.record import LEFT_OUT, Record
@@ -32,8 +33,10 @@ T5X_STEP = "state/step"
 STEPS = (T5X_STEP, "step")
 
 MOST_MISSING = 1000
-# What a chunk takes while it is read: its encoded bytes and the decoded ones.
+# What a chunk takes while it is read: its encoded bytes and the decoded ones. The encoded ones of large zstd chunks,
+# such as Orbax writes for a tensor that is not sharded, are read as they are decoded.
 READ_COPIES = 2
+STREAMED_FROM_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,8 +164,14 @@ class Checkpoint:
 
     def encoded(self, name: str, index: tuple[int, ...]) -> Buffer:
         """The bytes of a stored chunk as they are."""
-        try:
+        with self._errors(name):
             return self.files.bytes_of(self.key(name, index))
+
+    @contextmanager
+    def _errors(self, name: str) -> Iterator[None]:
+        """Turns what the operating system says of a tensor's files into fusectl's errors."""
+        try:
+            yield
         except (FileNotFoundError, NotADirectoryError, KeyError) as error:
             raise Corrupt(f"{self.path}: {name}: data is missing", details=(str(error),)) from error
         except OSError as error:
@@ -236,12 +245,22 @@ class Checkpoint:
         dtype = np_dtype(leaf.dtype)
         if self.is_left_out(leaf.name, index):
             return np.zeros(leaf.chunks, dtype)
-        raw = self.encoded(leaf.name, index)
-        try:
-            values = stored.storage.encoding.decode(raw, math.prod(leaf.chunks) * dtype.itemsize)
-        except BadChunk as error:
-            details = (f"{self.key(leaf.name, index)}: {error}",)
-            raise Corrupt(f"{self.path}: {leaf.name}: cannot be decoded", details=details) from error
+        key, encoding, nbytes = (
+            self.key(leaf.name, index),
+            stored.storage.encoding,
+            math.prod(leaf.chunks) * dtype.itemsize,
+        )
+        with self._errors(leaf.name):
+            try:
+                large = nbytes >= STREAMED_FROM_BYTES and encoding.compressor == "zstd"
+                place = self.files.place(key) if large else None
+                if isinstance(place, Extent):
+                    values = streamed(place, encoding, nbytes)
+                else:
+                    values = encoding.decode(self.files.bytes_of(key), nbytes)
+            except BadChunk as error:
+                details = (f"{key}: {error}",)
+                raise Corrupt(f"{self.path}: {leaf.name}: cannot be decoded", details=details) from error
         return np.frombuffer(values, dtype).reshape(leaf.chunks)
 
     def _fills(self, name: str) -> bool:
