@@ -6,7 +6,7 @@ Chunks that can be taken over from a source as they are decide; all others follo
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 
@@ -72,7 +72,7 @@ class Storing:
         return new_storage(self.zarr, chunks, layout.dtype, encoding), frozenset()
 
     def unit(
-        self, layout: Layout, chunks: tuple[int, ...], sources: Sequence[Leaf], *, all_passed: bool
+        self, layout: Layout, chunks: tuple[int, ...], sources: Sequence[Leaf], passed: Collection[Block]
     ) -> tuple[tuple[int, ...], int]:
         """The unit of work, and the memory that it takes.
 
@@ -80,11 +80,15 @@ class Storing:
         enough to read an aligned source chunk once; else, and where all chunks are taken over, one of them. `sources`
         are the tensors that go in, each once.
         """
-        writing = math.prod(min(c, n) for c, n in zip(chunks, layout.shape, strict=True))
-        writing *= np_dtype(layout.dtype).itemsize * (WRITE_COPIES + OCDBT_COPIES * self.ocdbt)
+        chunk_bytes = math.prod(chunks) * np_dtype(layout.dtype).itemsize
+        writing = chunk_bytes * (WRITE_COPIES + OCDBT_COPIES * self.ocdbt)
+        if len(passed) == len(layout.blocks):
+            zeros_are_written = layout.covered < math.prod(layout.shape) and not self.sparse
+            by_value = self.ocdbt and not self.refers
+            return chunks, writing if zeros_are_written or by_value else chunk_bytes * READ_COPIES * bool(passed)
         encoded = max((math.prod(s.chunks) * s.itemsize for s in sources), default=0)
-        if all_passed:
-            return chunks, encoded * READ_COPIES
+        # A chunk that is taken over, of which one may be a shard of many, is read beside what is computed.
+        encoded = max(encoded, chunk_bytes * READ_COPIES if passed else 0)
         at_once = sum(s.nbytes for s in sources) + encoded + writing
         if at_once <= self.budget_bytes // 2:
             return layout.shape, at_once
@@ -97,7 +101,7 @@ class Storing:
 
         def cost(tile: tuple[int, ...]) -> int:
             reading = (_touched(tile, s.chunks, layout.shape) * s.itemsize for s in sources)
-            return max(reading, default=0) * READ_COPIES + writing
+            return max(max(reading, default=0) * READ_COPIES, encoded) + writing
 
         tile = wide if cost(wide) <= self.budget_bytes + TOLERATED_EXCESS_BYTES else chunks
         return tile, cost(tile)
@@ -124,7 +128,7 @@ class Storing:
             for block in layout.blocks
             if not is_computed(block.terms)
             for term in block.terms
-            if isinstance(term, Term) and not term.must_be_zero
+            if isinstance(term, Term) and not term.must_be_zero and term in leaves
             for leaf in [leaves[term]]
             for own in [self._way(leaf, layout, None)]
             if own is not None and own.like(way)

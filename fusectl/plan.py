@@ -101,11 +101,12 @@ class Plan:
 
     @property
     def read_bytes(self) -> int:
-        """The bytes of source regions that are read, uncompressed."""
+        """The bytes of source regions that are decoded, uncompressed."""
         return sum(
             size(term.region) * output.itemsize
             for output in self.outputs
             for block in output.layout.blocks
+            if self.check_sources or block not in output.passed
             for term in block.terms
             if isinstance(term, Term)
         )

@@ -192,7 +192,7 @@ def carry_out(
     if allow_nonfinite and plan.record.fill.kind != "zeros":
         raise UsageError("noise is relative to a kernel's deviation, which a NaN or Inf leaves undefined")
     check_output(output, sources, force=force)
-    check_space(output, plan.nonzero_bytes)
+    check_space(output, plan.nonzero_bytes - plan.passed_bytes * plan.links)
     work = Work(sources, plan.record.fill, allow_nonfinite, plan.check_sources)
     manner = Manner(plan.sparse, plan.links, min(LARGEST_COMMIT_BYTES, plan.budget_bytes // 8))
     with staged(output, force=force, sync=sync) as temporary:
@@ -204,7 +204,9 @@ def carry_out(
         if check is not None:
             check(written)
         if sink.not_linked:
-            note(f"{counted(sink.not_linked, 'chunk')} copied instead of linked: no whole file, or another file system")
+            note(
+                f"{counted(sink.not_linked, 'chunk')} copied instead of linked: another layout, or another file system"
+            )
     return output
 
 
@@ -268,11 +270,11 @@ class _Builder:
         storing = self._storing
         if self._format.name == "t5x" and kept_in_index(name, layout.shape):
             storing = replace(storing, passthrough=False)
-        storage, passed = storing.choose(layout, leaves, leaf if terms else None)
+        whole_told = {t: s for t, s in leaves.items() if self._sources[t.source].checkpoint.can_be_taken(t.tensor)}
+        storage, passed = storing.choose(layout, whole_told, leaf if terms else None)
         # Copies of one source are read once.
         distinct = {(id(self._sources[t.source].checkpoint), t.tensor): source for t, source in leaves.items()}
-        all_passed = len(passed) == len(layout.blocks)
-        tile, cost = storing.unit(layout, storage.chunks, list(distinct.values()), all_passed=all_passed)
+        tile, cost = storing.unit(layout, storage.chunks, list(distinct.values()), passed)
         keys: tuple[Key, ...] = leaf.keys if leaf and leaf.name == name else dict_keys(name)
         self.outputs.append(Output(name, keys, layout, storage, passed, tile, cost, noise_name or name))
         self.used |= {term.tensor for term in terms}

@@ -431,3 +431,145 @@ def test_large_chunks_are_decoded_as_they_are_read(tmp_path, crc32c):
     for damaged in (raw[:-9], raw + b"12345", raw[4:], *[raw[:middle] + b"\0" + raw[middle + 1 :]] * crc32c):
         with pytest.raises(BadChunk):
             read(damaged)
+
+
+# --- what is not taken over
+
+
+def refill(path, name, value):
+    """Gives an array a fill value, and leaves its first chunk to it."""
+    opened = open_checkpoint(str(path))
+    at = Path(path) / opened.key(name, (0, 0))
+    metadata = json.loads((at.parent / ".zarray").read_bytes())
+    (at.parent / ".zarray").write_text(json.dumps({**metadata, "fill_value": value}))
+    at.unlink()
+
+
+@pytest.mark.parametrize("value", [0.0, 1.5])
+def test_chunks_that_stand_for_another_value_than_zero_are_no_zeros(tmp_path, value):
+    a = source(tmp_path / "a")
+    refill(a, KERNEL, value)
+    expected = open_checkpoint(a).read(KERNEL)
+    assert (expected == value).all()
+
+    _, out = fuse([a, a], tmp_path / "out")
+
+    fused = open_checkpoint(str(out)).read(KERNEL)
+    assert np.array_equal(fused[:12, :22], expected)
+    assert np.array_equal(fused[12:, 22:], expected)
+    assert not fused[:12, 22:].any()
+
+
+def test_a_shard_of_which_a_part_was_left_out_is_decoded(tmp_path):
+    a = source(tmp_path / "a", 0, "orbax-zarr3")
+    opened = open_checkpoint(a)
+    at = opened.location.index / opened.key(KERNEL, (0, 0)).split("/", 1)[0]
+    shutil.rmtree(at)
+    little = {"name": "bytes", "configuration": {"endian": "little"}}
+    sharding = {"chunk_shape": [6, 11], "codecs": [little], "index_codecs": [little, {"name": "crc32c"}]}
+    metadata = {
+        "shape": [12, 22],
+        "data_type": "float32",
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [12, 22]}},
+        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+        "fill_value": 2.0,
+    }
+    array = ts.open({"driver": "zarr3", "kvstore": directory(str(at)), "metadata": metadata}, create=True).result()
+    kernel = np.random.default_rng(0).normal(size=(12, 22)).astype(np.float32)
+    kernel[:6, :11] = 2.0
+    array.write(kernel).result()
+    index = opened.location.index / "_METADATA"
+    index.write_text(index.read_text().replace('fill_value": true', 'fill_value": false'))
+
+    for sparse in (True, False):
+        plan, out = fuse([a, a], tmp_path / f"out{sparse}", sparse=sparse)
+
+        output = next(output for output in plan.outputs if output.name == KERNEL)
+        assert not output.passed
+        assert np.array_equal(through_tensorstore(out, KERNEL, strict=not sparse)[:12, :22], kernel)
+    # The control: where all of it is stored, shards are taken over.
+    array.write(kernel + 3).result()
+    index.write_text(index.read_text().replace('fill_value": false', 'fill_value": true'))
+    plan, out = fuse([a, a], tmp_path / "out")
+    assert next(output for output in plan.outputs if output.name == KERNEL).passed
+    assert np.array_equal(through_tensorstore(out, KERNEL, strict=True)[12:, 22:], kernel + 3)
+
+
+@pytest.mark.parametrize("format", NO_OCDBT)
+def test_a_link_to_a_symbolic_link_is_one_to_its_file(tmp_path, format):
+    """As in caches that keep files by their digests."""
+    a = source(tmp_path / "a", 0, format)
+    (tmp_path / "blobs").mkdir()
+    for i, path in enumerate(p for p in list(Path(a).rglob("*")) if p.is_file()):
+        path.rename(tmp_path / f"blobs/{i}")
+        path.symlink_to(os.path.relpath(tmp_path / f"blobs/{i}", path.parent))
+    _, decoded = fuse([a, a], tmp_path / "plain", passthrough=False)
+
+    _, out = fuse([a, a], tmp_path / "deeper/out", link=True)
+
+    assert not [p for p in Path(out).rglob("*") if p.is_symlink()]
+    assert contents(out) == contents(decoded)
+
+
+def test_a_database_without_one_of_its_data_files_is_named(tmp_path):
+    sizes = {**SIZES, "embed": 48, "joined_kv": 60, "mlp": 88}
+    for options in ({}, {"check": False}, {"check": False, "link": True}):
+        for spoil in (Path.unlink, lambda p: os.truncate(p, p.stat().st_size - 100)):
+            a = source(tmp_path / "a", 0, "orbax", sizes)
+            opened = open_checkpoint(a)
+            spoil(Path(opened.files.place(opened.key(KERNEL, (0, 0))).path))
+
+            with pytest.raises(Corrupt, match=r"data is missing|ends at|cannot be"):
+                fuse([a, a], tmp_path / "out", **options)
+
+            assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]
+            shutil.rmtree(a)
+
+
+@pytest.mark.parametrize("links", [False, True])
+def test_databases_of_other_settings_and_with_deep_trees_are_taken_over(tmp_path, links):
+    a = source(tmp_path / "a", 0, "orbax")
+    old, new = f"{a}/state", tmp_path / "b/state"
+    shutil.copytree(a, tmp_path / "b", ignore=shutil.ignore_patterns("d", "manifest.ocdbt"))
+    config = {"max_inline_value_bytes": 100, "max_decoded_node_bytes": 3000}
+    store = ts.KvStore.open({"driver": "ocdbt", "base": directory(str(new)), "config": config}).result()
+    with ts.Transaction() as transaction:
+        for key, value in _items(old):
+            store.with_transaction(transaction)[key] = value
+    tree = open_checkpoint(str(tmp_path / "b")).files.database
+    assert len(tree.nodes) > 3
+
+    plan, out = fuse([tmp_path / "b"] * 2, tmp_path / "out", link=links)
+
+    _, decoded = fuse([a, a], tmp_path / "plain", passthrough=False)
+    assert plan.passed_bytes > 0
+    assert contents(out) == contents(decoded)
+
+
+def _items(path):
+    store = ts.KvStore.open(ocdbt(path)).result()
+    return [(key, store[key]) for key in store.list().result()]
+
+
+def test_links_that_another_layout_rules_out_are_told(tmp_path):
+    a = source(tmp_path / "a")
+    plan, sources = plan_fusion([a, a], Options(link=True, format="orbax"))
+    told = []
+
+    carry_out(plan, sources, tmp_path / "out", note=told.append)
+
+    assert "copied instead of linked" in told[0]
+
+
+def test_what_a_unit_of_work_takes_is_counted(tmp_path):
+    """Shards, chunks that are written into a database by value, and zeros that are stored."""
+    a = source(tmp_path / "a")
+    chunk = values(0)[KERNEL].nbytes
+
+    def cost(**options):
+        plan, _ = plan_fusion([a, a], Options(**options))
+        return next(output.cost_bytes for output in plan.outputs if output.name == KERNEL)
+
+    assert cost() == 2 * chunk
+    assert cost(format="orbax-zarr2") == 2 * chunk
+    assert cost(format="orbax") == 4 * chunk

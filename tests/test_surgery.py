@@ -335,7 +335,7 @@ def test_a_narrowing_cast_counts_the_sources_bytes():
 
     source = Leaf("x", (), shape, "float32")
 
-    _, cost = Storing(2, "auto", 1 << 30).unit(layout, (512, 4096), [source], all_passed=False)
+    _, cost = Storing(2, "auto", 1 << 30).unit(layout, (512, 4096), [source], ())
 
     assert cost >= 2 * 4 * 4096 * 4096
 

@@ -92,6 +92,13 @@ class Encoding:
             body = zlib.compress(plain, 0, wbits=31)
         return [body, _crc32c(body)] if self.crc32c else [body]
 
+    def encode_zeros(self, nbytes: int) -> list[Buffer]:
+        """The bytes of a chunk of so many bytes of zeros, which gzip, too, compresses."""
+        if self.compressor != "gzip":
+            return self.encode(np.zeros(nbytes, np.uint8))
+        body = bytes(deflate.gzip_compress(bytes(nbytes), self.level or 1))
+        return [body, _crc32c(body)] if self.crc32c else [body]
+
     def behind_zeros(self, nbytes: int) -> bytes:
         """What stands behind so many uncompressed bytes of zeros."""
         return _crc32c(bytes(nbytes)) if self.crc32c else b""

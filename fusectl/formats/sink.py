@@ -89,6 +89,9 @@ class Sink:
         self._started_ns = time.time_ns()
         self._leaves: dict[str, Leaf] = {}
         self._kept: dict[str, npt.NDArray[Any]] = {}
+        self._lock = threading.Lock()
+        # How many chunks were copied although links were asked for.
+        self.not_linked = 0
         links, commit_bytes = self._manner.links, self._manner.commit_bytes
         self._target: Target = (
             Database(self._index, links=links, commit_bytes=commit_bytes)
@@ -100,11 +103,6 @@ class Sink:
     def location(self) -> Location:
         """Where it can be opened once it is finished."""
         return Location(self._index, self._home, "t5x" if self._format.name == "t5x" else "orbax", self._item)
-
-    @property
-    def not_linked(self) -> int:
-        """How many chunks were copied although links were asked for."""
-        return self._target.not_linked
 
     def create(self, tensors: Iterable[NewTensor]) -> None:
         """Announces tensors, each chunk of which must then be written."""
@@ -155,9 +153,11 @@ class Sink:
         theirs, ours = source.leaves[tensor].stored, self._storage(name)
         assert theirs is not None
         if theirs.storage.like(ours):
-            with self._errors(name):
-                self._target.take(self._key(name, chunk), source.files, source.key(tensor, index))
+            with self._errors(name), source.missing(tensor):
+                linked = self._target.take(self._key(name, chunk), source.files, source.key(tensor, index))
+            self._count(linked=linked)
             return
+        self._count(linked=False)
         assert theirs.storage.encoding is not None
         assert ours.encoding is not None
         try:
@@ -181,6 +181,10 @@ class Sink:
             mark_committed(self._index, self._final / self._item)
         write_step_metadata(self._home, self._item, self._started_ns)
         mark_committed(self._home, self._final)
+
+    def _count(self, *, linked: bool) -> None:
+        with self._lock:
+            self.not_linked += self._manner.links and not linked
 
     def _write(self, name: str, chunk: Region, pieces: Iterable[Buffer]) -> None:
         with self._errors(name):

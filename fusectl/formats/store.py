@@ -43,13 +43,13 @@ def directory(path: str) -> Spec:
 
 
 def ocdbt(path: str, inside: str = "") -> Spec:
-    """The store of an OCDBT database in a local directory, with the settings that Orbax writes with."""
-    return {
-        "driver": "ocdbt",
-        "base": directory(path),
-        "path": inside,
-        "config": {"max_inline_value_bytes": 1024, "max_decoded_node_bytes": 100_000_000},
-    }
+    """The store of an OCDBT database in a local directory."""
+    return {"driver": "ocdbt", "base": directory(path), "path": inside}
+
+
+def new_ocdbt(path: str) -> Spec:
+    """The store of a new OCDBT database, with the settings that Orbax writes with."""
+    return {**ocdbt(path), "config": {"max_inline_value_bytes": 1024, "max_decoded_node_bytes": 100_000_000}}
 
 
 def translate(error: Exception, where: str, otherwise: type[FusectlError] = Corrupt) -> FusectlError:
@@ -261,7 +261,8 @@ def link(source: Extent, to: Path) -> bool:
     if source.offset or source.nbytes != Path(source.path).stat().st_size:
         return False
     try:
-        os.link(source.path, to)
+        # Not another name of a symbolic link, which would lead elsewhere from there.
+        os.link(os.path.realpath(source.path), to)
     except OSError as error:
         if error.errno in {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES}:
             return False

@@ -17,8 +17,9 @@ from typing import Protocol
 
 import tensorstore as ts
 
+from fusectl.errors import Corrupt
 from fusectl.formats.encoding import Buffer
-from fusectl.formats.store import MANIFEST, Extent, Files, copy, link, new_context, ocdbt, write
+from fusectl.formats.store import MANIFEST, Extent, Files, copy, link, new_context, new_ocdbt, ocdbt, write
 
 
 # A source's data file is taken over whole if at least this share of it is needed.
@@ -31,9 +32,6 @@ _THE_KEY_ITSELF = ts.KvStore.KeyRange("", "\0")
 class Target(Protocol):
     """The files of a new checkpoint, by their path in it."""
 
-    # How many chunks were copied although links were asked for.
-    not_linked: int
-
     def expect(self, chunks: Iterable[tuple[Files, str]]) -> None:
         """Announces which files of sources are going to be taken over."""
 
@@ -43,8 +41,8 @@ class Target(Protocol):
     def write_zeros(self, key: str, nbytes: int, behind: bytes) -> None:
         """Writes a file of so many zeros and what stands behind them, without storing them each time."""
 
-    def take(self, key: str, files: Files, name: str) -> None:
-        """Makes a file of a source's, byte for byte."""
+    def take(self, key: str, files: Files, name: str) -> bool:
+        """Makes a file of a source's, byte for byte; whether it is linked."""
 
     def finish(self) -> None:
         """Makes all of it readable."""
@@ -57,7 +55,6 @@ class Directories:
         self._at = at
         self._links = links
         self._made: set[Path] = set()
-        self.not_linked = 0
 
     def expect(self, chunks: Iterable[tuple[Files, str]]) -> None:
         pass
@@ -72,15 +69,15 @@ class Directories:
             file.seek(nbytes)
             file.write(behind)
 
-    def take(self, key: str, files: Files, name: str) -> None:
+    def take(self, key: str, files: Files, name: str) -> bool:
         place = files.place(name)
         if not isinstance(place, Extent):
             self.write(key, [files.bytes_of(name)])
-        elif not self._links:
-            copy(place, self._path(key))
-        elif not link(place, self._path(key)):
-            self.not_linked += 1
-            copy(place, self._path(key))
+            return False
+        if self._links and link(place, self._path(key)):
+            return True
+        copy(place, self._path(key))
+        return False
 
     def finish(self) -> None:
         pass
@@ -101,14 +98,13 @@ class Database:
         self._links = links
         # Databases share references only within one context.
         self._context = new_context(sync=False)
-        self._store = ts.KvStore.open(ocdbt(str(at)), context=self._context).result()
+        self._store = ts.KvStore.open(new_ocdbt(str(at)), context=self._context).result()
         self._commits = _Commits(commit_bytes)
         self._taken: dict[int, _Taken] = {}
         # The first file of so many zeros, and those that are the same and refer to it.
         self._zeros: dict[tuple[int, bytes], str] = {}
         self._same: list[tuple[str, str]] = []
         self._lock = threading.Lock()
-        self.not_linked = 0
 
     def expect(self, chunks: Iterable[tuple[Files, str]]) -> None:
         wanted: dict[int, tuple[Files, set[Extent]]] = {}
@@ -120,7 +116,7 @@ class Database:
             used = Counter[str]()
             for extent in extents:
                 used[extent.path] += extent.nbytes
-            worthy = {path for path, nbytes in used.items() if nbytes >= SMALLEST_SHARE * Path(path).stat().st_size}
+            worthy = {path for path, nbytes in used.items() if nbytes >= SMALLEST_SHARE * _size(path, extents)}
             if worthy:
                 self._taken[key] = _Taken(files, self._at / f"{_TAKEN}{len(self._taken)}", self._links, worthy)
 
@@ -137,15 +133,15 @@ class Database:
         if first == key:
             self.write(key, [bytes(nbytes), behind])
 
-    def take(self, key: str, files: Files, name: str) -> None:
+    def take(self, key: str, files: Files, name: str) -> bool:
         taken, place = self._taken.get(id(files)), files.place(name)
         if taken is None or not isinstance(place, Extent) or place.path not in taken.paths:
             self.write(key, [files.bytes_of(name)])
-            return
-        if not taken.bring(place) and self._links:
-            self.not_linked += 1
+            return False
+        linked = taken.bring(place)
         with self._lock:
             taken.keys.append((name, key))
+        return linked
 
     def finish(self) -> None:
         self._commits.finish()
@@ -162,6 +158,18 @@ class Database:
             copies = [(source / old).experimental_copy_range_to(target / new, _THE_KEY_ITSELF) for old, new in keys]
             for copied in copies:
                 copied.result()
+
+
+def _size(path: str, extents: Iterable[Extent]) -> int:
+    """The size of a data file; raises Corrupt where one of the extents leaves it."""
+    try:
+        size = Path(path).stat().st_size
+    except FileNotFoundError as error:
+        raise Corrupt(f"{path}: data is missing", hint="copy the checkpoint again whole") from error
+    end = max(extent.offset + extent.nbytes for extent in extents if extent.path == path)
+    if size < end:
+        raise Corrupt(f"{path}: ends at {size:,}, before {end:,}", hint="copy the checkpoint again whole")
+    return size
 
 
 def _joined(pieces: Iterable[Buffer]) -> bytes:

@@ -171,16 +171,30 @@ class Checkpoint:
     def _errors(self, name: str) -> Iterator[None]:
         """Turns what the operating system says of a tensor's files into fusectl's errors."""
         try:
+            with self.missing(name):
+                yield
+        except OSError as error:
+            raise StorageError(f"{self.path}: {name}: storage refused", details=(str(error),)) from error
+
+    @contextmanager
+    def missing(self, name: str) -> Iterator[None]:
+        """Turns the absence of a tensor's files into Corrupt."""
+        try:
             yield
         except (FileNotFoundError, NotADirectoryError, KeyError) as error:
             raise Corrupt(f"{self.path}: {name}: data is missing", details=(str(error),)) from error
-        except OSError as error:
-            raise StorageError(f"{self.path}: {name}: storage refused", details=(str(error),)) from error
 
     def is_left_out(self, name: str, index: tuple[int, ...]) -> bool:
         """Whether a stored chunk is not there, and stands for zeros."""
         key = self.key(name, index)
         return key not in self.files.names and (self._fills(name) or key in self._left_out(name))
+
+    def can_be_taken(self, name: str) -> bool:
+        """Whether a tensor's stored chunks say all of it: none is left out for a value, or in part within a shard."""
+        stored = self.leaves[name].stored
+        if stored is None or not self._fills(name):
+            return stored is not None
+        return stored.fills_with_zero and stored.storage.encoding is not None
 
     def key(self, name: str, index: tuple[int, ...]) -> str:
         """The path of a stored chunk inside the checkpoint."""
@@ -221,7 +235,7 @@ class Checkpoint:
         """The values of a region from the whole chunks that it meets; None if only tensorstore can tell them."""
         stored = leaf.stored
         assert stored is not None
-        if stored.storage.encoding is None or self._fills(leaf.name):
+        if stored.storage.encoding is None or (self._fills(leaf.name) and not stored.fills_with_zero):
             return None
         touched = tuple(range(r.start // c, -(-r.stop // c)) for r, c in zip(region, leaf.chunks, strict=True))
         out: npt.NDArray[Any] | None = None

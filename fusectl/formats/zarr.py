@@ -81,6 +81,7 @@ class ArrayMetadata:
     prefix: str
     # zarr v2 with "fill_value": null has no value that a left-out chunk could stand for.
     has_fill_value: bool
+    fills_with_zero: bool
 
     @property
     def grid(self) -> tuple[int, ...]:
@@ -90,7 +91,7 @@ class ArrayMetadata:
     def chunk_key(self, index: tuple[int, ...]) -> str:
         """The key of the stored chunk at this place of the grid, relative to the array."""
         if not index:
-            return self.prefix.rstrip(self.separator) if self.storage.zarr == 3 else "0"
+            return self.prefix.rstrip(self.separator) or "0"
         return self.prefix + self.separator.join(map(str, index))
 
     def chunk_keys(self) -> Iterator[str]:
@@ -136,6 +137,7 @@ def _parse_v2(meta: dict[str, Any]) -> ArrayMetadata:
         separator=str(meta.get("dimension_separator") or "."),
         prefix="",
         has_fill_value=meta.get("fill_value") is not None,
+        fills_with_zero=meta.get("fill_value") == 0,
     )
 
 
@@ -159,6 +161,7 @@ def _parse_v3(meta: dict[str, Any]) -> ArrayMetadata:
         separator=separator,
         prefix=f"c{separator}" if encoding["name"] == "default" else "",
         has_fill_value=True,
+        fills_with_zero=meta.get("fill_value") == 0,
     )
 
 
@@ -249,7 +252,9 @@ def encode(values: npt.NDArray[Any], storage: Storage) -> list[Buffer]:
 
 @lru_cache(maxsize=256)
 def zero_chunk(storage: Storage, dtype: str) -> bytes:
-    """The bytes of a stored chunk of zeros."""
+    """The bytes of a stored chunk of zeros, compressed."""
+    if storage.encoding is not None:
+        return b"".join(storage.encoding.encode_zeros(math.prod(storage.chunks) * np_dtype(dtype).itemsize))
     return b"".join(encode(np.zeros(storage.chunks, np_dtype(dtype)), storage))
 
 
