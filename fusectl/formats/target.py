@@ -22,8 +22,8 @@ from fusectl.formats.encoding import Buffer
 from fusectl.formats.store import MANIFEST, Extent, Files, copy, link, new_context, new_ocdbt, ocdbt, write
 
 
-# A source's data file is taken over whole if at least this share of it is needed.
-SMALLEST_SHARE = 0.5
+# A source's data file is taken over if at least this share of it is needed: with Adam's state reset it is a third.
+SMALLEST_SHARE = 0.25
 # The next one of these, which fusectl makes inside a new database, holds a source's data files.
 _TAKEN = "ocdbt.source_"
 _THE_KEY_ITSELF = ts.KvStore.KeyRange("", "\0")

@@ -253,7 +253,7 @@ def cases() -> list[tuple[str, str, list[str]]]:
     ]
 
 
-def compare(bench: Bench, repeats: int, wanted: str) -> list[dict[str, object]]:
+def compare(bench: Bench, repeats: int, wanted: str, to: Path | None) -> list[dict[str, object]]:
     """The cases in turn, `repeats` times; for each the medians of its ratios and its worst memory."""
     found: dict[tuple[str, bool], list[dict[str, float]]] = {}
     chosen = [case for case in cases() if wanted in case[0]]
@@ -271,6 +271,9 @@ def compare(bench: Bench, repeats: int, wanted: str) -> list[dict[str, object]]:
                 again = bench.copy([out], synced=synced)
                 ratios = {"of_sources": run.wall_s / copied[kind], "of_output": run.wall_s / again}
                 found.setdefault((what, synced), []).append({**asdict(run), **ratios})
+            # A round takes minutes: what has been measured so far is not lost with the next.
+            if to:
+                to.write_text(json.dumps(medians(found), indent=1))
     if not wanted:
         a, b = bench.sources("orbax")
         copied_s = bench.copy([a, b], synced=True)
@@ -278,6 +281,11 @@ def compare(bench: Bench, repeats: int, wanted: str) -> list[dict[str, object]]:
         again = bench.copy([str(bench.out / "1000")], synced=True)
         ratios = {"of_sources": run.wall_s / copied_s, "of_output": run.wall_s / again}
         found["Orbax restore + np.block + save", True] = [{**asdict(run), **ratios}]
+    return medians(found)
+
+
+def medians(found: dict[tuple[str, bool], list[dict[str, float]]]) -> list[dict[str, object]]:
+    """A row for each case: the medians of its runs and its worst memory."""
     return [
         {
             "what": what,
@@ -350,7 +358,7 @@ def main() -> None:
         if given.growth:
             rows = growth(Path(at), [number(size) for size in given.growth.split(",")], given.repeats)
         else:
-            rows = compare(Bench(Path(at), given.parameters), given.repeats, given.only)
+            rows = compare(Bench(Path(at), given.parameters), given.repeats, given.only, given.json)
     show(rows)
     if given.json:
         given.json.write_text(json.dumps(rows, indent=1))
