@@ -123,7 +123,8 @@ class Screen:
 
     def inspection(self, seen: Inspection, *, tree: bool) -> None:
         """Prints what a checkpoint is."""
-        self._result = seen.as_json()
+        # Of thousands of tensors it takes its time.
+        self._result = seen.as_json() if self._json else None
         for note in seen.checkpoint.location.notes:
             self.note(note)
         if not self._json:

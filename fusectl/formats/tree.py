@@ -75,7 +75,7 @@ class Leaf:
 
     @property
     def nbytes(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64)) * self.itemsize
+        return math.prod(self.shape) * self.itemsize
 
     @property
     def chunks(self) -> tuple[int, ...]:

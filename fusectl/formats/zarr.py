@@ -104,8 +104,7 @@ class ArrayMetadata:
 def parse_metadata(raw: bytes, where: str) -> ArrayMetadata:
     """The ArrayMetadata of a `.zarray` or `zarr.json`; raises Corrupt when it makes no sense."""
     try:
-        meta = json.loads(raw)
-        parsed = _parse_v3(meta) if meta["zarr_format"] == 3 else _parse_v2(meta)
+        parsed = _parsed(raw)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise Corrupt(
             f"{where}: not the metadata of an array", details=(f"{type(error).__name__}: {error}",)
@@ -115,6 +114,13 @@ def parse_metadata(raw: bytes, where: str) -> ArrayMetadata:
     if len(parsed.chunks) != rank or len(stored) != rank or min((*parsed.chunks, *stored, 1)) < 1:
         raise Corrupt(f"{where}: chunks {list(parsed.chunks)} do not fit shape {list(parsed.shape)}")
     return parsed
+
+
+@lru_cache(maxsize=4096)
+def _parsed(raw: bytes) -> ArrayMetadata:
+    """A checkpoint has thousands of arrays, and its layers' are alike."""
+    meta = json.loads(raw)
+    return _parse_v3(meta) if meta["zarr_format"] == 3 else _parse_v2(meta)
 
 
 def _text(codecs: Any) -> str:
