@@ -11,7 +11,6 @@ tiles are worked on.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
@@ -26,7 +25,21 @@ from fusectl.formats.encoding import checksum
 from fusectl.formats.sink import NewTensor, Sink
 from fusectl.formats.tree import READ_COPIES, Checkpoint
 from fusectl.formats.zarr import nonfinite_at, np_dtype
-from fusectl.layout import Block, Noise, Region, Term, intersect, is_computed, shifted, size, slices, tiles
+from fusectl.layout import (
+    Block,
+    Noise,
+    Region,
+    Term,
+    intersect,
+    is_computed,
+    place_in_grid,
+    places_in_grid,
+    shifted,
+    size,
+    slices,
+    tiles,
+    tiles_in,
+)
 from fusectl.parallel import Progress, in_parallel
 from fusectl.plan import Output, Plan, taken, taken_chunks
 from fusectl.record import LEFT_OUT, UNREAD, Checksums, Fill
@@ -65,8 +78,7 @@ def execute(plan: Plan, work: Work, sink: Sink, *, jobs: int, progress: Progress
 
     def one(output: Output, tile: Region) -> None:
         unit = _Unit(output, tile, work)
-        for inner in tiles(tuple(map(len, tile)), output.chunks):
-            chunk = tuple(range(t.start + r.start, t.start + r.stop) for t, r in zip(tile, inner, strict=True))
+        for chunk in tiles_in(tile, output.chunks):
             sums[output.name][chunk] = _write(chunk, unit, sink)
             progress.advance(output.name, size(chunk) * output.itemsize)
 
@@ -149,12 +161,12 @@ class _Unit:
         self._stds: dict[tuple[int, float], Array] = {}
         self._blocks: dict[tuple[int, ...], list[Block]] = {}
         for block, part in self._computed:
-            for index in _grid(part, output.chunks):
+            for index in places_in_grid(part, output.chunks):
                 self._blocks.setdefault(index, []).append(block)
 
     def blocks_in(self, chunk: Region) -> list[Block]:
         """The blocks, of those that are not taken over, that meet a chunk."""
-        return self._blocks.get(tuple(r.start // c for r, c in zip(chunk, self.output.chunks, strict=True)), [])
+        return self._blocks.get(place_in_grid(chunk, self.output.chunks), [])
 
     def source(self, term: Term, region: Region) -> Array:
         """The values of a source region that lies within what the tile meets."""
@@ -285,8 +297,7 @@ def _sum(block: Block, part: Region, unit: _Unit, out: Array) -> None:
             unit.require_finite(out, values)
             return
     # Piece by piece, so that what is in float64 stays in the processor's cache.
-    for inner in tiles(tuple(map(len, part)), tile_shape(unit.output.layout.shape)):
-        piece = tuple(range(p.start + i.start, p.start + i.stop) for p, i in zip(part, inner, strict=True))
+    for piece in tiles_in(part, tile_shape(unit.output.layout.shape)):
         total = np.zeros(tuple(map(len, piece)), np.float64)
         for term in terms:
             values = unit.source(term, shifted(piece, block.at, term.region)).astype(np.float64) * term.scale
@@ -295,7 +306,7 @@ def _sum(block: Block, part: Region, unit: _Unit, out: Array) -> None:
         for noise in noises:
             for at, values in unit.noise(noise, shifted(piece, block.at, noise.region)):
                 total[at] += values.astype(np.float64)
-        out[slices(inner)] = unit.stored(total)
+        out[slices(piece, part)] = unit.stored(total)
 
 
 def read_finite(work: Work, term: Term, region: Region) -> Array:
@@ -333,11 +344,6 @@ def _noises(output: Output) -> Iterator[Noise]:
     return (term for block in output.layout.blocks for term in block.terms if isinstance(term, Noise))
 
 
-def _grid(region: Region, chunks: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-    """The places in the grid of the chunks that a region meets."""
-    return itertools.product(*(range(r.start // c, -(-r.stop // c)) for r, c in zip(region, chunks, strict=True)))
-
-
 def measure_kernels(plan: Plan, work: Work, *, jobs: int, progress: Progress) -> dict[tuple[Term, int | None], Array]:
     """The standard deviation of every kernel that noise is relative to and that is too large to be read at once.
 
@@ -362,14 +368,12 @@ def measure_kernels(plan: Plan, work: Work, *, jobs: int, progress: Progress) ->
         edge = tuple(min(c, n) for c, n in zip(leaf.chunks, shape, strict=True))
 
         def pieces() -> Iterator[tuple[int, Array]]:
-            for tile in tiles(shape, edge):
-                region = tuple(
-                    range(k.start + t.start, k.start + t.stop) for k, t in zip(kernel.region, tile, strict=True)
-                )
+            for region in tiles_in(kernel.region, edge):
                 values = read_finite(work, kernel, region)
                 progress.advance(kernel.tensor, values.nbytes)
+                first = region[axis].start - kernel.region[axis].start if axis is not None else 0
                 for layer, piece in _kernel_pieces(values, noise, kept=output.layout.dtype == leaf.dtype):
-                    yield layer + (tile[axis].start if axis is not None else 0), piece
+                    yield first + layer, piece
 
         found[kernel, axis] = _std(pieces, 1 if axis is None else shape[axis])
 

@@ -17,6 +17,7 @@ Everything here is integers and names: no arrays, no paths. Regions are tuples o
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -76,6 +77,30 @@ def tiles(shape: tuple[int, ...], tile: tuple[int, ...]) -> Iterator[Region]:
                 yield (head, *rest)
 
     return along(0)
+
+
+def tiles_in(region: Region, tile: tuple[int, ...]) -> Iterator[Region]:
+    """The regions of a grid of `tile`s that starts with `region`, the last ones cut at its edge.
+
+    >>> list(tiles_in((range(4, 9),), (3,)))
+    [(range(4, 7),), (range(7, 9),)]
+    """
+    for inner in tiles(tuple(map(len, region)), tile):
+        yield tuple(range(r.start + i.start, r.start + i.stop) for r, i in zip(region, inner, strict=True))
+
+
+def place_in_grid(chunk: Region, chunks: tuple[int, ...]) -> tuple[int, ...]:
+    """The place in the grid of the chunk that a region is, or starts in."""
+    return tuple(r.start // c for r, c in zip(chunk, chunks, strict=True))
+
+
+def places_in_grid(region: Region, chunks: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    """The places in the grid of all chunks that a region meets.
+
+    >>> list(places_in_grid((range(4, 9),), (3,)))
+    [(1,), (2,)]
+    """
+    return itertools.product(*(range(r.start // c, -(-r.stop // c)) for r, c in zip(region, chunks, strict=True)))
 
 
 def common_tile(shape: tuple[int, ...], grids: Sequence[tuple[int, ...]], most: int) -> tuple[int, ...]:

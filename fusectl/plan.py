@@ -13,7 +13,7 @@ from fusectl.chunks import TOLERATED_EXCESS_BYTES
 from fusectl.errors import Incompatible, NotEnoughSpace
 from fusectl.formats.tree import EmptyNode, Key
 from fusectl.formats.zarr import Storage, np_dtype
-from fusectl.layout import Block, Layout, Region, Term, shifted, size, tiles
+from fusectl.layout import Block, Layout, Region, Term, place_in_grid, shifted, size, tiles_in
 from fusectl.record import Record
 
 
@@ -138,16 +138,14 @@ def taken(output: Output, chunk: Region) -> tuple[Term, tuple[int, ...]] | None:
 def taken_chunks(output: Output) -> Iterator[tuple[Term, tuple[int, ...]]]:
     """The term and the place in its tensor's grid of every stored chunk that is taken over."""
     for block in output.passed:
-        for inner in tiles(tuple(map(len, block.at)), output.chunks):
-            chunk = tuple(range(a.start + i.start, a.start + i.stop) for a, i in zip(block.at, inner, strict=True))
+        for chunk in tiles_in(block.at, output.chunks):
             yield _stored(block, chunk, output)
 
 
 def _stored(block: Block, chunk: Region, output: Output) -> tuple[Term, tuple[int, ...]]:
     (term,) = block.terms
     assert isinstance(term, Term)
-    region = shifted(chunk, block.at, term.region)
-    return term, tuple(r.start // c for r, c in zip(region, output.chunks, strict=True))
+    return term, place_in_grid(shifted(chunk, block.at, term.region), output.chunks)
 
 
 def summary(plan: Plan) -> Mapping[str, object]:

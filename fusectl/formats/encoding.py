@@ -90,14 +90,14 @@ class Encoding:
             body = zstandard.ZstdCompressor(level=self.level).compress(plain)
         elif self.compressor == "gzip":
             body = zlib.compress(plain, 0, wbits=31)
-        return [body, _crc32c(body)] if self.crc32c else [body]
+        return self._closed(body)
 
     def encode_zeros(self, nbytes: int) -> list[Buffer]:
         """The bytes of a chunk of so many bytes of zeros, which gzip, too, compresses."""
         if self.compressor != "gzip":
             return self.encode(np.zeros(nbytes, np.uint8))
         body = bytes(deflate.gzip_compress(bytes(nbytes), self.level or 1))
-        return [body, _crc32c(body)] if self.crc32c else [body]
+        return self._closed(body)
 
     def behind_zeros(self, nbytes: int) -> bytes:
         """What stands behind so many uncompressed bytes of zeros."""
@@ -109,7 +109,10 @@ class Encoding:
         view = memoryview(raw)
         if self.crc32c:
             view = _without_crc32c(view)
-        return [view, _crc32c(view)] if to.crc32c else [view]
+        return to._closed(view)
+
+    def _closed(self, body: Buffer) -> list[Buffer]:
+        return [body, _crc32c(body)] if self.crc32c else [body]
 
 
 def checksum(values: npt.NDArray[Any]) -> str:

@@ -44,7 +44,7 @@ from fusectl.formats.zarr import (
     parse_metadata,
     zero_chunk,
 )
-from fusectl.layout import Region, slices, tiles, whole
+from fusectl.layout import Region, place_in_grid, slices, tiles, whole
 from fusectl.record import FILE_NAME, Record
 
 
@@ -198,8 +198,7 @@ class Sink:
     def _key(self, name: str, chunk: Region) -> str:
         leaf = self._leaves[name]
         assert leaf.stored is not None
-        index = tuple(r.start // c for r, c in zip(chunk, leaf.stored.storage.chunks, strict=True))
-        return f"{_base(leaf.keys)}/{leaf.stored.chunk_key(index)}"
+        return f"{_base(leaf.keys)}/{leaf.stored.chunk_key(place_in_grid(chunk, leaf.stored.storage.chunks))}"
 
     @contextmanager
     def _errors(self, name: str = "") -> Iterator[None]:

@@ -21,7 +21,7 @@ from fusectl.errors import Corrupt, StorageError
 from fusectl.formats.encoding import BadChunk, Buffer
 from fusectl.formats.store import Extent, Files, Spec, new_context, streamed, translate
 from fusectl.formats.zarr import ArrayMetadata, np_dtype
-from fusectl.layout import Region, intersect, slices, whole
+from fusectl.layout import Region, intersect, places_in_grid, slices, whole
 from fusectl.record import LEFT_OUT, Record
 
 
@@ -237,9 +237,8 @@ class Checkpoint:
         assert stored is not None
         if stored.storage.encoding is None or (self._fills(leaf.name) and not stored.fills_with_zero):
             return None
-        touched = tuple(range(r.start // c, -(-r.stop // c)) for r, c in zip(region, leaf.chunks, strict=True))
         out: npt.NDArray[Any] | None = None
-        for at in itertools.product(*touched):
+        for at in places_in_grid(region, leaf.chunks):
             chunk = tuple(range(i * c, (i + 1) * c) for i, c in zip(at, leaf.chunks, strict=True))
             met = intersect(chunk, region)
             assert met is not None

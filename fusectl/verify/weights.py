@@ -22,7 +22,7 @@ from fusectl.archs.table import Row
 from fusectl.errors import FusectlError
 from fusectl.fill import unit_noise
 from fusectl.formats.tree import STEPS, Checkpoint
-from fusectl.layout import Region, common_tile, shifted, size, tiles, whole
+from fusectl.layout import Region, common_tile, shifted, size, slices, tiles, tiles_in, whole
 from fusectl.parallel import Progress, in_parallel
 from fusectl.transforms.optimizer import STATE, find_state
 from fusectl.verify.blocks import Blocks, Slices, unit, within_rounding
@@ -331,9 +331,8 @@ def _slabs(tile: Region) -> Iterator[tuple[Region, Slices]]:
     edge = [len(r) for r in tile]
     for axis, n in enumerate(edge):
         edge[axis] = max(1, min(n, n * SLAB // max(1, math.prod(edge))))
-    for slab in tiles(tuple(map(len, tile)), tuple(edge)):
-        at = tuple(range(t.start + s.start, t.start + s.stop) for t, s in zip(tile, slab, strict=True))
-        yield at, tuple(slice(s.start, s.stop) for s in slab)
+    for at in tiles_in(tile, tuple(edge)):
+        yield at, slices(at, tile)
 
 
 def _within(block: Region, tile: Region) -> Region:
