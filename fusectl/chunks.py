@@ -11,9 +11,21 @@ from dataclasses import dataclass
 from functools import reduce
 
 from fusectl.formats.encoding import ZSTD_LEVEL, Encoding
-from fusectl.formats.tree import READ_COPIES, Leaf
+from fusectl.formats.tree import Leaf
 from fusectl.formats.zarr import Storage, new_storage, np_dtype
-from fusectl.layout import Block, Layout, Noise, Region, Term, is_computed, size
+from fusectl.layout import (
+    Block,
+    Layout,
+    Noise,
+    Region,
+    Term,
+    intersect,
+    is_computed,
+    places_in_grid,
+    recurring_noise,
+    shifted,
+    size,
+)
 
 
 CODECS = ("auto", "zstd", "none")
@@ -21,11 +33,11 @@ CODECS = ("auto", "zstd", "none")
 LARGEST_CHUNK_BYTES = 64 << 20
 # And below this a chunk costs more to handle than to hold.
 SMALLEST_CHUNK_BYTES = 64 << 10
-# What a chunk of the output takes while it is written: itself and its encoded bytes, and for an OCDBT database those
-# once more in one piece and once in a transaction.
-WRITE_COPIES, OCDBT_COPIES = 2, 2
-# With those that are read for it, the chunks that must fit into the budget twice, so that two threads have work.
-CHUNKS_AT_ONCE = WRITE_COPIES + 2 * READ_COPIES
+# What a chunk that goes into an OCDBT database by value takes there: once in one piece, once in a transaction.
+OCDBT_COPIES = 2
+# The chunks of the output, with those that are read for one, that must fit into the budget twice, so that two threads
+# have work.
+CHUNKS_AT_ONCE = 6
 # Larger ones are not written into an OCDBT database in one piece: it takes four times their size.
 LARGEST_VALUE_BYTES = 32 << 20
 # A chunk that is larger than the budget is worked on alone, up to this much more; beyond, the budget is an error.
@@ -72,37 +84,44 @@ class Storing:
         return new_storage(self.zarr, chunks, layout.dtype, encoding), frozenset()
 
     def unit(
-        self, layout: Layout, chunks: tuple[int, ...], sources: Sequence[Leaf], passed: Collection[Block]
+        self, layout: Layout, storage: Storage, leaves: Mapping[Term, Leaf], passed: Collection[Block]
     ) -> tuple[tuple[int, ...], int]:
         """The unit of work, and the memory that it takes.
 
-        That is the whole tensor if the budget holds two, so that sources are read once; else whole output chunks,
-        enough to read an aligned source chunk once; else, and where all chunks are taken over, one of them. `sources`
-        are the tensors that go in, each once.
+        That is the whole tensor if the budget holds two of them, so that sources are read once; else whole output
+        chunks, enough to read an aligned source chunk once, and for all its copies if the budget holds two of those;
+        else, and where all chunks are taken over, one of them.
         """
-        chunk_bytes = math.prod(chunks) * np_dtype(layout.dtype).itemsize
-        writing = chunk_bytes * (WRITE_COPIES + OCDBT_COPIES * self.ocdbt)
+        chunks = storage.chunks
+        itemsize = np_dtype(layout.dtype).itemsize
+        chunk_bytes = math.prod(chunks) * itemsize
+        stored = chunk_bytes * (1 + OCDBT_COPIES * self.ocdbt)
+        sources = [leaves[term] for block in passed for term in block.terms if isinstance(term, Term)]
+        taking = max((leaf.reading_bytes for leaf in sources), default=0)
         if len(passed) == len(layout.blocks):
-            zeros_are_written = layout.covered < math.prod(layout.shape) and not self.sparse
+            zeros_are_stored = layout.covered < math.prod(layout.shape) and not self.sparse
             by_value = self.ocdbt and not self.refers
-            return chunks, writing if zeros_are_written or by_value else chunk_bytes * READ_COPIES * bool(passed)
-        encoded = max((math.prod(s.chunks) * s.itemsize for s in sources), default=0)
-        # A chunk that is taken over, of which one may be a shard of many, is read beside what is computed.
-        encoded = max(encoded, chunk_bytes * READ_COPIES if passed else 0)
-        at_once = sum(s.nbytes for s in sources) + encoded + writing
-        if at_once <= self.budget_bytes // 2:
-            return layout.shape, at_once
-        wide = chunks
-        for source in sources:
-            wide = tuple(
-                c * math.ceil(min(s, n) / c) if s > w else w
-                for n, c, s, w in zip(layout.shape, chunks, source.chunks, wide, strict=True)
-            )
+            return chunks, max(taking, stored if zeros_are_stored or by_value else 0)
+        plain = storage.encoding is not None and storage.encoding.compressor == "none"
+        ragged = any(n % c for n, c in zip(layout.shape, chunks, strict=True))
+        beside = max(taking, stored + chunk_bytes * (ragged + (not plain)))
+        computed = [block for block in layout.blocks if block not in passed]
 
         def cost(tile: tuple[int, ...]) -> int:
-            reading = (_touched(tile, s.chunks, layout.shape) * s.itemsize for s in sources)
-            return max(max(reading, default=0) * READ_COPIES, encoded) + writing
+            # What is added here and taken off there is kept in between.
+            noise = sum(map(size, recurring_noise(computed))) * itemsize if tile == layout.shape else 0
+            reads = _reads(computed, leaves, tile, with_kernels=tile == layout.shape)
+            return max((max(reading, held + noise + beside) for held, reading in reads), default=beside)
 
+        wide = chunks
+        for leaf in leaves.values():
+            wide = tuple(
+                c * math.ceil(min(s, n) / c) if s > w else w
+                for n, c, s, w in zip(layout.shape, chunks, leaf.chunks, wide, strict=True)
+            )
+        for tile in (layout.shape, _over_copies(computed, leaves, layout.shape, wide)):
+            if (cost_bytes := cost(tile)) <= self.budget_bytes // 2:
+                return tile, cost_bytes
         tile = wide if cost(wide) <= self.budget_bytes + TOLERATED_EXCESS_BYTES else chunks
         return tile, cost(tile)
 
@@ -174,13 +193,51 @@ def choose_chunks(layout: Layout, source_chunks: Sequence[int] | None, budget_by
     return tuple(chunks)
 
 
-def _touched(tile: tuple[int, ...], source_chunks: tuple[int, ...], shape: tuple[int, ...]) -> int:
-    """The number of elements in all source chunks that a tile may meet."""
-    spans = (
-        min(n, math.ceil(t / s) * s + (0 if t % s == 0 else s))
-        for t, s, n in zip(tile, source_chunks, shape, strict=True)
+def _reads(
+    blocks: Sequence[Block], leaves: Mapping[Term, Leaf], tile: tuple[int, ...], *, with_kernels: bool
+) -> Iterator[tuple[int, int]]:
+    """For every tile of a grid: the bytes of the source regions that it meets, and the most that reading them takes.
+
+    Copies of one source are read once; so are the kernels that noise is relative to, where they are measured, too.
+    """
+    met: dict[tuple[int, ...], dict[tuple[int, Region], Leaf]] = {}
+    for block in blocks:
+        for place in places_in_grid(block.at, tile):
+            part = intersect(block.at, tuple(range(i * t, (i + 1) * t) for i, t in zip(place, tile, strict=True)))
+            assert part is not None
+            regions = met.setdefault(place, {})
+            for term in block.terms:
+                if isinstance(term, Term):
+                    regions[id(leaves[term]), shifted(part, block.at, term.region)] = leaves[term]
+                elif with_kernels:
+                    regions[id(leaves[term.like]), term.like.region] = leaves[term.like]
+    for regions in met.values():
+        held = sum(size(region) * leaf.itemsize for (_, region), leaf in regions.items())
+        yield held, max((held + _beside(leaf, region) for (_, region), leaf in regions.items()), default=0)
+
+
+def _beside(leaf: Leaf, region: Region) -> int:
+    """The memory that reading a region takes beside its values: none of the decoded ones if it is one whole chunk."""
+    is_chunk = all(
+        r.start % c == 0 and len(r) == min(c, n - r.start)
+        for r, c, n in zip(region, leaf.chunks, leaf.shape, strict=True)
     )
-    return math.prod(spans)
+    return leaf.reading_bytes - size(region) * leaf.itemsize if is_chunk else leaf.reading_bytes
+
+
+def _over_copies(
+    blocks: Sequence[Block], leaves: Mapping[Term, Leaf], shape: tuple[int, ...], tile: tuple[int, ...]
+) -> tuple[int, ...]:
+    """The tile, drawn out along the axes in which copies of a source stand beside each other."""
+    first: dict[tuple[int, Region], Region] = {}
+    out = list(tile)
+    for block in blocks:
+        for term in block.terms:
+            if isinstance(term, Term):
+                other = first.setdefault((id(leaves[term]), term.region), block.at)
+                for axis, (one, two) in enumerate(zip(other, block.at, strict=True)):
+                    out[axis] = shape[axis] if one != two else out[axis]
+    return tuple(out)
 
 
 def _edges(layout: Layout) -> Iterator[list[int]]:

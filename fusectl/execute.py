@@ -23,7 +23,7 @@ from fusectl.errors import Corrupt, Incompatible
 from fusectl.fill import Moments, lanes, tile_shape, unit_quantiles
 from fusectl.formats.encoding import checksum
 from fusectl.formats.sink import NewTensor, Sink
-from fusectl.formats.tree import READ_COPIES, Checkpoint
+from fusectl.formats.tree import Checkpoint
 from fusectl.formats.zarr import nonfinite_at, np_dtype
 from fusectl.layout import (
     Block,
@@ -34,6 +34,7 @@ from fusectl.layout import (
     is_computed,
     place_in_grid,
     places_in_grid,
+    recurring_noise,
     shifted,
     size,
     slices,
@@ -86,7 +87,8 @@ def execute(plan: Plan, work: Work, sink: Sink, *, jobs: int, progress: Progress
     in_parallel(
         (
             (output.cost_bytes, partial(one, output, tile))
-            for output in plan.outputs
+            # The largest first: none is left to be worked on alone.
+            for output in sorted(plan.outputs, key=lambda output: -output.cost_bytes)
             for tile in tiles(output.layout.shape, output.tile)
         ),
         budget_bytes=plan.budget_bytes,
@@ -159,6 +161,8 @@ class _Unit:
         self._loaded: dict[Term, tuple[Region, Array]] | None = None
         self._tables: dict[tuple[Term, float], list[Array]] = {}
         self._stds: dict[tuple[int, float], Array] = {}
+        self._recurring = recurring_noise(output.layout.blocks)
+        self._kept: dict[tuple[Term, float, Region], list[tuple[tuple[slice, ...], Array]]] = {}
         self._blocks: dict[tuple[int, ...], list[Block]] = {}
         for block, part in self._computed:
             for index in places_in_grid(part, output.chunks):
@@ -174,7 +178,24 @@ class _Unit:
         return values[slices(region, loaded)]
 
     def noise(self, noise: Noise, region: Region) -> Iterator[tuple[tuple[slice, ...], Array]]:
-        """The noise of a region in pieces, each with its place there, in the output's dtype."""
+        """The noise of a region in pieces, each with its place there, in the output's dtype.
+
+        What is going to be taken off again, or has been, in another place of a tensor that is one unit of work, is
+        generated once.
+        """
+        key = (noise.like, abs(noise.scale), region)
+        pieces: Iterable[tuple[tuple[slice, ...], Array]]
+        if key in self._kept:
+            pieces = self._kept.pop(key)
+        else:
+            pieces = self._generated(noise, region)
+            if self.output.at_once and noise.region in self._recurring:
+                pieces = self._kept[key] = list(pieces)
+        for at, values in pieces:
+            yield at, -values if noise.scale < 0 else values
+
+    def _generated(self, noise: Noise, region: Region) -> Iterator[tuple[tuple[slice, ...], Array]]:
+        """The noise of a region as it is added."""
         output, axis, seed = self.output, noise.stacked_axis, self.work.fill.seed
         assert seed is not None
         tables = self._tables_of(noise)
@@ -227,14 +248,11 @@ class _Unit:
 
     def _tables_of(self, noise: Noise) -> Sequence[Array]:
         """The 65,536 values that a noise takes, for each kernel that is stacked in the tensor."""
-        key = (noise.like, noise.scale)
+        key = (noise.like, abs(noise.scale))
         if key not in self._tables:
-            stds = self._measured(noise) * abs(noise.scale)
-            # Rounded to the output's dtype: what is taken off is exactly what is added.
             units = unit_quantiles().astype(np.float64)
-            self._tables[key] = [
-                np.copysign(1.0, noise.scale).astype(self.dtype) * self.stored(units * s) for s in stds
-            ]
+            # Rounded to the output's dtype: what is taken off is exactly what is added.
+            self._tables[key] = [self.stored(units * std) for std in self._measured(noise) * abs(noise.scale)]
         return self._tables[key]
 
     def _measured(self, noise: Noise) -> Array:
@@ -378,11 +396,7 @@ def measure_kernels(plan: Plan, work: Work, *, jobs: int, progress: Progress) ->
         found[kernel, axis] = _std(pieces, 1 if axis is None else shape[axis])
 
     tasks = (
-        (
-            int(np.prod(leaves[noise.like].chunks)) * leaves[noise.like].itemsize * READ_COPIES,
-            partial(measure, noise, output),
-        )
-        for noise, output in wanted.values()
+        (2 * leaves[noise.like].reading_bytes, partial(measure, noise, output)) for noise, output in wanted.values()
     )
     in_parallel(tasks, budget_bytes=plan.budget_bytes, jobs=jobs)
     return found

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -153,6 +154,12 @@ class Block:
 
     at: Region
     terms: tuple[Term | Noise, ...]
+
+
+def recurring_noise(blocks: Sequence[Block]) -> frozenset[Region]:
+    """The regions of noise that stand in more than one place: added in one, taken off in another."""
+    times = Counter(term.region for block in blocks for term in block.terms if isinstance(term, Noise))
+    return frozenset(region for region, n in times.items() if n > 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -272,9 +272,7 @@ class _Builder:
             storing = replace(storing, passthrough=False)
         whole_told = {t: s for t, s in leaves.items() if self._sources[t.source].checkpoint.can_be_taken(t.tensor)}
         storage, passed = storing.choose(layout, whole_told, leaf if terms else None)
-        # Copies of one source are read once.
-        distinct = {(id(self._sources[t.source].checkpoint), t.tensor): source for t, source in leaves.items()}
-        tile, cost = storing.unit(layout, storage.chunks, list(distinct.values()), passed)
+        tile, cost = storing.unit(layout, storage, leaves, passed)
         keys: tuple[Key, ...] = leaf.keys if leaf and leaf.name == name else dict_keys(name)
         self.outputs.append(Output(name, keys, layout, storage, passed, tile, cost, noise_name or name))
         self.used |= {term.tensor for term in terms}

@@ -572,4 +572,4 @@ def test_what_a_unit_of_work_takes_is_counted(tmp_path):
 
     assert cost() == 2 * chunk
     assert cost(format="orbax-zarr2") == 2 * chunk
-    assert cost(format="orbax") == 4 * chunk
+    assert cost(format="orbax") == 3 * chunk

@@ -10,6 +10,8 @@ sink.py     writing: staging, arrays, commit   store.py     files through tensor
 from __future__ import annotations
 
 import hashlib
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from fusectl.errors import Corrupt, UsageError
@@ -83,8 +85,18 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     """
     digest = hashlib.sha256()
     index = checkpoint.location.index
-    for path in sorted(p for p in index.rglob("*") if p.is_file() and not p.name.startswith("fusectl")):
-        digest.update(f"{path.relative_to(index)} {path.stat().st_size}\n".encode())
-        if path.name in {T5X_INDEX, MANIFEST}:
-            digest.update(path.read_bytes())
+    for name, nbytes in sorted(_files_below(str(index)), key=lambda file: file[0].split("/")):
+        digest.update(f"{name} {nbytes}\n".encode())
+        if name.rpartition("/")[2] in {T5X_INDEX, MANIFEST}:
+            digest.update((index / name).read_bytes())
     return digest.hexdigest()[:16]
+
+
+def _files_below(directory: str, prefix: str = "") -> Iterator[tuple[str, int]]:
+    """The names and sizes of the files below a directory but fusectl's own."""
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                yield from _files_below(entry.path, f"{prefix}{entry.name}/")
+            elif entry.is_file() and not entry.name.startswith("fusectl"):
+                yield prefix + entry.name, entry.stat().st_size

@@ -33,9 +33,8 @@ T5X_STEP = "state/step"
 STEPS = (T5X_STEP, "step")
 
 MOST_MISSING = 1000
-# What a chunk takes while it is read: its encoded bytes and the decoded ones. The encoded ones of large zstd chunks,
-# such as Orbax writes for a tensor that is not sharded, are read as they are decoded.
-READ_COPIES = 2
+# The encoded bytes of large zstd chunks, such as Orbax writes for a tensor that is not sharded, are read as they are
+# decoded.
 STREAMED_FROM_BYTES = 16 << 20
 
 
@@ -81,6 +80,15 @@ class Leaf:
     def chunks(self) -> tuple[int, ...]:
         """The shape of the unit that is decoded at once."""
         return self.stored.chunks if self.stored else self.shape
+
+    @property
+    def reading_bytes(self) -> int:
+        """The memory that reading a chunk takes: its values, and its encoded bytes unless they are these."""
+        if self.stored is None:
+            return 0
+        encoding = self.stored.storage.encoding
+        plain = encoding is not None and encoding.compressor == "none"
+        return math.prod(self.chunks) * self.itemsize * (1 if plain else 2)
 
 
 @dataclass(frozen=True, slots=True)

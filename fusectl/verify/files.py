@@ -8,7 +8,7 @@ from functools import partial
 
 from fusectl.errors import Corrupt
 from fusectl.formats.encoding import checksum
-from fusectl.formats.tree import READ_COPIES, Checkpoint, Leaf
+from fusectl.formats.tree import Checkpoint, Leaf
 from fusectl.formats.zarr import nonfinite_at
 from fusectl.layout import Region, size, tiles
 from fusectl.parallel import Progress, in_parallel
@@ -46,7 +46,7 @@ def check_files(checkpoint: Checkpoint, *, budget_bytes: int, jobs: int, progres
             bytes_read += leaf.nbytes
             compared += sum(crc32 != UNREAD for crc32 in sums.crc32) if sums is not None else 0
             for i, region in enumerate(tiles(leaf.shape, sums.chunks if sums is not None else leaf.chunks)):
-                cost = size(region) * leaf.itemsize * READ_COPIES
+                cost = size(region) * leaf.itemsize + leaf.reading_bytes
                 yield cost, partial(check, leaf, region, sums, i)
 
     in_parallel(tasks(), budget_bytes=budget_bytes, jobs=jobs)
