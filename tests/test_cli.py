@@ -620,22 +620,29 @@ def test_inspecting_a_thousand_tensors_costs_less_than_half_a_second_of_cpu(tmp_
     path = checkpoint(tmp_path / "a", layers={"encoder": 9, "decoder": 9}, format=format)
     assert len(open_checkpoint(path).leaves) >= 1000
 
-    assert least_cpu_s("inspect", path) < 0.5
+    assert least_cpu_s(tmp_path / "cache", "inspect", path) < 0.5
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("argv", [["--help"], ["fuse", "--help"]])
-def test_help_costs_less_than_150_ms_of_cpu(argv):
-    assert least_cpu_s(*argv) < 0.150
+def test_help_costs_less_than_150_ms_of_cpu(argv, tmp_path):
+    assert least_cpu_s(tmp_path / "cache", *argv) < 0.150
 
 
-def least_cpu_s(*argv):
-    """The least CPU time of several runs: other work on the machine can only add to it."""
+def least_cpu_s(cache, *argv):
+    """The least CPU time of several runs: other work on the machine can only add to it.
+
+    Compiled modules are kept in `cache`, as those of an installed program are.
+    """
     import resource
+
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    environment["PYTHONPYCACHEPREFIX"] = str(cache)
 
     def once():
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, "-m", "fusectl", *argv], capture_output=True, timeout=60, check=True)
+        command = [sys.executable, "-m", "fusectl", *argv]
+        subprocess.run(command, capture_output=True, timeout=60, check=True, env=environment)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
