@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
-from fusectl.errors import FusectlError, StorageError, UsageError, VerificationFailed
+from fusectl.errors import Corrupt, FusectlError, StorageError, UsageError, VerificationFailed
 from fusectl.memory import prepare_process
 from fusectl.render import Screen, Terminated
 
@@ -100,6 +100,9 @@ MaxMemory = Annotated[
 ]
 Jobs = Annotated[int | None, typer.Option("-j", "--jobs", help="Threads. [default: one per core, two at least]", min=1)]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on with what an interrupted run of the same command has left.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing; --equalize measures.")]
 Verify = Annotated[
     bool, typer.Option("--verify", help="Prove the checkpoint before it appears; if that fails, it does not.")
@@ -156,6 +159,7 @@ def fuse(
     max_memory: MaxMemory = None,
     jobs: Jobs = None,
     force: Force = False,
+    resume: Resume = False,
     dry_run: DryRun = False,
     verify: Verify = False,
     report: WithReport = True,
@@ -182,7 +186,21 @@ def fuse(
             budget_bytes = parse_bytes(max_memory, "--max-memory")
             how = Equalize(equalize_by, tokens, budget_bytes, jobs, progress) if equalize else None
             plan, opened = plan_fusion(sources, options, weights=shares, equalize=how)
-        _write(screen, plan, opened, output, force, jobs, dry_run, allow_nonfinite, verify, report, max_memory, sync)
+        _write(
+            screen,
+            plan,
+            opened,
+            output,
+            force,
+            jobs,
+            dry_run,
+            allow_nonfinite,
+            verify,
+            report,
+            max_memory,
+            sync,
+            resume,
+        )
 
 
 @app.command(
@@ -209,6 +227,7 @@ def self_fuse(
     max_memory: MaxMemory = None,
     jobs: Jobs = None,
     force: Force = False,
+    resume: Resume = False,
     dry_run: DryRun = False,
     verify: Verify = False,
     report: WithReport = True,
@@ -227,7 +246,21 @@ def self_fuse(
         stored = _Stored(codec, sparse, link, check)
         options = _options(_fill(fill, noise_scale, seed), optimizer, format, arch, drop, dtype, stored, max_memory)
         plan, opened = plan_fusion([_path(source)] * copies, options, command="self-fuse")
-        _write(screen, plan, opened, output, force, jobs, dry_run, allow_nonfinite, verify, report, max_memory, sync)
+        _write(
+            screen,
+            plan,
+            opened,
+            output,
+            force,
+            jobs,
+            dry_run,
+            allow_nonfinite,
+            verify,
+            report,
+            max_memory,
+            sync,
+            resume,
+        )
 
 
 @app.command(
@@ -255,6 +288,7 @@ def noise_fill(
     max_memory: MaxMemory = None,
     jobs: Jobs = None,
     force: Force = False,
+    resume: Resume = False,
     dry_run: DryRun = False,
     verify: Verify = False,
     report: WithReport = True,
@@ -273,7 +307,21 @@ def noise_fill(
         stored = _Stored(codec, sparse, link, check)
         options = _options(_fill(fill, noise_scale, seed), "reset", format, arch, drop, dtype, stored, max_memory)
         plan, opened = plan_noise_fill(_path(source), options, copies=copies)
-        _write(screen, plan, opened, output, force, jobs, dry_run, allow_nonfinite, verify, report, max_memory, sync)
+        _write(
+            screen,
+            plan,
+            opened,
+            output,
+            force,
+            jobs,
+            dry_run,
+            allow_nonfinite,
+            verify,
+            report,
+            max_memory,
+            sync,
+            resume,
+        )
 
 
 @app.command(
@@ -415,6 +463,11 @@ def inspect(
     source: Source = None,
     arch: Arch = None,
     tree: Annotated[bool, typer.Option("--tree/--no-tree", help="List the tensors.")] = True,
+    fsck: Annotated[
+        bool, typer.Option("--fsck", help="Read all of it instead, and list everything that is wrong with it.")
+    ] = False,
+    max_memory: MaxMemory = None,
+    jobs: Jobs = None,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -422,11 +475,26 @@ def inspect(
     """Show what a checkpoint is: format, family, step, sizes, optimizer, and every tensor. Reads metadata only."""
     screen = Screen("inspect", json=json, quiet=quiet, debug=debug)
     with screen.errors():
+        if fsck:
+            _fsck(screen, _path(source), arch, max_memory, jobs)
+            return
         from fusectl.inspection import inspect as run_inspect
 
         seen = run_inspect(_path(source), arch)
         screen.inspection(seen, tree=tree)
         seen.require_complete()
+
+
+def _fsck(screen: Screen, path: str, arch: str | None, max_memory: str | None, jobs: int | None) -> None:
+    from fusectl.fsck import fsck as run_fsck
+
+    with screen.progress() as progress:
+        budget_bytes = parse_bytes(max_memory, "--max-memory")
+        found = run_fsck(path, arch, max_memory_bytes=budget_bytes, jobs=jobs, progress=progress)
+    screen.fsck(found)
+    if found.problems:
+        n = len(found.problems)
+        raise Corrupt(f"{found.path}: {n:,} problem{'s' if n > 1 else ''}", details=found.problems)
 
 
 @app.command(short_help="Make, fuse and verify small models.", epilog="Example: fusectl demo")
@@ -448,10 +516,15 @@ def demo(
             raise VerificationFailed("the demo's own checkpoints failed", hint="please report it")
 
 
+# What the program was called with: the line that resumes it says it again.
+_ARGUMENTS: list[str] = []
+
+
 def run(arguments: Sequence[str]) -> int:
     """Runs the command line; its exit code."""
     prepare_process()
     _prepare_streams()
+    _ARGUMENTS[:] = arguments
     argv = gather(list(arguments), "--sources")
     command = next((word for word in argv if not word.startswith("-")), "fusectl")
     screen = Screen(command, json="--json" in argv, quiet=False, debug="--debug" in argv)
@@ -628,10 +701,12 @@ def _write(
     report: bool,
     max_memory: str | None,
     sync: bool,
+    resume: bool,
 ) -> None:
     """What every writing command ends with: the plan shown, or carried out and the output's path printed."""
     from fusectl.formats.locate import local
-    from fusectl.surgery import carry_out, check_output, default_output
+    from fusectl.formats.sink import can_be_resumed
+    from fusectl.surgery import carry_out, check_output, default_output, is_complete
 
     if verify and allow_nonfinite:
         raise UsageError("--verify proves nothing about NaN and Inf", hint="without --allow-nonfinite or --verify")
@@ -642,7 +717,8 @@ def _write(
     if not (verify or report):
         raise UsageError("--no-report: of a proof that was not asked for", hint="--verify --no-report")
     final = default_output(opened, plan) if output is None else local(output)
-    check_output(final, opened, force=force)
+    if not (resume and is_complete(plan, final)):
+        check_output(final, opened, force=force)
     for note in plan.notes:
         screen.note(note)
     if dry_run:
@@ -663,16 +739,22 @@ def _write(
             if report:
                 write_report(found, written.location.home)
 
-        carry_out(
-            plan,
-            opened,
-            final,
-            force=force,
-            jobs=jobs,
-            allow_nonfinite=allow_nonfinite,
-            sync=sync,
-            progress=progress,
-            check=check if verify else None,
-            note=screen.note,
-        )
+        try:
+            carry_out(
+                plan,
+                opened,
+                final,
+                force=force,
+                jobs=jobs,
+                allow_nonfinite=allow_nonfinite,
+                sync=sync,
+                resume=resume,
+                progress=progress,
+                check=check if verify else None,
+                note=screen.note,
+            )
+        except BaseException:
+            if can_be_resumed(final):
+                screen.resumable(_ARGUMENTS)
+            raise
     screen.written(plan, final)

@@ -25,6 +25,7 @@ from fusectl.formats.encoding import checksum
 from fusectl.formats.sink import NewTensor, Sink
 from fusectl.formats.tree import Checkpoint
 from fusectl.formats.zarr import nonfinite_at, np_dtype
+from fusectl.journal import Journal
 from fusectl.layout import (
     Block,
     Noise,
@@ -65,8 +66,13 @@ class Work:
     checked: dict[tuple[int, str, tuple[int, ...]], str] = field(default_factory=dict)
 
 
-def execute(plan: Plan, work: Work, sink: Sink, *, jobs: int, progress: Progress) -> dict[str, Checksums]:
-    """Writes every tensor of the plan to the sink; the checksums of what was written."""
+def execute(
+    plan: Plan, work: Work, sink: Sink, *, jobs: int, progress: Progress, journal: Journal | None = None
+) -> dict[str, Checksums]:
+    """Writes every tensor of the plan to the sink; the checksums of what was written.
+
+    What the journal says is there, and is, is not written again.
+    """
     work = replace(work, stds=measure_kernels(plan, work, jobs=jobs, progress=progress))
     sink.create(NewTensor(o.name, o.keys, o.layout.shape, o.layout.dtype, o.storage) for o in plan.outputs)
     sink.expect(
@@ -80,7 +86,13 @@ def execute(plan: Plan, work: Work, sink: Sink, *, jobs: int, progress: Progress
     def one(output: Output, tile: Region) -> None:
         unit = _Unit(output, tile, work)
         for chunk in tiles_in(tile, output.chunks):
-            sums[output.name][chunk] = _write(chunk, unit, sink)
+            place = place_in_grid(chunk, output.chunks)
+            crc32 = journal.done(output.name, place) if journal is not None else None
+            if crc32 is None or not _holds(chunk, unit, sink, crc32):
+                crc32 = _write(chunk, unit, sink)
+                if journal is not None and crc32 not in {LEFT_OUT, UNREAD}:
+                    journal.add(output.name, place, crc32)
+            sums[output.name][chunk] = crc32
             progress.advance(output.name, size(chunk) * output.itemsize)
 
     progress.start("writing", plan.nbytes)
@@ -95,6 +107,13 @@ def execute(plan: Plan, work: Work, sink: Sink, *, jobs: int, progress: Progress
         jobs=jobs,
     )
     return {output.name: _checksums(output, sums[output.name]) for output in plan.outputs}
+
+
+def _holds(chunk: Region, unit: _Unit, sink: Sink, crc32: str) -> bool:
+    """Whether a chunk with this CRC-32 stands in the output already."""
+    found = taken(unit.output, chunk)
+    origin = (unit.work.sources[found[0].source], found[0].tensor, found[1]) if found else None
+    return sink.holds(unit.output.name, chunk, crc32, origin)
 
 
 def _write(chunk: Region, unit: _Unit, sink: Sink) -> str:
@@ -130,19 +149,12 @@ def _vouched_for(term: Term, index: tuple[int, ...], work: Work) -> str:
     leaf = source.leaves[term.tensor]
     assert leaf.stored is not None
     chunks = leaf.stored.storage.chunks
-    sums = source.record.tensors.get(term.tensor) if source.record else None
-    recorded = sums.of(index) if sums is not None and sums.chunks == chunks else UNREAD
     if not work.check:
-        return recorded
+        return source.recorded(term.tensor, index)
     key = (id(source), term.tensor, index)
     if key not in work.checked:
         at = tuple(range(i * c, min((i + 1) * c, n)) for i, c, n in zip(index, chunks, leaf.shape, strict=True))
         work.checked[key] = checksum(read_finite(work, term, at))
-        if recorded not in {UNREAD, work.checked[key]}:
-            raise Corrupt(
-                f"{source.path}: {term.tensor}: the chunk at {[r.start for r in at]} is not what was written",
-                details=(f"CRC-32 {work.checked[key]}, in its fusectl.json {recorded}",),
-            )
     return work.checked[key]
 
 

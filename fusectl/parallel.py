@@ -15,6 +15,8 @@ from fusectl.memory import available_bytes
 # The most bytes in flight, unless told otherwise, where that is a small share of what is free.
 _MOST_BYTES, _LEAST_BYTES = 256 << 20, 16 << 20
 _SHARE = 16
+# How long an interrupt waits for what is being written.
+PATIENCE_S = 1.0
 
 
 def default_max_memory_bytes() -> int:
@@ -55,6 +57,11 @@ class Budget:
             self._free -= granted
         return granted
 
+    def wait_until_free(self, timeout_s: float) -> None:
+        """Waits until all bytes are free, but no longer than this."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._free == self._limit, timeout_s)
+
     def give_back(self, granted_bytes: int) -> None:
         with self._changed:
             self._free += granted_bytes
@@ -75,7 +82,7 @@ def in_parallel(tasks: Iterable[tuple[int, Callable[[], None]]], *, budget_bytes
         finally:
             budget.give_back(granted)
 
-    with _pool(jobs) as pool:
+    with _pool(jobs, budget) as pool:
         for cost, task in tasks:
             granted = budget.take(cost)
             if failures:
@@ -91,12 +98,14 @@ def default_jobs() -> int:
 
 
 @contextmanager
-def _pool(jobs: int) -> Iterator[ThreadPoolExecutor]:
+def _pool(jobs: int, budget: Budget) -> Iterator[ThreadPoolExecutor]:
     pool = ThreadPoolExecutor(jobs, thread_name_prefix="fusectl")
     try:
         yield pool
         pool.shutdown(wait=True)
-    except BaseException:
-        # An interrupt must not wait for the queue, only for what is being written.
-        pool.shutdown(wait=True, cancel_futures=True)
+    except BaseException as error:
+        # An interrupt must not wait for the queue, and not for long for what is being written.
+        is_interrupt = not isinstance(error, Exception)
+        pool.shutdown(wait=not is_interrupt, cancel_futures=True)
+        budget.wait_until_free(PATIENCE_S)
         raise

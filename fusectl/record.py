@@ -1,11 +1,16 @@
 """fusectl.json: how a checkpoint came to be. Trainers ignore it; noise-fill, verify and later fusions read it.
 
-{"schema": "fusectl/record/1", "version": …, "command": "fuse", "family": "t5-1.1", "parameters": "target/",
+{"schema": "fusectl/record/2", "version": …, "command": "fuse", "family": "t5-1.1", "parameters": "target/",
  "sources": [{"path": …, "format": …, "step": …, "fingerprint": …, "norm_groups": [512]}, …],
  "weights": [0.5, 0.5], "widths": {"embed": [512, 512], …}, "norm_groups": [512, 512],
  "norm": "rule", "residual_scales": [1.0, 0.98], "fill": {"kind": "gaussian", "noise_scale": 0.1, "seed": 0},
  "optimizer": "reset",
- "tensors": {"target/…": {"shape": […], "dtype": …, "chunks": […], "crc32": ["9ae0daaf", …]}, …}}
+ "tensors": {"target/…": {"shape": […], "dtype": …, "chunks": […], "crc32": ["9ae0daaf", …], "metadata": …}, …},
+ "files": {"checkpoint": "5c1f0b2e", …},
+ "crc32": "0b77c4de"}
+
+Every CRC-32 that it holds can be compared with what is there: of each chunk's values, of each array's metadata, of the
+index and the markers, and, last, of the record itself.
 """
 
 from __future__ import annotations
@@ -13,6 +18,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +28,10 @@ from fusectl.errors import Corrupt, UsageError
 
 
 FILE_NAME = "fusectl.json"
-SCHEMA = "fusectl/record/1"
+SCHEMA = "fusectl/record/2"
+# Without checksums of itself and of the index.
+_OLDER = frozenset({"fusectl/record/1"})
+_OWN_CRC32 = re.compile(rb',\n "crc32": "([0-9a-f]{8})"\n}\n\Z')
 # What a residual stream may be multiplied with, or its inverse: float32 holds the squares.
 _SMALLEST_SCALE = 1e-18
 # How far the weights of a mean may be from summing to one.
@@ -78,6 +88,8 @@ class Checksums:
     dtype: str
     chunks: tuple[int, ...]
     crc32: tuple[str, ...]
+    # That of the file that describes the array; None where there is none, or where nobody noted it.
+    metadata: str | None = None
 
     def of(self, index: tuple[int, ...]) -> str:
         """What stands for the chunk at this place of the grid."""
@@ -110,6 +122,8 @@ class Record:
     # The constant that each source's residual stream was multiplied with, so that one norm mixes them less.
     residual_scales: tuple[float, ...] = ()
     tensors: Mapping[str, Checksums] = field(default_factory=dict, repr=False)
+    # The CRC-32 of every other file that makes it a checkpoint, by its path in it.
+    files: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if not self.residual_scales:
@@ -122,7 +136,7 @@ class Record:
 
     def to_json(self) -> bytes:
         """The record as the bytes of its file."""
-        return json.dumps({"schema": SCHEMA, **dataclasses.asdict(self)}, indent=1, allow_nan=False).encode() + b"\n"
+        return signed({"schema": SCHEMA, **dataclasses.asdict(self)})
 
     @classmethod
     def from_json(cls, raw: bytes, where: str) -> Record:
@@ -132,8 +146,10 @@ class Record:
         """
         try:
             tree = json.loads(raw)
-            if tree["schema"] != SCHEMA:
+            if tree["schema"] not in {SCHEMA, *_OLDER}:
                 raise ValueError(f"of schema {tree['schema']}, not {SCHEMA}")  # noqa: TRY301
+            if tree["schema"] == SCHEMA:
+                _require_own_crc32(raw)
             record = cls(
                 version=str(tree["version"]),
                 command=str(tree["command"]),
@@ -149,6 +165,7 @@ class Record:
                 norm=_text(tree.get("norm", "rule")),
                 residual_scales=tuple(map(float, tree.get("residual_scales", ()))),
                 tensors={name: _checksums(entry) for name, entry in tree["tensors"].items()},
+                files={name: _text(crc32) for name, crc32 in tree.get("files", {}).items()},
             )
             record._check()
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
@@ -193,6 +210,25 @@ def mean_weights(weights: Sequence[float] | None, count: int) -> tuple[float, ..
     return tuple(weights)
 
 
+def require_crc32(raw: bytes, crc32: str, where: str) -> None:
+    """Raises Corrupt unless bytes have this CRC-32."""
+    if f"{zlib.crc32(raw):08x}" != crc32:
+        raise Corrupt(f"{where}: not what was written", details=(f"CRC-32 {zlib.crc32(raw):08x}, written as {crc32}",))
+
+
+def signed(tree: Mapping[str, Any]) -> bytes:
+    """A record's JSON with its own CRC-32 at the end."""
+    body = json.dumps(tree, indent=1, allow_nan=False).encode()
+    return body.removesuffix(b"\n}") + f',\n "crc32": "{zlib.crc32(body):08x}"\n}}\n'.encode()
+
+
+def _require_own_crc32(raw: bytes) -> None:
+    found = _OWN_CRC32.search(raw)
+    body = raw[: found.start()] + b"\n}" if found else b""
+    if found is None or int(found.group(1), 16) != zlib.crc32(body):
+        raise ValueError("it has been changed since it was written (CRC-32)")
+
+
 def _text(value: object) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{value!r} is no text")
@@ -211,6 +247,7 @@ def _checksums(entry: Mapping[str, Any]) -> Checksums:
         _text(entry["dtype"]),
         tuple(map(int, entry["chunks"])),
         tuple(map(_text, entry["crc32"])),
+        None if entry.get("metadata") is None else _text(entry["metadata"]),
     )
     if min((*sums.chunks, 1)) < 1:
         raise ValueError(f"chunks of shape {list(sums.chunks)}")

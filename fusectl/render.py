@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
+import shlex
 import sys
 import threading
 import time
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from fusectl.demo import DemoRow
     from fusectl.diff import Diff
+    from fusectl.fsck import Fsck
     from fusectl.inspection import Inspection
     from fusectl.parallel import Progress
     from fusectl.plan import Plan
@@ -54,6 +56,8 @@ class Screen:
         self._quiet = quiet
         self._debug = debug
         self._result: Mapping[str, Any] | None = None
+        # The command that goes on where this one ends.
+        self._resume: str | None = None
 
     @contextmanager
     def errors(self) -> Iterator[None]:
@@ -71,6 +75,11 @@ class Screen:
                 raise typer.Exit(self._stopped(cause)) from error
             raise typer.Exit(self._error(error)) from error
         self._emit("ok", 0, None)
+
+    def resumable(self, arguments: Sequence[str]) -> None:
+        """Has the error that ends the command say the line that goes on with it."""
+        words = [*arguments, *([] if "--resume" in arguments else ["--resume"])]
+        self._resume = shlex.join(["fusectl", *words])
 
     def usage_error(self, error: typer.TyperException) -> int:
         """Prints what is wrong with the command line; the exit code."""
@@ -130,6 +139,14 @@ class Screen:
         if not self._json:
             _print_inspection(self._console(sys.stdout), seen, tree=tree)
 
+    def fsck(self, found: Fsck) -> None:
+        """Prints what is wrong with a checkpoint, all of it, and what nobody could have noticed."""
+        self._result = found.as_json()
+        for note in found.notes:
+            self.note(note)
+        if not self._json:
+            _print_fsck(self._console(sys.stdout), found)
+
     def report(self, report: Report) -> None:
         """Prints a verification."""
         self._result = report.as_json()
@@ -178,19 +195,21 @@ class Screen:
             else (*details[: MOST_DETAILS - 1], f"... {len(details) - MOST_DETAILS + 1} more; --json lists them")
         )
         lines = [f"error: {message}", *(f"  {_one_line(d)}" for d in shown), *([f"  hint: {hint}"] if hint else [])]
+        lines += [f"  to go on: {self._resume}"] if self._resume else []
         self._say("\n".join(lines))
         failed = code == 3
         self._emit(
             "failed" if failed else "error",
             code,
-            {"code": name, "message": message, "details": list(details), "hint": hint},
+            {"code": name, "message": message, "details": list(details), "hint": hint, "resume": self._resume},
         )
         return code
 
     def _stopped(self, by: KeyboardInterrupt | Terminated) -> int:
         code, how = (by.exit_code, "terminated") if isinstance(by, Terminated) else (130, "interrupted")
-        self._say(f"fusectl: {how}; nothing was written")
-        self._emit("error", code, {"code": how, "message": how, "details": [], "hint": None})
+        ended = f"what is done is kept\n  to go on: {self._resume}" if self._resume else "nothing was written"
+        self._say(f"fusectl: {how}; {ended}")
+        self._emit("error", code, {"code": how, "message": how, "details": [], "hint": None, "resume": self._resume})
         return code
 
     def _emit(self, status: str, code: int, error: Mapping[str, Any] | None) -> None:
@@ -377,6 +396,16 @@ def _passing(plan: Plan) -> str:
     share = plan.passed_bytes / max(plan.nonzero_bytes, 1)
     how = ("linked" if plan.links else "copied") + (", checked" if plan.check_sources else ", unread")
     return f"{human(plan.passed_bytes)} ({share:.0%}) taken over as they are, {how}; the rest is encoded anew"
+
+
+def _print_fsck(console: Console, found: Fsck) -> None:
+    facts = [
+        ("checkpoint", found.path),
+        ("read", f"{found.tensors:,} tensors, {human(found.bytes_read)}"),
+        *(("" if i else "can tell", line) for i, line in enumerate(found.limits)),
+        *(("" if i else "problems", line) for i, line in enumerate(found.problems or ["none"])),
+    ]
+    _print_facts(console, facts)
 
 
 def _print_inspection(console: Console, seen: Inspection, *, tree: bool) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -19,12 +20,13 @@ from fusectl.chunks import CODECS, Storing
 from fusectl.equalize import Equalize, residual_scales
 from fusectl.errors import Corrupt, Incompatible, OutputExists, UsageError, counted, shorten
 from fusectl.execute import Work, execute
-from fusectl.formats import Format, fingerprint, format_named, open_location
+from fusectl.formats import Format, fingerprint, format_named, open_checkpoint, open_location
 from fusectl.formats.locate import is_checkpoint
-from fusectl.formats.sink import Manner, Sink, check_space, staged, storage_errors
+from fusectl.formats.sink import Manner, Sink, can_be_resumed, check_space, staged, staging_of, storage_errors
 from fusectl.formats.t5x import kept_in_index
 from fusectl.formats.tree import STEPS, T5X_STEP, Checkpoint, EmptyNode, Key, dict_keys, is_dropped
 from fusectl.formats.zarr import np_dtype
+from fusectl.journal import Journal, require_same_plan
 from fusectl.layout import Block, Layout, Term, whole
 from fusectl.parallel import Progress, Silent, default_jobs, default_max_memory_bytes
 from fusectl.plan import Output, Plan
@@ -166,6 +168,7 @@ def plan_noise_fill(path: str, options: Options, *, copies: int | None = None) -
         parameters=prefix,
         optimizer=record.optimizer if kept else "drop",
         tensors={},
+        files={},
     )
     notes = [*opened.checkpoint.location.notes, *builder.notes, *_notes_on_fill(options.fill)]
     return builder.plan(record, item, notes), [opened.checkpoint]
@@ -180,24 +183,40 @@ def carry_out(
     jobs: int | None = None,
     allow_nonfinite: bool = False,
     sync: bool = True,
+    resume: bool = False,
     progress: Progress | None = None,
     check: Callable[[Checkpoint], None] | None = None,
     note: Callable[[str], None] = lambda _: None,
 ) -> Path:
     """Writes the planned checkpoint to `output`, which appears once it is complete and was found as planned.
 
-    With `sync` it is on the disk before it appears. `check` is given what was written before it appears; if it raises,
-    nothing does. `note` is told what did not go as it was asked for.
+    With `sync` it is on the disk before it appears. With `resume` an interrupted run of the same plan to the same
+    output is gone on with, and an output that such a run has completed is left as it is. `check` is given what was
+    written before it appears; if it raises, nothing does. `note` is told what did not go as it was asked for.
     """
     if allow_nonfinite and plan.record.fill.kind != "zeros":
         raise UsageError("noise is relative to a kernel's deviation, which a NaN or Inf leaves undefined")
+    if resume and is_complete(plan, output):
+        note(f"{output}: complete already")
+        return output
     check_output(output, sources, force=force)
-    check_space(output, plan.nonzero_bytes - plan.passed_bytes * plan.links)
+    resume = resume and can_be_resumed(output)
+    if resume:
+        require_same_plan(staging_of(output), plan)
+        note(f"going on with {staging_of(output)}")
+    else:
+        check_space(output, plan.nonzero_bytes - plan.passed_bytes * plan.links)
+        if can_be_resumed(output):
+            note(f"starting anew: {staging_of(output)} was left by an interrupted run; --resume would go on with it")
     work = Work(sources, plan.record.fill, allow_nonfinite, plan.check_sources)
     manner = Manner(plan.sparse, plan.links, min(LARGEST_COMMIT_BYTES, plan.budget_bytes // 8))
-    with staged(output, force=force, sync=sync) as temporary:
-        sink = Sink(temporary, output, format_named(plan.format), plan.item, manner)
-        sums = execute(plan, work, sink, jobs=jobs or default_jobs(), progress=progress or Silent())
+    with staged(output, force=force, sync=sync, resume=resume) as temporary:
+        with closing(Journal(temporary, plan, resume=resume)) as journal:
+            if resume:
+                note(f"{len(journal):,} chunks are there, to be read and compared with their checksums")
+            sink = Sink(temporary, output, format_named(plan.format), plan.item, manner, resumed=resume)
+            progress, jobs = progress or Silent(), jobs or default_jobs()
+            sums = execute(plan, work, sink, jobs=jobs, progress=progress, journal=journal)
         sink.finish(replace(plan.record, tensors=sums), plan.empty)
         written = open_location(sink.location)
         _check_written(plan, written)
@@ -220,6 +239,18 @@ def default_output(sources: Sequence[Checkpoint], plan: Plan) -> Path:
         plan.record.command, ""
     )
     return home.with_name(f"{stem}{fused_name}{noise}{suffix}")
+
+
+def is_complete(plan: Plan, output: Path) -> bool:
+    """Whether a checkpoint at `output` is what the plan would write, as far as its record tells."""
+    if not (output.is_dir() and is_checkpoint(output)):
+        return False
+    found = open_checkpoint(str(output))
+    if found.record is None or found.format != plan.format:
+        return False
+    planned = {o.name: (o.layout.shape, o.layout.dtype, o.chunks) for o in plan.outputs}
+    written = {name: (sums.shape, sums.dtype, sums.chunks) for name, sums in found.record.tensors.items()}
+    return planned == written and replace(found.record, tensors={}, files={}) == plan.record
 
 
 def check_output(output: Path, sources: Sequence[Checkpoint], *, force: bool) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from fusectl.archs import FAMILIES, family_named
 from fusectl.demo import random_t5x_state
 from fusectl.formats.sink import save
+from fusectl.record import FILE_NAME, signed
 
 
 SIZES = {"vocab": 41, "embed": 12, "heads": 3, "kv": 5, "joined_kv": 15, "mlp": 22, "relpos_buckets": 32}
@@ -20,6 +21,11 @@ RECOGNIZED = [family.name for family in FAMILIES if not family.by_name_only]
 
 def state(family: str, seed: int, sizes=SIZES, layers=LAYERS, **kwargs):
     return random_t5x_state(family_named(family), sizes, layers, seed, **kwargs)
+
+
+def write_record(at: Path, tree) -> None:
+    """Writes a changed fusectl.json as if fusectl had written it."""
+    (at / FILE_NAME).write_bytes(signed({key: value for key, value in tree.items() if key != "crc32"}))
 
 
 def checkpoint(

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from models import checkpoint, state
+from models import checkpoint, state, write_record
 
 from fusectl.archs import recognize
 from fusectl.equalize import Equalize
@@ -80,7 +80,7 @@ def test_the_constants_stand_in_the_record_and_are_verified(written, tmp_path):
     record = json.loads((path / FILE_NAME).read_text())
 
     def weights_pass(scales):
-        (path / FILE_NAME).write_text(json.dumps({**record, "residual_scales": scales}))
+        write_record(path, {**record, "residual_scales": scales})
         return verify(str(path), settings=Settings(("weights",))).weights.passed
 
     assert record["norm"] == "rule"

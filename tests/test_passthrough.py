@@ -497,12 +497,14 @@ def test_a_shard_of_which_a_part_was_left_out_is_decoded(tmp_path):
 
 @pytest.mark.parametrize("format", NO_OCDBT)
 def test_a_link_to_a_symbolic_link_is_one_to_its_file(tmp_path, format):
-    """As in caches that keep files by their digests."""
+    """As in caches that keep files by their digests, here within the checkpoint."""
     a = source(tmp_path / "a", 0, format)
-    (tmp_path / "blobs").mkdir()
-    for i, path in enumerate(p for p in list(Path(a).rglob("*")) if p.is_file()):
-        path.rename(tmp_path / f"blobs/{i}")
-        path.symlink_to(os.path.relpath(tmp_path / f"blobs/{i}", path.parent))
+    blobs = open_checkpoint(a).location.index / "blobs"
+    files = [p for p in Path(a).rglob("*") if p.is_file()]
+    blobs.mkdir()
+    for i, path in enumerate(files):
+        path.rename(blobs / str(i))
+        path.symlink_to(os.path.relpath(blobs / str(i), path.parent))
     _, decoded = fuse([a, a], tmp_path / "plain", passthrough=False)
 
     _, out = fuse([a, a], tmp_path / "deeper/out", link=True)

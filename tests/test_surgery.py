@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from models import LAYERS, SIZES, checkpoint, state
+from models import LAYERS, SIZES, checkpoint, state, write_record
 
 from fusectl.archs import family_named
 from fusectl.chunks import Storing, choose_chunks
@@ -241,7 +241,10 @@ def test_a_record_that_makes_no_sense_is_refused(pair, tmp_path, fault):
     plan, sources = plan_fusion(pair, Options())
     path = carry_out(plan, sources, tmp_path / "out")
     changed = RECORD_FAULTS[fault](json.loads((path / FILE_NAME).read_text()))
-    (path / FILE_NAME).write_text(changed if isinstance(changed, str) else json.dumps(changed))
+    if isinstance(changed, str):
+        (path / FILE_NAME).write_text(changed)
+    else:
+        write_record(path, changed)
 
     with pytest.raises(Corrupt, match="not a record of fusectl"):
         open_checkpoint(str(path))
@@ -250,9 +253,9 @@ def test_a_record_that_makes_no_sense_is_refused(pair, tmp_path, fault):
 def test_a_record_of_a_later_version_is_read(pair, tmp_path):
     plan, sources = plan_fusion(pair, Options())
     path = carry_out(plan, sources, tmp_path / "out")
-    raw = json.dumps({**json.loads((path / FILE_NAME).read_text()), "news": 1}).encode()
+    write_record(path, {**json.loads((path / FILE_NAME).read_text()), "news": 1})
 
-    record = Record.from_json(raw, "here")
+    record = Record.from_json((path / FILE_NAME).read_bytes(), "here")
 
     assert Record.from_json(record.to_json(), "here") == record == open_checkpoint(str(path)).record
 
@@ -262,7 +265,7 @@ def test_a_record_of_other_widths_than_the_tree_is_refused(pair, tmp_path):
     path = carry_out(plan, sources, tmp_path / "out")
     record = json.loads((path / FILE_NAME).read_text())
     record["widths"]["mlp"] = [20, 22]
-    (path / FILE_NAME).write_text(json.dumps(record))
+    write_record(path, record)
 
     with pytest.raises(Incompatible, match="is no fusion of these 2 sources"):
         plan_noise_fill(str(path), Options(fill=Fill("gaussian", 0.1, 0)))

@@ -10,17 +10,21 @@ sink.py     writing: staging, arrays, commit   store.py     files through tensor
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
-from fusectl.errors import Corrupt, UsageError
-from fusectl.formats.locate import T5X_INDEX, locate
+from fusectl.errors import Corrupt, FusectlError, UsageError
+from fusectl.formats.locate import ORBAX_INDEX, T5X_INDEX, locate
 from fusectl.formats.orbax import open_orbax
-from fusectl.formats.store import MANIFEST
+from fusectl.formats.store import MANIFEST, walk
 from fusectl.formats.t5x import open_t5x
 from fusectl.formats.tree import Checkpoint, Location
-from fusectl.record import FILE_NAME, Record
+from fusectl.record import FILE_NAME, Record, require_crc32
+
+
+# A record has about twelve bytes for each chunk.
+LARGEST_RECORD_BYTES = 128 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,17 +68,41 @@ def open_checkpoint(path: str) -> Checkpoint:
     return open_location(locate(path))
 
 
-def open_location(location: Location) -> Checkpoint:
-    """The checkpoint at a place that is known."""
-    file = location.home / FILE_NAME
-    record = Record.from_json(file.read_bytes(), str(file)) if file.is_file() else None
+def open_location(location: Location, fault: Callable[[FusectlError], None] | None = None) -> Checkpoint:
+    """The checkpoint at a place that is known.
+
+    With `fault` it is told of the tensors whose metadata is missing or makes no sense, and of such a record; they are
+    left out then. Without it the first one is raised.
+    """
+    file, record = location.home / FILE_NAME, None
     try:
-        return (open_t5x if location.kind == "t5x" else open_orbax)(location, record)
+        record = _read_record(file) if file.is_file() else None
+    except Corrupt as error:
+        if fault is None:
+            raise
+        fault(error)
+    try:
+        _require_index(location, record)
+        return (open_t5x if location.kind == "t5x" else open_orbax)(location, record, fault)
     except _MALFORMED as error:
         # Whatever an index may hold in place of what it should.
         raise Corrupt(
             f"{location.index}: an index that makes no sense", details=(f"{type(error).__name__}: {error}",)
         ) from error
+
+
+def _require_index(location: Location, record: Record | None) -> None:
+    """Raises Corrupt if the index is not the one that the record was written with."""
+    file = location.index / (T5X_INDEX if location.kind == "t5x" else ORBAX_INDEX)
+    crc32 = record.files.get(str(file.relative_to(location.home))) if record else None
+    if crc32 is not None:
+        require_crc32(file.read_bytes(), crc32, str(file))
+
+
+def _read_record(file: Path) -> Record:
+    if file.stat().st_size > LARGEST_RECORD_BYTES:
+        raise Corrupt(f"{file}: {file.stat().st_size:,} bytes, too many for a record")
+    return Record.from_json(file.read_bytes(), str(file))
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
@@ -84,19 +112,14 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     without reading all of it; verify's weights level compares the values.
     """
     digest = hashlib.sha256()
-    index = checkpoint.location.index
-    for name, nbytes in sorted(_files_below(str(index)), key=lambda file: file[0].split("/")):
-        digest.update(f"{name} {nbytes}\n".encode())
+    index = str(checkpoint.location.index)
+    files = {
+        entry.path.removeprefix(index + "/"): entry.stat().st_size
+        for entry in walk(index)
+        if not entry.name.startswith("fusectl") and entry.is_file()
+    }
+    for name in sorted(files, key=lambda name: name.split("/")):
+        digest.update(f"{name} {files[name]}\n".encode())
         if name.rpartition("/")[2] in {T5X_INDEX, MANIFEST}:
-            digest.update((index / name).read_bytes())
+            digest.update(Path(index, name).read_bytes())
     return digest.hexdigest()[:16]
-
-
-def _files_below(directory: str, prefix: str = "") -> Iterator[tuple[str, int]]:
-    """The names and sizes of the files below a directory but fusectl's own."""
-    with os.scandir(directory) as entries:
-        for entry in entries:
-            if entry.is_dir(follow_symlinks=False):
-                yield from _files_below(entry.path, f"{prefix}{entry.name}/")
-            elif entry.is_file() and not entry.name.startswith("fusectl"):
-                yield prefix + entry.name, entry.stat().st_size

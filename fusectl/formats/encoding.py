@@ -21,6 +21,8 @@ import zstandard
 ZSTD_LEVEL = 1
 CRC32C_BYTES = 4
 _GZIP_TRAILER_BYTES = 8
+# Deflate's own limit is a factor of 1032.
+_GZIP_MOST = 1040
 
 Buffer = bytes | bytearray | memoryview
 
@@ -134,6 +136,9 @@ def _without_zstd(view: memoryview, nbytes: int) -> bytes:
 
 
 def _without_gzip(view: memoryview, nbytes: int) -> bytearray:
+    # What they may decode to is allocated before a byte is.
+    if len(view) * _GZIP_MOST < nbytes:
+        raise BadChunk(f"{len(view):,} bytes of gzip, too few for {nbytes:,}")
     values: bytearray = deflate.gzip_decompress(view, nbytes)
     # libdeflate has compared its own end of the stream; nothing may come behind it.
     if bytes(view[-_GZIP_TRAILER_BYTES:-4]) != deflate.crc32(values).to_bytes(4, "little"):

@@ -13,18 +13,21 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fusectl.errors import Corrupt, StorageError
-from fusectl.formats.locate import COMMITTED, ORBAX_INDEX, STEP_METADATA
+from fusectl.errors import Corrupt, FusectlError, StorageError
+from fusectl.formats.locate import ORBAX_INDEX
 from fusectl.formats.store import MANIFEST, Files, directory, ocdbt
-from fusectl.formats.tree import Checkpoint, EmptyNode, Key, Leaf, Location
-from fusectl.formats.zarr import METADATA_FILE, parse_metadata
+from fusectl.formats.tree import Checkpoint, EmptyNode, Key, Leaf, Location, stored_arrays
+from fusectl.formats.zarr import METADATA_FILE
 from fusectl.record import Record
 
+
+# A hundred thousand tensors.
+LARGEST_INDEX_BYTES = 32 << 20
 
 HANDLER = "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckpointHandler"
 # With this type a restore without a target gives numpy arrays on any number of devices, without `_sharding`.
@@ -32,8 +35,13 @@ NUMPY = "np.ndarray"
 _ARRAYS = frozenset({NUMPY, "jax.Array", "scalar", "int", "float"})
 
 
-def open_orbax(location: Location, record: Record | None) -> Checkpoint:
-    """The checkpoint at a location of kind `orbax`."""
+def open_orbax(
+    location: Location, record: Record | None, fault: Callable[[FusectlError], None] | None = None
+) -> Checkpoint:
+    """The checkpoint at a location of kind `orbax`.
+
+    With `fault` it is told of tensors without sound metadata, which are left out; without it the first one is raised.
+    """
     where = str(location.home)
     meta = _read_metadata(location.index / ORBAX_INDEX)
     in_ocdbt = (location.index / MANIFEST).is_file()
@@ -59,10 +67,10 @@ def open_orbax(location: Location, record: Record | None) -> Checkpoint:
         else:
             arrays[name] = (keys, ".".join(key.name for key in keys))
     zarr = 3 if any(name.endswith("/" + METADATA_FILE[3]) for name in files.names) else 2
-    metadata = files.read(f"{base}/{METADATA_FILE[zarr]}" for _, base in arrays.values())
+    file_of = {name: base for name, (_, base) in arrays.items()}
     leaves: dict[str, Leaf] = {}
-    for name, (keys, base) in arrays.items():
-        stored = parse_metadata(metadata[f"{base}/{METADATA_FILE[zarr]}"], f"{where}: {name}")
+    for name, stored in stored_arrays(files, file_of, zarr, record, fault).items():
+        keys, base = arrays[name]
         store = ocdbt(at, base + "/") if in_ocdbt else directory(f"{at}/{base}")
         leaves[name] = Leaf(name, keys, stored.shape, stored.dtype, stored=stored, store=store)
     layout = ("orbax" if zarr == 3 else "orbax-ocdbt-zarr2") if in_ocdbt else f"orbax-zarr{zarr}"
@@ -71,7 +79,7 @@ def open_orbax(location: Location, record: Record | None) -> Checkpoint:
         layout,
         leaves,
         files=files,
-        file_of={name: base for name, (_, base) in arrays.items()},
+        file_of=file_of,
         empty=tuple(empty),
         # Without the flag, Orbax before 0.5 or another writer left chunks of zeros out.
         lenient=not meta.get("store_array_data_equal_to_fill_value", False),
@@ -88,8 +96,8 @@ class Form:
     sparse: bool
 
 
-def write_metadata(at: Path, leaves: Iterable[Leaf], empty: Iterable[EmptyNode], form: Form) -> None:
-    """Writes the `_METADATA` of an item whose arrays are in place."""
+def item_metadata(leaves: Iterable[Leaf], empty: Iterable[EmptyNode], form: Form) -> bytes:
+    """The `_METADATA` of an item."""
     tree = {}
     for leaf in leaves:
         tree[_entry_name(leaf.keys)] = _entry(leaf.keys, NUMPY, skip=False)
@@ -102,11 +110,11 @@ def write_metadata(at: Path, leaves: Iterable[Leaf], empty: Iterable[EmptyNode],
         "store_array_data_equal_to_fill_value": not form.sparse,
         "custom_metadata": None,
     }
-    (at / ORBAX_INDEX).write_text(json.dumps(meta))
+    return json.dumps(meta).encode()
 
 
-def write_step_metadata(home: Path, item: str | None, started_ns: int) -> None:
-    """Writes `_CHECKPOINT_METADATA`, which names the item's handler and says that the step is committed."""
+def step_metadata(item: str | None, started_ns: int) -> bytes:
+    """A `_CHECKPOINT_METADATA`, which names the item's handler and says that the step is committed."""
     meta = {
         "item_handlers": {item: HANDLER} if item else HANDLER,
         "metrics": {},
@@ -115,16 +123,18 @@ def write_step_metadata(home: Path, item: str | None, started_ns: int) -> None:
         "commit_timestamp_nsecs": time.time_ns(),
         "custom_metadata": {},
     }
-    (home / STEP_METADATA).write_text(json.dumps(meta))
+    return json.dumps(meta).encode()
 
 
-def mark_committed(at: Path, final: Path) -> None:
-    """Writes the marker without which Orbax >= 0.12.3 may take a directory for a leftover and remove it."""
-    (at / COMMITTED).write_text(f"Checkpoint commit was successful to {final}")
+def marker(final: Path) -> bytes:
+    """The marker without which Orbax >= 0.12.3 may take a directory for a leftover and remove it."""
+    return f"Checkpoint commit was successful to {final}".encode()
 
 
 def _read_metadata(path: Path) -> dict[str, Any]:
     try:
+        if path.stat().st_size > LARGEST_INDEX_BYTES:
+            raise Corrupt(f"{path}: {path.stat().st_size:,} bytes, too many for the metadata of an item")
         meta = json.loads(path.read_bytes())
     except PermissionError as error:
         raise StorageError(f"{path}: permission denied") from error

@@ -1,7 +1,7 @@
 """Writing a checkpoint: into a temporary sibling, arrays first, index and markers last, then one rename.
 
-A killed run leaves at most a directory whose name ends with .fusectl-tmp, which no trainer takes for a checkpoint and
-which the next run to the same output replaces.
+A killed run leaves at most a directory whose name ends with .fusectl-tmp, which no trainer takes for a checkpoint. The
+next run to the same output goes on with it if it is told to, and replaces it if not.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import shutil
 import signal
 import threading
 import time
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,11 @@ import numpy.typing as npt
 
 from fusectl.errors import Corrupt, FusectlError, NotEnoughSpace, OutputExists, StorageError
 from fusectl.formats import Format, format_named
-from fusectl.formats.encoding import ZSTD_LEVEL, BadChunk, Buffer, Encoding
-from fusectl.formats.locate import T5X_INDEX, TEMPORARY_SUFFIX
-from fusectl.formats.orbax import Form, mark_committed, write_metadata, write_step_metadata
+from fusectl.formats.encoding import ZSTD_LEVEL, BadChunk, Buffer, Encoding, checksum
+from fusectl.formats.locate import COMMITTED, ORBAX_INDEX, STEP_METADATA, T5X_INDEX, TEMPORARY_SUFFIX
+from fusectl.formats.orbax import Form, item_metadata, marker, step_metadata
 from fusectl.formats.store import translate
-from fusectl.formats.t5x import kept_in_index, write_index
+from fusectl.formats.t5x import kept_in_index, new_index
 from fusectl.formats.target import Database, Directories, Target
 from fusectl.formats.tree import Checkpoint, EmptyNode, Key, Leaf, Location, dict_keys
 from fusectl.formats.zarr import (
@@ -48,6 +49,8 @@ from fusectl.layout import Region, place_in_grid, slices, tiles, whole
 from fusectl.record import FILE_NAME, Record
 
 
+# What tells that a staging directory can be gone on with; removed once it has appeared under its own name.
+JOURNAL = "fusectl-journal.jsonl"
 REMOVALS = 200
 FLUSHES_AT_ONCE = 8
 
@@ -78,7 +81,16 @@ class Sink:
     with `write`, `write_zeros` and `take`, and they become a checkpoint with `finish`.
     """
 
-    def __init__(self, home: Path, final: Path, format: Format, item: str | None, manner: Manner | None = None) -> None:
+    def __init__(
+        self,
+        home: Path,
+        final: Path,
+        format: Format,
+        item: str | None,
+        manner: Manner | None = None,
+        *,
+        resumed: bool = False,
+    ) -> None:
         self._home = home
         self._final = final
         self._format = format
@@ -89,14 +101,16 @@ class Sink:
         self._started_ns = time.time_ns()
         self._leaves: dict[str, Leaf] = {}
         self._kept: dict[str, npt.NDArray[Any]] = {}
+        # The CRC-32 of each array's own metadata.
+        self._metadata: dict[str, str] = {}
         self._lock = threading.Lock()
         # How many chunks were copied although links were asked for.
         self.not_linked = 0
         links, commit_bytes = self._manner.links, self._manner.commit_bytes
         self._target: Target = (
-            Database(self._index, links=links, commit_bytes=commit_bytes)
+            Database(self._index, links=links, commit_bytes=commit_bytes, resumed=resumed)
             if format.ocdbt
-            else Directories(self._index, links=links)
+            else Directories(self._index, links=links, resumed=resumed)
         )
 
     @property
@@ -112,6 +126,7 @@ class Sink:
                 continue
             raw = new_metadata(tensor.storage, tensor.shape, tensor.dtype, sparse=self._manner.sparse)
             stored = parse_metadata(raw, tensor.name)
+            self._metadata[tensor.name] = f"{zlib.crc32(raw):08x}"
             self._leaves[tensor.name] = Leaf(tensor.name, tensor.keys, tensor.shape, tensor.dtype, stored=stored)
             with self._errors(tensor.name):
                 self._target.write(f"{_base(tensor.keys)}/{METADATA_FILE[self._format.zarr]}", [raw])
@@ -119,6 +134,36 @@ class Sink:
     def expect(self, chunks: Iterable[tuple[Checkpoint, str, tuple[int, ...]]]) -> None:
         """Announces the stored chunks of sources that are going to be taken over."""
         self._target.expect((source.files, source.key(tensor, index)) for source, tensor, index in chunks)
+
+    def holds(
+        self, name: str, chunk: Region, crc32: str, taken: tuple[Checkpoint, str, tuple[int, ...]] | None
+    ) -> bool:
+        """Whether an interrupted run has left a chunk with this CRC-32; if so, it need not be written again.
+
+        `taken` is the source's chunk that it was made of, if it was.
+        """
+        if name in self._kept or self._storage(name).encoding is None:
+            return False
+        leaf, storage, key = self._leaves[name], self._storage(name), self._key(name, chunk)
+        origin = None
+        if taken is not None:
+            source, tensor, index = taken
+            theirs = source.leaves[tensor].stored
+            if theirs is not None and theirs.storage.like(storage):
+                origin = (source.files, source.key(tensor, index))
+        raw = self._target.written(key, origin)
+        if raw is None or storage.encoding is None:
+            return False
+        dtype = np_dtype(leaf.dtype)
+        try:
+            values = storage.encoding.decode(raw, math.prod(storage.chunks) * dtype.itemsize)
+        except BadChunk:
+            return False
+        cut = np.frombuffer(values, dtype).reshape(storage.chunks)[slices(tuple(range(len(r)) for r in chunk))]
+        if checksum(cut) != crc32:
+            return False
+        self._target.keep(key, origin)
+        return True
 
     def write(self, name: str, chunk: Region, values: npt.NDArray[Any]) -> None:
         """Writes the values of a chunk, cut at the tensor's edge."""
@@ -170,17 +215,26 @@ class Sink:
         """Commits what is pending, then writes the record, the index and the markers, in this order."""
         with self._errors():
             self._target.finish()
+        files = self._closing_files(empty)
         if record is not None:
-            (self._home / FILE_NAME).write_bytes(record.to_json())
+            tensors = {name: replace(sums, metadata=self._metadata.get(name)) for name, sums in record.tensors.items()}
+            sums = {name: f"{zlib.crc32(raw):08x}" for name, raw in files.items()}
+            (self._home / FILE_NAME).write_bytes(replace(record, tensors=tensors, files=sums).to_json())
+        for name, raw in files.items():
+            (self._home / name).write_bytes(raw)
+
+    def _closing_files(self, empty: Iterable[EmptyNode]) -> dict[str, bytes]:
+        """The files that make a checkpoint of what has been written, by their path in it, in the order of writing."""
         if self._format.name == "t5x":
-            write_index(self._home / T5X_INDEX, {**self._leaves, **self._kept})
-            return
+            return {T5X_INDEX: new_index({**self._leaves, **self._kept})}
         form = Form(self._format.zarr, in_ocdbt=self._format.ocdbt, sparse=self._manner.sparse)
-        write_metadata(self._index, self._leaves.values(), empty, form)
+        below = f"{self._item}/" if self._item else ""
+        files = {f"{below}{ORBAX_INDEX}": item_metadata(self._leaves.values(), empty, form)}
         if self._item:
-            mark_committed(self._index, self._final / self._item)
-        write_step_metadata(self._home, self._item, self._started_ns)
-        mark_committed(self._home, self._final)
+            files[f"{below}{COMMITTED}"] = marker(self._final / self._item)
+        files[STEP_METADATA] = step_metadata(self._item, self._started_ns)
+        files[COMMITTED] = marker(self._final)
+        return files
 
     def _count(self, *, linked: bool) -> None:
         with self._lock:
@@ -243,16 +297,18 @@ def save(
 
 
 @contextmanager
-def staged(final: Path, *, force: bool, sync: bool = True) -> Iterator[Path]:
-    """A temporary sibling of `final`, which becomes `final` when the body ends and is removed when the body fails.
+def staged(final: Path, *, force: bool, sync: bool = True, resume: bool = False) -> Iterator[Path]:
+    """A temporary sibling of `final`, which becomes `final` when the body ends.
 
-    With `sync` all of it is on the disk before it appears.
+    When the body fails it is removed, unless it has a journal and the failure is one that may pass: an interrupt, a
+    full disk, storage that refuses. With `resume` it begins with what such a run has left. With `sync` all of it is on
+    the disk before it appears.
 
     Raises OutputExists when `final` exists and `force` is not given, or when another process is writing it.
     """
     if os.path.lexists(final) and not force:
         raise OutputExists(f"{final}: exists", hint="choose another -o, or --force to replace it")
-    temporary = final.with_name(final.name + TEMPORARY_SUFFIX)
+    temporary = staging_of(final)
     with storage_errors(final):
         final.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir(exist_ok=True)
@@ -266,18 +322,36 @@ def staged(final: Path, *, force: bool, sync: bool = True) -> Iterator[Path]:
             raise OutputExists(f"{final}: another process has just written it")
         try:
             with storage_errors(final):
-                _empty(temporary)
+                if not resume:
+                    _empty(temporary)
                 yield temporary
                 if sync:
                     _sync(temporary)
                 with undisturbed():
                     _publish(temporary, final)
-        except BaseException:
-            with undisturbed():
-                _remove(temporary)
+        except BaseException as error:
+            may_pass = not isinstance(error, Exception) or isinstance(error, StorageError | NotEnoughSpace)
+            if not (may_pass and can_be_resumed(final)):
+                with undisturbed():
+                    _remove(temporary)
             raise
     finally:
         os.close(lock)
+
+
+def staging_of(final: Path) -> Path:
+    """Where a checkpoint is written before it appears."""
+    return final.with_name(final.name + TEMPORARY_SUFFIX)
+
+
+def can_be_resumed(final: Path) -> bool:
+    """Whether an interrupted run to this output has left something to go on with."""
+    try:
+        with (staging_of(final) / JOURNAL).open("rb") as journal:
+            # Its first line says of which plan it is.
+            return journal.readline().endswith(b"\n")
+    except OSError:
+        return False
 
 
 @contextmanager
@@ -347,11 +421,15 @@ def _empty(at: Path) -> None:
 
 def _sync(at: Path) -> None:
     """Flushes all files and directories to the disk; for those that are linked there is nothing left to do."""
-    with ThreadPoolExecutor(FLUSHES_AT_ONCE) as pool:
+    pool = ThreadPoolExecutor(FLUSHES_AT_ONCE)
+    try:
         for parent, _, names in os.walk(at):
             flushed = pool.map(_fsync, [Path(parent, name) for name in names])
             list(flushed)
             _fsync(Path(parent))
+    finally:
+        # An interrupt waits for none of them.
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _fsync(path: Path) -> None:
@@ -368,6 +446,7 @@ def _publish(temporary: Path, final: Path) -> None:
         shutil.rmtree(temporary)
     else:
         temporary.rename(final)
+    (final / JOURNAL).unlink(missing_ok=True)
     _fsync(final.parent)
 
 

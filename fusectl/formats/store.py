@@ -25,6 +25,8 @@ from fusectl.formats.encoding import CRC32C_BYTES, Buffer, Encoding, crc32c, req
 Spec = dict[str, Any]
 
 MANIFEST = "manifest.ocdbt"
+# Larger than the metadata of any array: what claims to be one is not read.
+LARGEST_METADATA_BYTES = 1 << 20
 _BUFFER_BYTES = 1 << 20
 
 
@@ -145,6 +147,8 @@ class Files:
     def __init__(self, spec: Spec, where: str) -> None:
         self.where = where
         self.spec = spec
+        root = spec["base"]["path"] if spec["driver"] == "ocdbt" else spec["path"]
+        require_contained(root)
         try:
             self._store = ts.KvStore.open(spec, context=new_context()).result()
             self.names = frozenset(key.decode() for key in self._store.list().result())
@@ -181,6 +185,15 @@ class Files:
             return place.read()
         return place if place is not None else self.read([name])[name]
 
+    def metadata(self, names: Iterable[str]) -> Mapping[str, bytes]:
+        """The contents of these files, each the metadata of an array; raises Corrupt for those that cannot be."""
+        wanted = list(names)
+        for name in wanted:
+            place = self.place(name) if name in self.names else None
+            if isinstance(place, Extent) and place.nbytes > LARGEST_METADATA_BYTES:
+                raise Corrupt(f"{self.where}/{name}: {place.nbytes:,} bytes, too many for the metadata of an array")
+        return self.read(wanted)
+
     def read(self, names: Iterable[str]) -> Mapping[str, bytes]:
         """The contents of these files, read concurrently; a missing one is an error that names it."""
         futures = {name: self._store.read(name) for name in names}
@@ -194,6 +207,32 @@ class Files:
                 raise Corrupt(f"{self.where}/{name}: missing", hint="dotfiles get lost in copies; copy it again whole")
             contents[name] = result.value
         return contents
+
+
+def require_contained(root: str) -> None:
+    """Raises Corrupt if a symbolic link below a directory leads out of it, to a directory that holds it, or nowhere."""
+    home = os.path.realpath(root)
+    for entry in walk(root):
+        if not entry.is_symlink():
+            continue
+        real, holder = os.path.realpath(entry.path), os.path.realpath(os.path.dirname(entry.path))  # noqa: PTH120
+        if not real.startswith(home + os.sep):
+            raise Corrupt(
+                f"{entry.path}: a symbolic link that leads out of the checkpoint",
+                details=(real,),
+                hint="cp -rL makes a copy with the files themselves",
+            )
+        if f"{holder}{os.sep}".startswith(real + os.sep) or not os.path.exists(real):  # noqa: PTH110
+            raise Corrupt(f"{entry.path}: a symbolic link that leads nowhere", details=(real,))
+
+
+def walk(directory: str) -> Iterator[os.DirEntry[str]]:
+    """Everything below a directory, links to directories themselves but not what is behind them."""
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            yield entry
+            if entry.is_dir(follow_symlinks=False):
+                yield from walk(entry.path)
 
 
 def _walk(root: str, nodes: list[Extent]) -> Iterator[tuple[str, Extent | bytes]]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import posixpath
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
@@ -21,15 +21,18 @@ import msgpack
 import numpy as np
 import numpy.typing as npt
 
-from fusectl.errors import Corrupt, Incompatible, NotFound, StorageError
+from fusectl.errors import Corrupt, FusectlError, Incompatible, NotFound, StorageError
 from fusectl.formats.locate import T5X_INDEX
 from fusectl.formats.store import Files, directory
-from fusectl.formats.tree import Checkpoint, Leaf, Location, dict_keys
-from fusectl.formats.zarr import METADATA_FILE, ArrayMetadata, np_dtype, parse_metadata
+from fusectl.formats.tree import Checkpoint, Leaf, Location, dict_keys, stored_arrays
+from fusectl.formats.zarr import ArrayMetadata, np_dtype
 from fusectl.record import Record
 
 
 VERSION = 3
+# What an index may claim: a hundred thousand tensors, each with a spec of a dozen entries, and lists that are shapes.
+MOST_ENTRIES = 2_000_000
+MOST_AXES = 64
 _CHUNKED = "__msgpack_chunked_array__"
 # Names that T5X stores in the index whatever their size: nothing partitions them.
 _INLINED_SLOTS = frozenset({"v_row", "v_col", "count", "step"})
@@ -41,8 +44,13 @@ class _Ext(IntEnum):
     npscalar = 3
 
 
-def open_t5x(location: Location, record: Record | None) -> Checkpoint:
-    """The checkpoint at a location of kind `t5x`; raises Corrupt for an index that contradicts its arrays."""
+def open_t5x(
+    location: Location, record: Record | None, fault: Callable[[FusectlError], None] | None = None
+) -> Checkpoint:
+    """The checkpoint at a location of kind `t5x`; raises Corrupt for an index that contradicts its arrays.
+
+    With `fault` it is told instead of tensors that are contradicted, and of those without metadata; they are left out.
+    """
     tree = read_index(location.index / T5X_INDEX)
     where = str(location.home)
     files = Files(directory(str(location.index)), where)
@@ -56,10 +64,14 @@ def open_t5x(location: Location, record: Record | None) -> Checkpoint:
         else:
             specs[name] = value
     file_of = {name: _directory_of(spec, f"{where}: {name}") for name, spec in specs.items()}
-    metadata = files.read(f"{at}/{METADATA_FILE[2]}" for at in file_of.values())
-    for name, spec in specs.items():
-        stored = parse_metadata(metadata[f"{file_of[name]}/{METADATA_FILE[2]}"], f"{where}: {name}")
-        _agree(spec, stored, f"{where}: {name}")
+    for name, stored in stored_arrays(files, file_of, 2, record, fault).items():
+        try:
+            _agree(specs[name], stored, f"{where}: {name}")
+        except Corrupt as error:
+            if fault is None:
+                raise
+            fault(error)
+            continue
         store = directory(str(location.index / file_of[name]))
         leaves[name] = Leaf(name, dict_keys(name), stored.shape, stored.dtype, stored=stored, store=store)
     # T5X itself gives its arrays no fill value, and stores every chunk.
@@ -72,8 +84,19 @@ def read_index(path: Path) -> dict[str, Any]:
         raw = path.read_bytes()
     except PermissionError as error:
         raise StorageError(f"{path}: permission denied") from error
+    entries = 0
+
+    def counted(node: dict[Any, Any]) -> dict[Any, Any]:
+        nonlocal entries
+        entries += len(node) + 1
+        if entries > MOST_ENTRIES:
+            raise ValueError(f"more than {MOST_ENTRIES:,} entries")
+        return node
+
     try:
-        tree = msgpack.unpackb(raw, ext_hook=_from_ext, strict_map_key=False)
+        tree = msgpack.unpackb(
+            raw, ext_hook=_from_ext, object_hook=counted, strict_map_key=False, max_array_len=MOST_AXES
+        )
     except Exception as error:
         # msgpack documents no common base for what it raises on arbitrary bytes, and the hook below adds numpy's.
         details = (f"{type(error).__name__}: {error}",)
@@ -89,8 +112,8 @@ def read_index(path: Path) -> dict[str, Any]:
     return optimizer
 
 
-def write_index(path: Path, values: Mapping[str, Leaf | npt.NDArray[Any]]) -> None:
-    """Writes a `checkpoint` file for tensors whose arrays are in place; numpy arrays are kept in the index."""
+def new_index(values: Mapping[str, Leaf | npt.NDArray[Any]]) -> bytes:
+    """A `checkpoint` file for these tensors; numpy arrays are kept in it."""
     tree: dict[str, Any] = {}
     for name, value in sorted(values.items()):
         *parents, last = name.split("/")
@@ -98,8 +121,8 @@ def write_index(path: Path, values: Mapping[str, Leaf | npt.NDArray[Any]]) -> No
         for parent in parents:
             node = node.setdefault(parent, {})
         node[last] = _spec(value) if isinstance(value, Leaf) else value
-    packed = msgpack.packb({"version": VERSION, "optimizer": tree}, default=_to_ext, strict_types=True)
-    path.write_bytes(packed)
+    packed: bytes = msgpack.packb({"version": VERSION, "optimizer": tree}, default=_to_ext, strict_types=True)
+    return packed
 
 
 def kept_in_index(name: str, shape: tuple[int, ...]) -> bool:

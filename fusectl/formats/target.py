@@ -26,6 +26,8 @@ from fusectl.formats.store import MANIFEST, Extent, Files, copy, link, new_conte
 SMALLEST_SHARE = 0.25
 # The next one of these, which fusectl makes inside a new database, holds a source's data files.
 _TAKEN = "ocdbt.source_"
+# And its own, as tensorstore names it.
+_DATA = "d"
 _THE_KEY_ITSELF = ts.KvStore.KeyRange("", "\0")
 
 
@@ -44,6 +46,15 @@ class Target(Protocol):
     def take(self, key: str, files: Files, name: str) -> bool:
         """Makes a file of a source's, byte for byte; whether it is linked."""
 
+    def written(self, key: str, origin: tuple[Files, str] | None) -> Buffer | None:
+        """The contents of a file that an interrupted run has left, or None.
+
+        `origin` is the source's file that it is, byte for byte, if it is one.
+        """
+
+    def keep(self, key: str, origin: tuple[Files, str] | None) -> None:
+        """Takes such a file for written."""
+
     def finish(self) -> None:
         """Makes all of it readable."""
 
@@ -51,9 +62,10 @@ class Target(Protocol):
 class Directories:
     """Plain files below a directory."""
 
-    def __init__(self, at: Path, *, links: bool) -> None:
+    def __init__(self, at: Path, *, links: bool, resumed: bool = False) -> None:
         self._at = at
         self._links = links
+        self._resumed = resumed
         self._made: set[Path] = set()
 
     def expect(self, chunks: Iterable[tuple[Files, str]]) -> None:
@@ -79,25 +91,40 @@ class Directories:
         copy(place, self._path(key))
         return False
 
+    def written(self, key: str, origin: tuple[Files, str] | None) -> Buffer | None:  # noqa: ARG002
+        try:
+            return (self._at / key).read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def keep(self, key: str, origin: tuple[Files, str] | None) -> None:
+        pass
+
     def finish(self) -> None:
         pass
 
     def _path(self, key: str) -> Path:
+        """Where a new file goes."""
         path = self._at / key
         if path.parent not in self._made:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._made.add(path.parent)
+        if self._resumed:
+            # It may be another name of a source's file, which must not be written into.
+            path.unlink(missing_ok=True)
         return path
 
 
 class Database:
     """An OCDBT database in a directory."""
 
-    def __init__(self, at: Path, *, links: bool, commit_bytes: int) -> None:
+    def __init__(self, at: Path, *, links: bool, commit_bytes: int, resumed: bool = False) -> None:
         self._at = at
         self._links = links
         # Databases share references only within one context.
         self._context = new_context(sync=False)
+        if resumed:
+            _sweep(at)
         self._store = ts.KvStore.open(new_ocdbt(str(at)), context=self._context).result()
         self._commits = _Commits(commit_bytes)
         self._taken: dict[int, _Taken] = {}
@@ -118,7 +145,8 @@ class Database:
                 used[extent.path] += extent.nbytes
             worthy = {path for path, nbytes in used.items() if nbytes >= SMALLEST_SHARE * _size(path, extents)}
             if worthy:
-                self._taken[key] = _Taken(files, self._at / f"{_TAKEN}{len(self._taken)}", self._links, worthy)
+                at = self._at / f"{_TAKEN}{len(self._taken)}"
+                self._taken[key] = _Taken(files, at, links=self._links, paths=worthy)
 
     def write(self, key: str, pieces: Iterable[Buffer]) -> None:
         value = _joined(pieces)
@@ -134,14 +162,31 @@ class Database:
             self.write(key, [bytes(nbytes), behind])
 
     def take(self, key: str, files: Files, name: str) -> bool:
-        taken, place = self._taken.get(id(files)), files.place(name)
-        if taken is None or not isinstance(place, Extent) or place.path not in taken.paths:
+        taken = self._taken.get(id(files))
+        place = taken.place_of(files, name) if taken else None
+        if taken is None or place is None:
             self.write(key, [files.bytes_of(name)])
             return False
         linked = taken.bring(place)
         with self._lock:
             taken.keys.append((name, key))
         return linked
+
+    def written(self, key: str, origin: tuple[Files, str] | None) -> Buffer | None:
+        taken = self._taken.get(id(origin[0])) if origin else None
+        place = taken.place_of(*origin) if taken and origin else None
+        if taken and place:
+            return taken.read(place)
+        found = self._store.read(key).result()
+        return found.value if found.state == "value" else None
+
+    def keep(self, key: str, origin: tuple[Files, str] | None) -> None:
+        taken = self._taken.get(id(origin[0])) if origin else None
+        place = taken.place_of(*origin) if taken and origin else None
+        if taken and place and origin:
+            taken.keep(place)
+            with self._lock:
+                taken.keys.append((origin[1], key))
 
     def finish(self) -> None:
         self._commits.finish()
@@ -172,6 +217,17 @@ def _size(path: str, extents: Iterable[Extent]) -> int:
     return size
 
 
+def _sweep(at: Path) -> None:
+    """Removes the data files that an interrupted run has written and never committed."""
+    tree = Files(ocdbt(str(at)), str(at)).database
+    if tree is None:
+        return
+    used = {extent.path for extent in (*tree.nodes, *tree.values.values()) if isinstance(extent, Extent)}
+    for file in (at / _DATA).glob("*"):
+        if str(file) not in used:
+            file.unlink()
+
+
 def _joined(pieces: Iterable[Buffer]) -> bytes:
     first, *others = pieces
     return first if isinstance(first, bytes) and not others else b"".join([first, *others])
@@ -180,7 +236,7 @@ def _joined(pieces: Iterable[Buffer]) -> bytes:
 class _Taken:
     """A source's database inside a new one: its data files, whole or with holes where nothing is needed."""
 
-    def __init__(self, files: Files, at: Path, links: bool, paths: set[str]) -> None:
+    def __init__(self, files: Files, at: Path, *, links: bool, paths: set[str]) -> None:
         self.paths = paths
         self.keys: list[tuple[str, str]] = []
         self._at = at
@@ -189,6 +245,23 @@ class _Taken:
         self._brought: set[Extent] = set()
         self._linked = {path: links and self._link(path) for path in paths}
         self._lock = threading.Lock()
+
+    def place_of(self, files: Files, name: str) -> Extent | None:
+        """The extent of a source's file, if it lies in one of the data files that are brought."""
+        place = files.place(name)
+        return place if isinstance(place, Extent) and place.path in self.paths else None
+
+    def read(self, extent: Extent) -> bytes | None:
+        """The bytes of an extent that has been brought by an interrupted run, or None."""
+        try:
+            return Extent(str(self._place(extent.path)), extent.offset, extent.nbytes).read()
+        except (FileNotFoundError, Corrupt):
+            return None
+
+    def keep(self, extent: Extent) -> None:
+        """Takes an extent for brought."""
+        with self._lock:
+            self._brought.add(extent)
 
     def bring(self, extent: Extent) -> bool:
         """Copies an extent to where it is in the source's own files; whether the file is linked instead."""
@@ -214,6 +287,7 @@ class _Taken:
             self._place(path).unlink()
 
     def _link(self, path: str) -> bool:
+        self._place(path).unlink(missing_ok=True)
         return link(Extent(path, 0, Path(path).stat().st_size), self._place(path))
 
     def _place(self, path: str) -> Path:

@@ -6,7 +6,7 @@ import fnmatch
 import itertools
 import math
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,12 +17,12 @@ import numpy as np
 import numpy.typing as npt
 import tensorstore as ts
 
-from fusectl.errors import Corrupt, StorageError
-from fusectl.formats.encoding import BadChunk, Buffer
+from fusectl.errors import Corrupt, FusectlError, StorageError
+from fusectl.formats.encoding import BadChunk, Buffer, checksum
 from fusectl.formats.store import Extent, Files, Spec, new_context, streamed, translate
-from fusectl.formats.zarr import ArrayMetadata, np_dtype
+from fusectl.formats.zarr import METADATA_FILE, ArrayMetadata, np_dtype, parse_metadata
 from fusectl.layout import Region, intersect, places_in_grid, slices, whole
-from fusectl.record import LEFT_OUT, Record
+from fusectl.record import LEFT_OUT, UNREAD, Record, require_crc32
 
 
 # The kinds of key in Orbax's tree metadata: a position in a sequence, a key of a dictionary.
@@ -33,6 +33,8 @@ T5X_STEP = "state/step"
 STEPS = (T5X_STEP, "step")
 
 MOST_MISSING = 1000
+# What a checkpoint may claim to have: a trillion parameters in chunks of 64 MiB are 60,000.
+MOST_CHUNKS = 1_000_000
 # The encoded bytes of large zstd chunks, such as Orbax writes for a tensor that is not sharded, are read as they are
 # decoded.
 STREAMED_FROM_BYTES = 16 << 20
@@ -121,6 +123,37 @@ class Location:
         return self.home if self.by_home else self.index
 
 
+def stored_arrays(
+    files: Files,
+    file_of: Mapping[str, str],
+    zarr: int,
+    record: Record | None,
+    fault: Callable[[FusectlError], None] | None,
+) -> dict[str, ArrayMetadata]:
+    """What the arrays' own metadata says, by tensor.
+
+    `fault` is told of those whose is missing, makes no sense, or is not what the record says; or the first is raised.
+    """
+    paths = {name: f"{at}/{METADATA_FILE[zarr]}" for name, at in file_of.items()}
+    there = files.metadata(paths.values()) if fault is None else {}
+    found: dict[str, ArrayMetadata] = {}
+    for name, path in paths.items():
+        try:
+            raw = there[path] if fault is None else files.metadata([path])[path]
+            sums = record.tensors.get(name) if record else None
+            if sums is not None and sums.metadata is not None:
+                require_crc32(raw, sums.metadata, f"{files.where}/{path}")
+            found[name] = parse_metadata(raw, f"{files.where}: {name}")
+        except Corrupt as error:
+            if fault is None:
+                raise
+            fault(error)
+    chunks = sum(math.prod(stored.grid) for stored in found.values())
+    if chunks > MOST_CHUNKS:
+        raise Corrupt(f"{files.where}: arrays of {chunks:,} chunks, more than {MOST_CHUNKS:,}")
+    return found
+
+
 class Checkpoint:
     """A checkpoint opened for reading: all its metadata, and its tensors' values on demand.
 
@@ -146,7 +179,8 @@ class Checkpoint:
         self.record = record
         self.lenient = lenient
         self.files = files
-        self._file_of = file_of
+        # The directory of each array, relative to the checkpoint.
+        self.file_of = file_of
         self._open: dict[str, ts.TensorStore] = {}
         self._zeros: dict[str, frozenset[str]] = {}
         self._context = new_context()
@@ -208,14 +242,14 @@ class Checkpoint:
         """The path of a stored chunk inside the checkpoint."""
         stored = self.leaves[name].stored
         assert stored is not None
-        return f"{self._file_of[name]}/{stored.chunk_key(index)}"
+        return f"{self.file_of[name]}/{stored.chunk_key(index)}"
 
     def missing_chunks(self, name: str) -> list[str]:
         """The chunks of a tensor that should be on disk and are not, as paths inside the checkpoint."""
         leaf = self.leaves[name]
         if leaf.stored is None or self._fills(name):
             return []
-        base, left_out = self._file_of[name], self._left_out(name)
+        base, left_out = self.file_of[name], self._left_out(name)
         missing = (
             key
             for chunk in leaf.stored.chunk_keys()
@@ -282,7 +316,24 @@ class Checkpoint:
             except BadChunk as error:
                 details = (f"{key}: {error}",)
                 raise Corrupt(f"{self.path}: {leaf.name}: cannot be decoded", details=details) from error
-        return np.frombuffer(values, dtype).reshape(leaf.chunks)
+        decoded: npt.NDArray[Any] = np.frombuffer(values, dtype).reshape(leaf.chunks)
+        written = self.recorded(leaf.name, index)
+        if written != UNREAD:
+            cut = decoded[tuple(slice(0, n - i * c) for n, i, c in zip(leaf.shape, index, leaf.chunks, strict=True))]
+            found = (LEFT_OUT if not cut.any() else "") if written == LEFT_OUT else checksum(cut)
+            if found != written:
+                raise Corrupt(
+                    f"{self.path}: {leaf.name}: the chunk {key} is not what was written",
+                    details=(f"CRC-32 {checksum(cut)}, in its fusectl.json {written}",),
+                )
+        return decoded
+
+    def recorded(self, name: str, index: tuple[int, ...]) -> str:
+        """What the record says of a stored chunk: its values' CRC-32, LEFT_OUT, or UNREAD if it says nothing."""
+        leaf, sums = self.leaves[name], self.record.tensors.get(name) if self.record else None
+        if sums is None or sums.shape != leaf.shape or leaf.stored is None or sums.chunks != leaf.stored.storage.chunks:
+            return UNREAD
+        return sums.of(index)
 
     def _fills(self, name: str) -> bool:
         """Whether any missing chunk may legitimately stand for the fill value: nobody says which ones were left out."""

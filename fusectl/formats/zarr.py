@@ -111,6 +111,8 @@ def parse_metadata(raw: bytes, where: str) -> ArrayMetadata:
         ) from error
     rank = len(parsed.shape)
     stored = parsed.storage.chunks
+    if min((*parsed.shape, 0)) < 0:
+        raise Corrupt(f"{where}: shape {list(parsed.shape)}")
     if len(parsed.chunks) != rank or len(stored) != rank or min((*parsed.chunks, *stored, 1)) < 1:
         raise Corrupt(f"{where}: chunks {list(parsed.chunks)} do not fit shape {list(parsed.shape)}")
     return parsed

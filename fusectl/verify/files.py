@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import zlib
 from collections.abc import Iterator
 from functools import partial
 
@@ -51,6 +52,7 @@ def check_files(checkpoint: Checkpoint, *, budget_bytes: int, jobs: int, progres
 
     in_parallel(tasks(), budget_bytes=budget_bytes, jobs=jobs)
     problems = list(_tree_problems(checkpoint, record)) if record is not None and record.tensors else []
+    problems += _metadata_problems(checkpoint, record) if record is not None else []
     problems += [found[at] for found in by_leaf.values() for at in sorted(found)]
     return FilesResult(not problems, len(checkpoint.leaves), bytes_read, compared, tuple(problems))
 
@@ -64,6 +66,16 @@ def _tree_problems(checkpoint: Checkpoint, record: Record) -> Iterator[str]:
         leaf, sums = checkpoint.leaves[name], record.tensors[name]
         if (leaf.shape, leaf.dtype) != (sums.shape, sums.dtype):
             yield f"{name}: {leaf.dtype}{list(leaf.shape)}, written as {sums.dtype}{list(sums.shape)}"
+
+
+def _metadata_problems(checkpoint: Checkpoint, record: Record) -> Iterator[str]:
+    """The index and the markers, where they are not what was written; the arrays' own were compared at opening."""
+    for name, crc32 in record.files.items():
+        file = checkpoint.location.home / name
+        if not file.is_file():
+            yield f"{name}: written, and gone"
+        elif f"{zlib.crc32(file.read_bytes()):08x}" != crc32:
+            yield f"{name}: not what was written (CRC-32)"
 
 
 def _problem(checkpoint: Checkpoint, leaf: Leaf, region: Region, crc32: str | None) -> str | None:

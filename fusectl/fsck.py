@@ -1,0 +1,190 @@
+"""All that is wrong with a checkpoint, fusectl's own or not, and how far its format can tell.
+
+index and arrays      entries without data, data without entries, shapes and dtypes that disagree
+chunks                missing, cut, undecodable, of another checksum, NaN and Inf
+commit                markers that are absent, OCDBT databases of writers that were not merged
+optimizer             slots whose shapes do not fit their parameters
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fusectl.archs import recognize
+from fusectl.errors import Corrupt, FusectlError, Incompatible
+from fusectl.formats import open_location
+from fusectl.formats.locate import COMMITTED, locate
+from fusectl.formats.store import MANIFEST, Files, ocdbt
+from fusectl.formats.tree import Checkpoint
+from fusectl.formats.zarr import METADATA_FILE
+from fusectl.parallel import Progress, Silent, default_jobs, default_max_memory_bytes
+from fusectl.transforms.optimizer import find_state
+from fusectl.verify.files import check_files
+
+
+# Files of an array that are no chunks.
+_DESCRIBES = frozenset({*METADATA_FILE.values(), ".zattrs", ".zgroup"})
+# How a flipped bit shows in a chunk, by what it is encoded with.
+_TOLD = {
+    "crc32c": "each has a CRC-32C, which every reader compares",
+    "gzip": "each has gzip's CRC-32, which every reader compares",
+    "zstd": "no checksum: a changed byte shows only if it can no longer be decoded",
+    "none": "no checksum: a changed byte does not show",
+    "other": "read by tensorstore, which knows whether it has a checksum",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Fsck:
+    """What was found: `problems`, in words; what has been read; and, by encoding, how far its chunks can tell."""
+
+    path: str
+    format: str | None
+    problems: tuple[str, ...]
+    tensors: int = 0
+    bytes_read: int = 0
+    told: Mapping[str, int] | None = None
+    # The chunks that were compared with the checksums in fusectl.json, and the files.
+    compared: int = 0
+    notes: tuple[str, ...] = ()
+
+    @property
+    def limits(self) -> tuple[str, ...]:
+        """How far the checkpoint's own format lets anybody notice a changed byte."""
+        lines = [f"{n:,} chunks {kind}: {_TOLD[kind]}" for kind, n in (self.told or {}).items()]
+        if self.compared:
+            lines.append(f"{self.compared:,} chunks compared with the checksums in fusectl.json")
+        return tuple(lines)
+
+    def as_json(self) -> Mapping[str, Any]:
+        """The finds as numbers, strings and lists."""
+        return {
+            "path": self.path,
+            "format": self.format,
+            "problems": list(self.problems),
+            "tensors": self.tensors,
+            "bytes_read": self.bytes_read,
+            "chunks": dict(self.told or {}),
+            "compared_chunks": self.compared,
+            "limits": list(self.limits),
+            "notes": list(self.notes),
+        }
+
+
+def fsck(
+    path: str,
+    arch: str | None = None,
+    *,
+    max_memory_bytes: int | None = None,
+    jobs: int | None = None,
+    progress: Progress | None = None,
+) -> Fsck:
+    """Reads all of a checkpoint and lists what is wrong with it.
+
+    Raises NotFound where there is none; of one that cannot even be opened the reason is the only problem.
+    """
+    problems: list[str] = []
+
+    def fault(error: FusectlError) -> None:
+        problems.append("; ".join([error.message, *error.details]))
+
+    try:
+        checkpoint = open_location(locate(path), fault)
+    except (Corrupt, Incompatible) as error:
+        fault(error)
+        return Fsck(path, None, tuple(problems))
+    problems += _strays(checkpoint)
+    notes: list[str] = list(checkpoint.location.notes)
+    problems += _commit_problems(checkpoint, notes)
+    problems += _slot_problems(checkpoint, arch, notes)
+    read = check_files(
+        checkpoint,
+        budget_bytes=max_memory_bytes or default_max_memory_bytes(),
+        jobs=jobs or default_jobs(),
+        progress=progress or Silent(),
+    )
+    told: Counter[str] = Counter()
+    for leaf in checkpoint.leaves.values():
+        if leaf.stored is not None:
+            encoding = leaf.stored.storage.encoding
+            kind = "other" if encoding is None else "crc32c" if encoding.crc32c else encoding.compressor
+            told[kind] += math.prod(leaf.stored.grid)
+    return Fsck(
+        checkpoint.path,
+        checkpoint.format,
+        (*problems, *read.problems),
+        tensors=len(checkpoint.leaves),
+        bytes_read=read.bytes_read,
+        told=told,
+        compared=read.checksums,
+        notes=tuple(notes),
+    )
+
+
+def _strays(checkpoint: Checkpoint) -> Iterator[str]:
+    """Data without an entry: arrays that no leaf of the index names, chunks outside of an array's grid."""
+    named = set(checkpoint.file_of.values())
+    arrays = {
+        at: checkpoint.leaves[name].stored for name, at in checkpoint.file_of.items() if name in checkpoint.leaves
+    }
+    for file in sorted(checkpoint.files.names):
+        at, _, last = file.rpartition("/")
+        if last in _DESCRIBES:
+            if at and at not in named:
+                yield f"{at}: an array that the index does not name"
+            continue
+        at, rest = _array_of(file, arrays)
+        stored = arrays[at] if at else None
+        if stored is None:
+            continue
+        index = tuple(map(int, re.findall(r"\d+", rest)))[-len(stored.shape) :] if stored.shape else ()
+        inside = len(index) == len(stored.grid) and all(i < n for i, n in zip(index, stored.grid, strict=True))
+        if not inside or stored.chunk_key(index) != rest:
+            yield f"{file}: no chunk of its array"
+
+
+def _array_of(file: str, arrays: Mapping[str, Any]) -> tuple[str, str]:
+    """The array whose directory a file lies in, and the rest of its path."""
+    at, rest = file, ""
+    while at:
+        at, _, last = at.rpartition("/")
+        rest = f"{last}/{rest}" if rest else last
+        if at in arrays:
+            return at, rest
+    return "", file
+
+
+def _commit_problems(checkpoint: Checkpoint, notes: list[str]) -> Iterator[str]:
+    """What a trainer's commit leaves behind, and is not there; only noted where its writer may have left none."""
+    location = checkpoint.location
+    if location.kind != "orbax":
+        return
+    markers = dict.fromkeys(at / COMMITTED for at in (location.home, location.index))
+    absent = [marker for marker in markers if not marker.is_file()]
+    if len(absent) == len(markers) and checkpoint.record is None:
+        notes.append(f"no {COMMITTED}: Orbax before 0.12.3 wrote none, later ones may remove it as a leftover")
+    else:
+        yield from (f"{marker}: missing" for marker in absent)
+    for process in sorted(location.index.glob("ocdbt.process_*")):
+        if not (process / MANIFEST).is_file():
+            continue
+        lost = Files(ocdbt(str(process)), str(process)).names - checkpoint.files.names
+        if lost:
+            yield f"{process}: {len(lost)} files of it are not in the merged database, such as {min(lost)}"
+
+
+def _slot_problems(checkpoint: Checkpoint, arch: str | None, notes: list[str]) -> Iterator[str]:
+    try:
+        tree = recognize(checkpoint.shapes, checkpoint.path, arch)
+    except Incompatible as error:
+        notes.append(f"the optimizer's slots were not compared with their parameters: {error.message}")
+        return
+    try:
+        find_state(checkpoint.shapes, tree, checkpoint.path)
+    except Incompatible as error:
+        yield from error.details

@@ -1,0 +1,95 @@
+"""The journal of a write: which chunks stand in the staging directory, so that an interrupted one can go on.
+
+    {"schema": "fusectl/journal/1", "plan": "5f0c…"}
+    ["target/decoder/logits_dense/kernel", [0, 1], "9ae0daaf"]
+
+It is a claim, not a proof: whoever resumes reads each chunk again and compares its CRC-32, since after a power loss a
+file may be named here whose bytes never reached the disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fusectl.errors import Incompatible
+from fusectl.formats.sink import JOURNAL
+from fusectl.plan import Plan, summary
+
+
+SCHEMA = "fusectl/journal/1"
+# What may differ between the first run and the one that goes on: none of it changes what is written.
+_FREE = frozenset({"max_memory_bytes", "check", "notes", "read_bytes"})
+
+Place = tuple[int, ...]
+
+
+class Journal:
+    """The chunks that a staging directory holds, by tensor and place in its grid, each with its CRC-32."""
+
+    def __init__(self, at: Path, plan: Plan, *, resume: bool) -> None:
+        """Starts a journal in `at`; with `resume` opens the one that is there."""
+        self._lock = threading.Lock()
+        self._done: dict[tuple[str, Place], str] = {}
+        if resume:
+            for name, place, crc32 in (entry for entry in _entries(at) if isinstance(entry, list) and len(entry) == 3):
+                self._done[name, tuple(place)] = crc32
+        mode = os.O_APPEND if resume else os.O_TRUNC
+        self._handle = os.open(at / JOURNAL, os.O_WRONLY | os.O_CREAT | mode, 0o666)
+        if resume:
+            # Behind a line that was cut off.
+            os.write(self._handle, b"\n")
+        else:
+            self._write({"schema": SCHEMA, "plan": plan_digest(plan)})
+
+    def done(self, tensor: str, place: Place) -> str | None:
+        """The CRC-32 of a chunk that has been written, or None."""
+        return self._done.get((tensor, place))
+
+    def __len__(self) -> int:
+        return len(self._done)
+
+    def add(self, tensor: str, place: Place, crc32: str) -> None:
+        """Notes that a chunk has been written."""
+        with self._lock:
+            self._done[tensor, place] = crc32
+            self._write([tensor, place, crc32])
+
+    def close(self) -> None:
+        os.close(self._handle)
+
+    def _write(self, entry: object) -> None:
+        os.write(self._handle, json.dumps(entry).encode() + b"\n")
+
+
+def require_same_plan(at: Path, plan: Plan) -> None:
+    """Raises Incompatible unless the journal in `at` is of this plan."""
+    if _entries(at)[:1] != [{"schema": SCHEMA, "plan": plan_digest(plan)}]:
+        raise Incompatible(
+            f"{at}: was begun with another plan: other sources, options, or another version",
+            hint="without --resume it starts anew",
+        )
+
+
+def plan_digest(plan: Plan) -> str:
+    """What tells whether two plans write the same bytes by the same names, into directories that are shared alike."""
+    told: Mapping[str, Any] = {key: value for key, value in summary(plan).items() if key not in _FREE}
+    fingerprints = [source.fingerprint for source in plan.record.sources]
+    storages = [repr(output.storage) for output in plan.outputs]
+    return hashlib.sha256(json.dumps([told, fingerprints, storages, plan.record.version]).encode()).hexdigest()
+
+
+def _entries(at: Path) -> list[Any]:
+    """The entries of the journal in `at`, without those that were cut off."""
+    found: list[Any] = []
+    for line in (at / JOURNAL).read_bytes().split(b"\n"):
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found

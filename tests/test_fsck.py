@@ -1,0 +1,196 @@
+"""inspect --fsck: what it finds in checkpoints of every format, and what nobody can find."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import msgpack
+import numpy as np
+import pytest
+from models import checkpoint, state
+
+from fusectl.formats import FORMATS, open_checkpoint
+from fusectl.formats.encoding import Encoding
+from fusectl.formats.sink import save
+from fusectl.formats.zarr import METADATA_FILE
+from fusectl.fsck import fsck
+from fusectl.record import FILE_NAME, Fill
+from fusectl.surgery import Options, carry_out, plan_fusion
+
+
+KERNEL = "target.decoder.layers_1.mlp.wo.kernel"
+PLAIN = [name for name, form in FORMATS.items() if not form.ocdbt]
+
+
+@pytest.fixture(scope="module")
+def fused(tmp_path_factory):
+    """A fusion in every format, as fusectl wrote it."""
+    at = tmp_path_factory.mktemp("fused")
+    pair = [checkpoint(at / name, seed=i) for i, name in enumerate("ab")]
+    made = {}
+    for form in FORMATS:
+        plan, sources = plan_fusion(pair, Options(fill=Fill("gaussian", 0.1), format=form))
+        made[form] = carry_out(plan, sources, at / form)
+    return made
+
+
+def copied(path, tmp_path):
+    return Path(shutil.copytree(path, tmp_path / "copy"))
+
+
+def index_of(path):
+    return open_checkpoint(str(path)).location.index
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_sound_checkpoint_has_no_problems(fused, tmp_path, form):
+    found = fsck(str(fused[form]))
+    assert found.problems == ()
+    assert found.compared > 0
+    assert fsck(checkpoint(tmp_path / "foreign", format=form)).problems == ()
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_flipped_bit_in_each_file_is_found(fused, tmp_path, form):
+    """In every file that fusectl has written, one at a time, at a random place; the index and the markers, too."""
+    rng = random.Random(form)
+    files = sorted(p.relative_to(fused[form]) for p in fused[form].rglob("*") if p.is_file() and p.stat().st_size)
+    chosen = rng.sample(files, min(len(files), 60))
+    chosen += [f for f in files if f.suffix in {".json", ".txt", ".ocdbt"} or f.name[0] == "_"]
+    missed = []
+    path = copied(fused[form], tmp_path)
+    for file in dict.fromkeys([*chosen, *[f for f in files if f.name == "checkpoint"]]):
+        raw = (path / file).read_bytes()
+        changed = bytearray(raw)
+        changed[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
+        (path / file).write_bytes(changed)
+        if not fsck(str(path)).problems:
+            missed.append(str(file))
+        (path / file).write_bytes(raw)
+    assert not missed
+    assert not fsck(str(path)).problems
+
+
+FAULTS = {
+    "a chunk is gone": (lambda at: (at / KERNEL / "0.0").unlink(), "is missing"),
+    "a chunk is cut": (lambda at: cut(at / KERNEL / "0.0"), "cannot be decoded"),
+    "a chunk is empty": (lambda at: (at / KERNEL / "0.0").write_bytes(b""), "cannot be decoded"),
+    "an array has lost its metadata": (lambda at: (at / KERNEL / ".zarray").unlink(), "missing"),
+    "metadata that is no JSON": (lambda at: (at / KERNEL / ".zarray").write_text("{"), "not the metadata of an array"),
+    "an array that nobody names": (
+        lambda at: shutil.copytree(at / KERNEL, at / "target.more.kernel"),
+        "target.more.kernel: an array that the index does not name",
+    ),
+    "a chunk beyond the grid": (lambda at: shutil.copy(at / KERNEL / "0.0", at / KERNEL / "0.7"), "no chunk of its"),
+    "another shape": (lambda at: change(at / KERNEL / ".zarray", shape=[9, 9], chunks=[9, 9]), "in its .zarray"),
+    "another dtype": (lambda at: change(at / KERNEL / ".zarray", dtype="<i4"), "in its .zarray"),
+}
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-5])
+
+
+def change(file, **fields):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+
+
+@pytest.mark.parametrize("codec", ["gzip", "zstd", "none"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_of_foreign_t5x_checkpoints_are_listed(tmp_path, fault, codec):
+    save(tmp_path / "a", state("t5-1.1", 0), "t5x", encoding=Encoding(codec, 1 if codec != "none" else 0))
+    assert fsck(str(tmp_path / "a")).problems == ()
+    breaks, says = FAULTS[fault]
+    breaks(tmp_path / "a")
+
+    found = fsck(str(tmp_path / "a"))
+
+    assert [problem for problem in found.problems if says in problem], found.problems
+    assert all(KERNEL.replace(".", "/") in p or KERNEL in p or "target.more" in p for p in found.problems)
+
+
+def test_all_faults_are_listed_not_the_first(tmp_path, fusectl):
+    path = tmp_path / "a"
+    checkpoint(path)
+    for layer, name in enumerate(("0.0", "0.0")):
+        (path / f"target.decoder.layers_{layer}.mlp.wo.kernel" / name).unlink()
+    (path / "target.encoder.layers_0.mlp.wo.kernel/.zarray").unlink()
+
+    done = fusectl("inspect", path, "--fsck", "--json")
+
+    assert done.code == 5
+    assert len(json.loads(done.out)["result"]["problems"]) == 3
+    assert "3 problems" in done.err
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_values_that_are_not_finite_are_told(tmp_path, form):
+    values = state("t5-1.1", 0)
+    values["target/decoder/layers_1/mlp/wo/kernel"][3, 4] = np.nan
+    save(tmp_path / "a", values, form)
+
+    assert any("nan in the chunk at [0, 0]" in problem for problem in fsck(str(tmp_path / "a")).problems)
+
+
+def test_slots_that_do_not_fit_are_told(tmp_path):
+    values = state("t5-1.1", 0)
+    name = "state/param_states/decoder/layers_1/mlp/wo/kernel/v"
+    values[name] = values[name][:-1]
+    save(tmp_path / "a", values, "t5x")
+
+    assert any(name in problem for problem in fsck(str(tmp_path / "a")).problems)
+
+
+def test_a_marker_that_is_gone_is_told(fused, tmp_path):
+    path = copied(fused["orbax-zarr3"], tmp_path)
+    (index_of(path) / "commit_success.txt").unlink()
+
+    problems = fsck(str(path)).problems
+
+    assert any("commit_success.txt" in problem for problem in problems)
+    foreign = tmp_path / "foreign"
+    checkpoint(foreign, format="orbax-zarr3")
+    for marker in foreign.rglob("commit_success.txt"):
+        marker.unlink()
+    found = fsck(str(foreign))
+    assert found.problems == ()
+    assert any("commit_success.txt" in note for note in found.notes)
+
+
+def test_a_database_of_a_writer_that_was_not_merged_is_told(tmp_path):
+    path, other = tmp_path / "a", tmp_path / "b"
+    checkpoint(path, format="orbax")
+    checkpoint(other, family="t5-1.0", format="orbax")
+    shutil.copytree(index_of(other), index_of(path) / "ocdbt.process_1")
+
+    assert any("not in the merged database" in problem for problem in fsck(str(path)).problems)
+
+
+def test_it_says_what_nobody_can_notice(tmp_path):
+    """Without a checksum a flipped bit stays unseen: the limit is told, and is real."""
+    save(tmp_path / "a", state("t5-1.1", 0), "t5x", encoding=Encoding())
+    chunk = tmp_path / "a" / KERNEL / "0.0"
+    raw = bytearray(chunk.read_bytes())
+    raw[0] ^= 1
+    chunk.write_bytes(raw)
+
+    found = fsck(str(tmp_path / "a"))
+
+    assert found.problems == ()
+    assert any("none: no checksum: a changed byte does not show" in line for line in found.limits)
+
+
+def test_what_is_no_checkpoint_is_not_one(tmp_path, fusectl):
+    assert fusectl("inspect", tmp_path / "nothing", "--fsck").code == 4
+    (tmp_path / "checkpoint").write_bytes(msgpack.packb({"version": 3, "optimizer": {"target": 5}}))
+    assert fusectl("inspect", tmp_path, "--fsck").code == 5
+
+
+def test_the_record_is_one_of_the_files(fused, tmp_path):
+    path = copied(fused["t5x"], tmp_path)
+    text = (path / FILE_NAME).read_text()
+    (path / FILE_NAME).write_text(text.replace('"seed": 0', '"seed": 1'))
+
+    assert any("it has been changed since it was written" in problem for problem in fsck(str(path)).problems)
+    assert METADATA_FILE[2] == ".zarray"

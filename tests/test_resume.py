@@ -1,0 +1,254 @@
+"""Interrupted runs: what they leave, what goes on with it, and that nobody sees it in the result."""
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from models import checkpoint
+
+from fusectl.errors import FusectlError, Incompatible, NotEnoughSpace, StorageError
+from fusectl.formats import FORMATS, open_checkpoint
+from fusectl.formats.sink import JOURNAL, Sink, can_be_resumed, staging_of
+from fusectl.journal import Journal
+from fusectl.record import Fill
+from fusectl.surgery import Options, carry_out, plan_fusion
+
+
+NOISES = {kind: Fill(kind, 0.1) for kind in ("gaussian", "antisymmetric")}
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    at = tmp_path_factory.mktemp("sources")
+    return {
+        form: [checkpoint(at / form / name, seed=i, format=form) for i, name in enumerate("ab")] for form in FORMATS
+    }
+
+
+def contents(path):
+    opened = open_checkpoint(str(path))
+    return {name: opened.read(name).tobytes() for name in opened.leaves}
+
+
+def interrupted(n, error, monkeypatch, *args, **options):
+    """A run that ends when the n-th chunk is noted in its journal."""
+    add, count = Journal.add, iter(range(10**9))
+
+    def failing(self, *args):
+        add(self, *args)
+        if next(count) == n:
+            raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "add", failing)
+        with pytest.raises(type(error)):
+            write(*args, **options)
+
+
+def counting(monkeypatch):
+    """The chunks that are written, of zeros or not, or taken over from now on."""
+    written = []
+    for name in ("write", "write_zeros", "take"):
+
+        def counted(self, name, chunk, *args, original=getattr(Sink, name)):
+            written.append((name, chunk))
+            return original(self, name, chunk, *args)
+
+        monkeypatch.setattr(Sink, name, counted)
+    return written
+
+
+def write(paths, out, fill=Fill(), *, resume=False, **options):
+    notes = []
+    plan, opened = plan_fusion(paths, Options(fill=fill, **options))
+    carry_out(plan, opened, out, resume=resume, note=notes.append)
+    return notes
+
+
+@pytest.mark.parametrize("kind", ["zeros", "gaussian", "antisymmetric"])
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), NotEnoughSpace("full"), StorageError("EIO")])
+def test_an_interrupted_run_is_gone_on_with(sources, tmp_path, monkeypatch, form, kind, error):
+    fill = NOISES.get(kind, Fill())
+    paths = sources[form] if kind == "zeros" else sources[form][:1] * 2
+    write(paths, tmp_path / "whole", fill)
+    interrupted(30, error, monkeypatch, paths, tmp_path / "out", fill)
+    assert can_be_resumed(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+    with monkeypatch.context() as patch:
+        written = counting(patch)
+        notes = write(paths, tmp_path / "out", fill, resume=True)
+
+    assert any("going on with" in note for note in notes)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "whole"]
+    assert not (tmp_path / "out" / JOURNAL).exists()
+    with monkeypatch.context() as patch:
+        every = counting(patch)
+        write(paths, tmp_path / "again", fill)
+    # What was committed is not written again: for files all but what was in flight.
+    assert len(written) <= len(every) - (0 if FORMATS[form].ocdbt else 20)
+
+
+def test_a_chunk_that_the_journal_claims_and_the_disk_does_not_have_is_written_again(sources, tmp_path, monkeypatch):
+    """As after a power loss: the journal's line has reached the disk, the chunk's bytes have not, or others."""
+    write(sources["t5x"], tmp_path / "whole")
+    interrupted(60, KeyboardInterrupt(), monkeypatch, sources["t5x"], tmp_path / "out")
+    chunks = [p for p in staging_of(tmp_path / "out").rglob("0*") if p.stat().st_size]
+    assert len(chunks) > 20
+    for i, chunk in enumerate(chunks):
+        if i % 3 == 0:
+            chunk.write_bytes(b"")
+        elif i % 3 == 1:
+            chunk.unlink()
+        else:
+            raw = bytearray(chunk.read_bytes())
+            raw[len(raw) // 2] ^= 0x10
+            chunk.write_bytes(raw)
+
+    write(sources["t5x"], tmp_path / "out", resume=True)
+
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("form", ["t5x", "orbax"])
+def test_links_that_were_left_are_never_written_into(sources, tmp_path, monkeypatch, form):
+    before = [contents(path) for path in sources[form]]
+    interrupted(30, KeyboardInterrupt(), monkeypatch, sources[form], tmp_path / "out", link=True)
+    # Nothing that is there counts as done any more.
+    journal = staging_of(tmp_path / "out") / JOURNAL
+    journal.write_bytes(journal.read_bytes().split(b"\n")[0] + b"\n")
+
+    write(sources[form], tmp_path / "out", resume=True, link=True)
+
+    assert [contents(path) for path in sources[form]] == before
+    write(sources[form], tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_another_plan_is_not_gone_on_with(sources, tmp_path, monkeypatch):
+    interrupted(30, KeyboardInterrupt(), monkeypatch, sources["t5x"], tmp_path / "out", NOISES["gaussian"])
+
+    with pytest.raises(Incompatible, match="another plan"):
+        write(sources["t5x"], tmp_path / "out", Fill("gaussian", 0.1, seed=1), resume=True)
+
+    assert can_be_resumed(tmp_path / "out"), "it is still there for the run that it belongs to"
+    notes = write(sources["t5x"], tmp_path / "out")
+    assert any("starting anew" in note for note in notes)
+    write(sources["t5x"], tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_what_is_complete_is_left_as_it_is(sources, tmp_path):
+    write(sources["t5x"], tmp_path / "out")
+    before = (tmp_path / "out/fusectl.json").stat().st_mtime_ns
+
+    assert write(sources["t5x"], tmp_path / "out", resume=True) == [f"{tmp_path / 'out'}: complete already"]
+    assert (tmp_path / "out/fusectl.json").stat().st_mtime_ns == before
+
+    with pytest.raises(FusectlError, match="exists"):
+        write(sources["t5x"], tmp_path / "out", NOISES["gaussian"], resume=True)
+    with pytest.raises(FusectlError, match="exists"):
+        write(sources["t5x"], tmp_path / "out", resume=True, dtype="bfloat16")
+
+
+def test_a_failure_that_will_not_pass_leaves_nothing(sources, tmp_path, monkeypatch):
+    interrupted(30, Incompatible("never"), monkeypatch, sources["t5x"], tmp_path / "out")
+
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_line_that_resumes_does(sources, tmp_path, fusectl, monkeypatch):
+    out = tmp_path / "out"
+    add, count = Journal.add, iter(range(10**9))
+
+    def failing(self, *args):
+        add(self, *args)
+        if next(count) == 30:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "add", failing)
+        stopped = fusectl("fuse", *sources["t5x"], "-o", out, "--json")
+    assert stopped.code == 130
+    assert f"to go on: fusectl fuse {sources['t5x'][0]}" in stopped.err
+    line = json.loads(stopped.out)["error"]["resume"]
+
+    done = fusectl(*line.split()[1:])
+
+    assert done.code == 0, done.err
+    write(sources["t5x"], tmp_path / "whole")
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def command(kind, sources, fused, out):
+    words = {
+        "fuse": ["fuse", *sources],
+        "self-fuse": ["self-fuse", sources[0], "--fill", "antisymmetric"],
+        "noise-fill": ["noise-fill", fused],
+    }[kind]
+    return [sys.executable, "-m", "fusectl", *words, "-o", str(out), "--no-sync", "-q"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["fuse", "self-fuse", "noise-fill"])
+@pytest.mark.parametrize("form", FORMATS)
+def test_killed_at_fifty_random_moments(tmp_path, form, kind):
+    """SIGKILL from the first sign of the staging directory on: never a half output, and --resume gives the same."""
+    rng = random.Random(f"{form} {kind}")
+    pair = [checkpoint(tmp_path / name, seed=i, format=form) for i, name in enumerate("ab")]
+    plan, opened = plan_fusion(pair, Options())
+    fused = str(carry_out(plan, opened, tmp_path / "fused"))
+    out = tmp_path / "out"
+    subprocess.run(command(kind, pair, fused, tmp_path / "whole"), check=True, timeout=60)
+    wanted = contents(tmp_path / "whole")
+    began = time.monotonic()
+    subprocess.run(command(kind, pair, fused, out), check=True, timeout=60)
+    lasts_s = time.monotonic() - began
+    shutil.rmtree(out)
+    killed = 0
+    for _ in range(50):
+        running = subprocess.Popen(command(kind, pair, fused, out))
+        while not staging_of(out).exists() and running.poll() is None:
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, lasts_s * 0.6))
+        running.send_signal(signal.SIGKILL)
+        running.wait(timeout=60)
+        if out.exists():
+            assert contents(out) == wanted
+        else:
+            killed += 1
+            subprocess.run([*command(kind, pair, fused, out), "--resume"], check=True, timeout=60)
+            assert contents(out) == wanted
+        assert not staging_of(out).exists()
+        shutil.rmtree(out)
+    assert killed > 10, "it was too fast to be killed"
+
+
+@pytest.mark.parametrize("form", ["t5x", "orbax"])
+def test_a_file_size_limit_at_random_points(tmp_path, sources, form):
+    """A limit on the size of files stands in for a disk that is full at one tensor or another."""
+    fused = command("fuse", sources[form], "", tmp_path / "out")
+    subprocess.run(command("fuse", sources[form], "", tmp_path / "whole"), check=True, timeout=60)
+    wanted = contents(tmp_path / "whole")
+    sizes = sorted({p.stat().st_size for p in (tmp_path / "whole").rglob("*") if p.is_file()})
+    failed = 0
+    for limit in {sizes[len(sizes) * i // 5] // 1024 for i in range(5)}:
+        line = f"trap '' XFSZ; ulimit -f {limit}; exec \"$@\""
+        done = subprocess.run(
+            ["bash", "-c", line, "-", *fused], capture_output=True, text=True, timeout=60, check=False
+        )
+        assert done.returncode in {0, 9}, done.stderr
+        failed += done.returncode == 9
+        if done.returncode:
+            assert not (tmp_path / "out").exists()
+            subprocess.run([*fused, "--resume"], check=True, timeout=60)
+        assert contents(tmp_path / "out") == wanted
+        shutil.rmtree(tmp_path / "out")
+    assert failed
