@@ -103,7 +103,7 @@ def execute(
             for output in sorted(plan.outputs, key=lambda output: -output.cost_bytes)
             for tile in tiles(output.layout.shape, output.tile)
         ),
-        budget_bytes=plan.budget_bytes,
+        budget_bytes=plan.budget_bytes - plan.pending_bytes,
         jobs=jobs,
     )
     return {output.name: _checksums(output, sums[output.name]) for output in plan.outputs}

@@ -210,10 +210,11 @@ def mean_weights(weights: Sequence[float] | None, count: int) -> tuple[float, ..
     return tuple(weights)
 
 
-def require_crc32(raw: bytes, crc32: str, where: str) -> None:
+def require_crc32(raw: bytes, crc32: str, where: str, hint: str | None = None) -> None:
     """Raises Corrupt unless bytes have this CRC-32."""
-    if f"{zlib.crc32(raw):08x}" != crc32:
-        raise Corrupt(f"{where}: not what was written", details=(f"CRC-32 {zlib.crc32(raw):08x}, written as {crc32}",))
+    found = f"{zlib.crc32(raw):08x}"
+    if found != crc32:
+        raise Corrupt(f"{where}: not what was written", details=(f"CRC-32 {found}, written as {crc32}",), hint=hint)
 
 
 def signed(tree: Mapping[str, Any]) -> bytes:

@@ -209,7 +209,7 @@ def carry_out(
         if can_be_resumed(output):
             note(f"starting anew: {staging_of(output)} was left by an interrupted run; --resume would go on with it")
     work = Work(sources, plan.record.fill, allow_nonfinite, plan.check_sources)
-    manner = Manner(plan.sparse, plan.links, min(LARGEST_COMMIT_BYTES, plan.budget_bytes // 8))
+    manner = Manner(plan.sparse, plan.links, plan.commit_bytes)
     with staged(output, force=force, sync=sync, resume=resume) as temporary:
         with closing(Journal(temporary, plan, resume=resume)) as journal:
             if resume:
@@ -336,6 +336,8 @@ class _Builder:
                 details=shorten(unknown, 5),
                 hint="--drop PATTERN leaves them out",
             )
+        commit_bytes = min(LARGEST_COMMIT_BYTES, self._options.max_memory_bytes // 8)
+        by_value = self._format.ocdbt and not self._storing.refers
         plan = Plan(
             outputs=tuple(self.outputs),
             empty=self._empty(),
@@ -345,6 +347,9 @@ class _Builder:
             dropped=tuple(dict.fromkeys(name for o in self._sources for name in o.dropped)),
             notes=tuple(notes),
             budget_bytes=self._options.max_memory_bytes,
+            commit_bytes=commit_bytes,
+            # Two commits under way, of which each holds its bytes twice: at least as much as two units of work.
+            pending_bytes=self._options.max_memory_bytes // 2 if by_value else 0,
             sparse=self._sparse,
             links=self._options.link,
             check_sources=self._options.check,

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import sys
 from pathlib import Path
 
 from fusectl.archs import FAMILIES, family_named
+from fusectl.cli import run
 from fusectl.demo import random_t5x_state
 from fusectl.formats.sink import save
 from fusectl.record import FILE_NAME, signed
@@ -21,6 +25,21 @@ RECOGNIZED = [family.name for family in FAMILIES if not family.by_name_only]
 
 def state(family: str, seed: int, sizes=SIZES, layers=LAYERS, **kwargs):
     return random_t5x_state(family_named(family), sizes, layers, seed, **kwargs)
+
+
+def start(*words) -> multiprocessing.process.BaseProcess:
+    """Starts the program in a process of its own, forked from one that has imported it: at a tenth of the time."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["models", "fusectl.surgery", "fusectl.equalize", "rich.console"])
+    process = context.Process(target=_program, args=([str(word) for word in words],))
+    process.start()
+    return process
+
+
+def _program(words: list[str]) -> None:
+    code = run(words)
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def write_record(at: Path, tree) -> None:

@@ -1,18 +1,19 @@
 """Interrupted runs: what they leave, what goes on with it, and that nobody sees it in the result."""
 
+import errno
 import json
+import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
 
 import pytest
-from models import checkpoint
+from models import checkpoint, start
 
 from fusectl.errors import FusectlError, Incompatible, NotEnoughSpace, StorageError
-from fusectl.formats import FORMATS, open_checkpoint
+from fusectl.formats import FORMATS, open_checkpoint, target
 from fusectl.formats.sink import JOURNAL, Sink, can_be_resumed, staging_of
 from fusectl.journal import Journal
 from fusectl.record import Fill
@@ -71,8 +72,13 @@ def write(paths, out, fill=Fill(), *, resume=False, **options):
 
 
 @pytest.mark.parametrize("kind", ["zeros", "gaussian", "antisymmetric"])
-@pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), NotEnoughSpace("full"), StorageError("EIO")])
+@pytest.mark.parametrize(
+    ("form", "error"),
+    [
+        *((form, KeyboardInterrupt()) for form in FORMATS),
+        *((form, error("may pass")) for form in ("t5x", "orbax") for error in (NotEnoughSpace, StorageError)),
+    ],
+)
 def test_an_interrupted_run_is_gone_on_with(sources, tmp_path, monkeypatch, form, kind, error):
     fill = NOISES.get(kind, Fill())
     paths = sources[form] if kind == "zeros" else sources[form][:1] * 2
@@ -187,68 +193,115 @@ def test_the_line_that_resumes_does(sources, tmp_path, fusectl, monkeypatch):
     assert contents(out) == contents(tmp_path / "whole")
 
 
-def command(kind, sources, fused, out):
+def words_of(kind, sources, fused, out):
     words = {
         "fuse": ["fuse", *sources],
         "self-fuse": ["self-fuse", sources[0], "--fill", "antisymmetric"],
         "noise-fill": ["noise-fill", fused],
     }[kind]
-    return [sys.executable, "-m", "fusectl", *words, "-o", str(out), "--no-sync", "-q"]
+    return [*words, "-o", str(out), "--no-sync", "-q"]
+
+
+def succeeds(*words):
+    process = start(*words)
+    process.join(60)
+    return process.exitcode == 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["fuse", "self-fuse", "noise-fill"])
 @pytest.mark.parametrize("form", FORMATS)
-def test_killed_at_fifty_random_moments(tmp_path, form, kind):
+def test_killed_at_fifty_random_moments(sources, tmp_path, form, kind):
     """SIGKILL from the first sign of the staging directory on: never a half output, and --resume gives the same."""
     rng = random.Random(f"{form} {kind}")
-    pair = [checkpoint(tmp_path / name, seed=i, format=form) for i, name in enumerate("ab")]
-    plan, opened = plan_fusion(pair, Options())
-    fused = str(carry_out(plan, opened, tmp_path / "fused"))
-    out = tmp_path / "out"
-    subprocess.run(command(kind, pair, fused, tmp_path / "whole"), check=True, timeout=60)
+    fused, out = tmp_path / "fused", tmp_path / "out"
+    write(sources[form], fused)
+    assert succeeds(*words_of(kind, sources[form], fused, tmp_path / "whole"))
     wanted = contents(tmp_path / "whole")
     began = time.monotonic()
-    subprocess.run(command(kind, pair, fused, out), check=True, timeout=60)
+    assert succeeds(*words_of(kind, sources[form], fused, out))
     lasts_s = time.monotonic() - began
     shutil.rmtree(out)
     killed = 0
     for _ in range(50):
-        running = subprocess.Popen(command(kind, pair, fused, out))
-        while not staging_of(out).exists() and running.poll() is None:
+        running = start(*words_of(kind, sources[form], fused, out))
+        while not staging_of(out).exists() and running.is_alive():
             time.sleep(0.001)
-        time.sleep(rng.uniform(0, lasts_s * 0.6))
-        running.send_signal(signal.SIGKILL)
-        running.wait(timeout=60)
-        if out.exists():
-            assert contents(out) == wanted
-        else:
+        time.sleep(rng.uniform(0, lasts_s))
+        running.kill()
+        running.join(60)
+        if not out.exists():
             killed += 1
-            subprocess.run([*command(kind, pair, fused, out), "--resume"], check=True, timeout=60)
-            assert contents(out) == wanted
+            assert succeeds(*words_of(kind, sources[form], fused, out), "--resume")
+        assert contents(out) == wanted
         assert not staging_of(out).exists()
         shutil.rmtree(out)
     assert killed > 10, "it was too fast to be killed"
 
 
+@pytest.mark.slow
+def test_a_hundred_times_four_at_once_into_one_root_of_steps(sources, tmp_path):
+    """Each to a step of its own, and two of them to the same one: one wins, the other says so."""
+    root = tmp_path / "root"
+    write(sources["t5x"], tmp_path / "whole")
+    wanted = contents(tmp_path / "whole")
+    for _ in range(100):
+        outs = [root / "checkpoint_1", root / "checkpoint_2", root / "checkpoint_3", root / "checkpoint_3"]
+        running = [start(*words_of("fuse", sources["t5x"], "", out)) for out in outs]
+        for process in running:
+            process.join(60)
+        codes = [process.exitcode for process in running]
+        assert codes[:2] == [0, 0]
+        assert sorted(codes[2:]) == [0, 7]
+        assert sorted(p.name for p in root.iterdir()) == ["checkpoint_1", "checkpoint_2", "checkpoint_3"]
+        assert all(contents(out) == wanted for out in outs[:3])
+        shutil.rmtree(root)
+
+
+@pytest.mark.parametrize(("number", "code"), [(errno.EIO, 8), (errno.EACCES, 8), (errno.ENOSPC, 9), (errno.EDQUOT, 9)])
+@pytest.mark.parametrize("form", ["t5x", "orbax-zarr3"])
+def test_errors_of_the_operating_system_at_random_points(sources, tmp_path, fusectl, monkeypatch, form, number, code):
+    rng = random.Random(f"{form} {number}")
+    write(sources[form], tmp_path / "whole")
+    wanted = contents(tmp_path / "whole")
+    for _ in range(3):
+        left = iter(range(rng.randrange(1, 150), -1, -1))
+
+        def failing(original, left=left):
+            def call(*args):
+                if next(left, 0) == 0:
+                    raise OSError(number, os.strerror(number))
+                return original(*args)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            patch.setattr(target, "write", failing(target.write))
+            patch.setattr(target, "copy", failing(target.copy))
+            stopped = fusectl("fuse", *sources[form], "-o", tmp_path / "out")
+        assert (stopped.code, "Traceback" in stopped.err) == (code, False), stopped.err
+        assert not (tmp_path / "out").exists()
+        assert fusectl("fuse", *sources[form], "-o", tmp_path / "out", "--resume").code == 0
+        assert contents(tmp_path / "out") == wanted
+        shutil.rmtree(tmp_path / "out")
+
+
 @pytest.mark.parametrize("form", ["t5x", "orbax"])
 def test_a_file_size_limit_at_random_points(tmp_path, sources, form):
     """A limit on the size of files stands in for a disk that is full at one tensor or another."""
-    fused = command("fuse", sources[form], "", tmp_path / "out")
-    subprocess.run(command("fuse", sources[form], "", tmp_path / "whole"), check=True, timeout=60)
+    words = words_of("fuse", sources[form], "", tmp_path / "out")
+    write(sources[form], tmp_path / "whole")
     wanted = contents(tmp_path / "whole")
     sizes = sorted({p.stat().st_size for p in (tmp_path / "whole").rglob("*") if p.is_file()})
     failed = 0
     for limit in {sizes[len(sizes) * i // 5] // 1024 for i in range(5)}:
-        line = f"trap '' XFSZ; ulimit -f {limit}; exec \"$@\""
-        done = subprocess.run(
-            ["bash", "-c", line, "-", *fused], capture_output=True, text=True, timeout=60, check=False
-        )
+        command = ["bash", "-c", f"trap '' XFSZ; ulimit -f {limit}; exec \"$@\"", "-", sys.executable, "-m", "fusectl"]
+        done = subprocess.run([*command, *words], capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode in {0, 9}, done.stderr
         failed += done.returncode == 9
         if done.returncode:
             assert not (tmp_path / "out").exists()
-            subprocess.run([*fused, "--resume"], check=True, timeout=60)
+            assert succeeds(*words, "--resume")
         assert contents(tmp_path / "out") == wanted
         shutil.rmtree(tmp_path / "out")
     assert failed

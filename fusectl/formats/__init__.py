@@ -96,7 +96,8 @@ def _require_index(location: Location, record: Record | None) -> None:
     file = location.index / (T5X_INDEX if location.kind == "t5x" else ORBAX_INDEX)
     crc32 = record.files.get(str(file.relative_to(location.home))) if record else None
     if crc32 is not None:
-        require_crc32(file.read_bytes(), crc32, str(file))
+        hint = "it was changed since, or its fusectl.json belongs to another checkpoint"
+        require_crc32(file.read_bytes(), crc32, str(file), hint=hint)
 
 
 def _read_record(file: Path) -> Record:
