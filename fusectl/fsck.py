@@ -19,6 +19,7 @@ from fusectl.archs import recognize
 from fusectl.errors import Corrupt, FusectlError, Incompatible
 from fusectl.formats import open_location
 from fusectl.formats.locate import COMMITTED, locate
+from fusectl.formats.objects import Place
 from fusectl.formats.store import MANIFEST, Files, ocdbt
 from fusectl.formats.tree import Checkpoint
 from fusectl.formats.zarr import METADATA_FILE
@@ -170,7 +171,8 @@ def _commit_problems(checkpoint: Checkpoint, notes: list[str]) -> Iterator[str]:
         notes.append(f"no {COMMITTED}: Orbax before 0.12.3 wrote none, later ones may remove it as a leftover")
     else:
         yield from (f"{marker}: missing" for marker in absent)
-    for process in sorted(location.index.glob("ocdbt.process_*")):
+    writers: list[Place] = sorted(location.index.glob("ocdbt.process_*"), key=str)
+    for process in writers:
         if not (process / MANIFEST).is_file():
             continue
         lost = Files(ocdbt(str(process)), str(process)).names - checkpoint.files.names

@@ -22,6 +22,7 @@ from fusectl.errors import Corrupt, Incompatible, OutputExists, UsageError, coun
 from fusectl.execute import Work, execute
 from fusectl.formats import Format, fingerprint, format_named, open_checkpoint, open_location
 from fusectl.formats.locate import is_checkpoint
+from fusectl.formats.objects import ObjectPath
 from fusectl.formats.sink import Manner, Sink, can_be_resumed, check_space, staged, staging_of, storage_errors
 from fusectl.formats.t5x import kept_in_index
 from fusectl.formats.tree import STEPS, T5X_STEP, Checkpoint, EmptyNode, Key, dict_keys, is_dropped
@@ -40,6 +41,8 @@ OPTIMIZERS = ("reset", "drop")
 # Above this, antisymmetric noise loses digits of the kernels that it is taken off from.
 LARGE_NOISE_SCALE = 0.5
 LARGEST_COMMIT_BYTES = 16 << 20
+# Threads, where most of their time is spent on waiting for a server.
+REMOTE_JOBS = 16
 
 
 @dataclass(frozen=True)
@@ -216,6 +219,8 @@ def carry_out(
                 note(f"{len(journal):,} chunks are there, to be read and compared with their checksums")
             sink = Sink(temporary, output, format_named(plan.format), plan.item, manner, resumed=resume)
             progress, jobs = progress or Silent(), jobs or default_jobs()
+            if any(isinstance(source.location.home, ObjectPath) for source in sources):
+                jobs = max(jobs, REMOTE_JOBS)
             sums = execute(plan, work, sink, jobs=jobs, progress=progress, journal=journal)
         sink.finish(replace(plan.record, tensors=sums), plan.empty)
         written = open_location(sink.location)
@@ -232,6 +237,8 @@ def carry_out(
 def default_output(sources: Sequence[Checkpoint], plan: Plan) -> Path:
     """A sibling of the first source whose name says what it is: checkpoint_20 becomes checkpoint_20.fused-2x."""
     home = sources[0].location.home
+    if isinstance(home, ObjectPath):
+        raise UsageError(f"{home}: outputs are local so far", hint="-o DIRECTORY")
     stem, suffix = (home.stem, ".ckpt") if home.suffix == ".ckpt" else (home.name, "")
     fill = plan.record.fill
     noise = f".{fill.kind}-{fill.noise_scale:g}" if fill.kind != "zeros" else ""
@@ -258,6 +265,8 @@ def check_output(output: Path, sources: Sequence[Checkpoint], *, force: bool) ->
     with storage_errors(output):
         real = Path(os.path.realpath(output))
         for source in sources:
+            if isinstance(source.location.home, ObjectPath):
+                continue
             home = Path(os.path.realpath(source.location.home))
             if real == home or home in real.parents or real in home.parents:
                 relation = "is" if real == home else "lies inside" if home in real.parents else "contains"

@@ -12,10 +12,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from fusectl.errors import Corrupt, FusectlError, UsageError
 from fusectl.formats.locate import ORBAX_INDEX, T5X_INDEX, locate
+from fusectl.formats.objects import ObjectPath, read_small
 from fusectl.formats.orbax import open_orbax
 from fusectl.formats.store import MANIFEST, walk
 from fusectl.formats.t5x import open_t5x
@@ -76,7 +76,8 @@ def open_location(location: Location, fault: Callable[[FusectlError], None] | No
     """
     file, record = location.home / FILE_NAME, None
     try:
-        record = _read_record(file) if file.is_file() else None
+        if file.is_file():
+            record = Record.from_json(read_small(file, LARGEST_RECORD_BYTES), str(file))
     except Corrupt as error:
         if fault is None:
             raise
@@ -94,33 +95,34 @@ def open_location(location: Location, fault: Callable[[FusectlError], None] | No
 def _require_index(location: Location, record: Record | None) -> None:
     """Raises Corrupt if the index is not the one that the record was written with."""
     file = location.index / (T5X_INDEX if location.kind == "t5x" else ORBAX_INDEX)
-    crc32 = record.files.get(str(file.relative_to(location.home))) if record else None
+    below = "" if location.index == location.home else f"{location.index.name}/"
+    crc32 = record.files.get(below + file.name) if record else None
     if crc32 is not None:
         hint = "it was changed since, or its fusectl.json belongs to another checkpoint"
         require_crc32(file.read_bytes(), crc32, str(file), hint=hint)
 
 
-def _read_record(file: Path) -> Record:
-    if file.stat().st_size > LARGEST_RECORD_BYTES:
-        raise Corrupt(f"{file}: {file.stat().st_size:,} bytes, too many for a record")
-    return Record.from_json(file.read_bytes(), str(file))
-
-
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """A digest of a checkpoint's files: their names and sizes, and the contents of its index.
+    """A digest of a checkpoint's files: their names, their sizes where they are local, and the contents of its index.
 
     It tells a checkpoint that was written anew (OCDBT names its files at random, compressed chunks change their size)
     without reading all of it; verify's weights level compares the values.
     """
     digest = hashlib.sha256()
-    index = str(checkpoint.location.index)
-    files = {
-        entry.path.removeprefix(index + "/"): entry.stat().st_size
-        for entry in walk(index)
-        if not entry.name.startswith("fusectl") and entry.is_file()
-    }
+    index = checkpoint.location.index
+    files: dict[str, int | None] = {}
+    if isinstance(index, ObjectPath):
+        # Listing them does not tell their sizes.
+        files = dict.fromkeys(index.files())
+    else:
+        for entry in walk(str(index)):
+            if entry.is_file():
+                files[entry.path.removeprefix(f"{index}/")] = entry.stat().st_size
     for name in sorted(files, key=lambda name: name.split("/")):
+        last = name.rpartition("/")[2]
+        if last.startswith("fusectl"):
+            continue
         digest.update(f"{name} {files[name]}\n".encode())
-        if name.rpartition("/")[2] in {T5X_INDEX, MANIFEST}:
-            digest.update(Path(index, name).read_bytes())
+        if last in {T5X_INDEX, MANIFEST}:
+            digest.update((index / name).read_bytes())
     return digest.hexdigest()[:16]

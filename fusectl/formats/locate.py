@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fusectl.errors import Corrupt, FusectlError, NotFound, StorageError, UsageError
+from fusectl.formats.objects import URL, ObjectPath, Place
 from fusectl.formats.tree import Location
 
 
@@ -33,10 +34,17 @@ _STEP = re.compile(r"(?:checkpoint_)?(\d+)$")
 _ITEMS = ("state", "default", "items", "params")
 
 
+def place(path: str) -> Place:
+    """Where a path or a gs:// or s3:// URL that a user typed leads."""
+    return ObjectPath.parse(path) or local(path)
+
+
 def local(path: str) -> Path:
     """An absolute Path for what a user typed: `~`, `file://`, relative paths and trailing slashes are fine."""
+    if URL.fullmatch(path):
+        raise UsageError(f"{path}: outputs are local so far", hint="-o DIRECTORY, then copy it into the bucket")
     if re.match(r"(?!file:)[a-z0-9]+://", path):
-        raise UsageError(f"{path}: only local paths so far", hint="copy the checkpoint, or mount the bucket")
+        raise UsageError(f"{path}: no such kind of URL", hint="gs://, s3://, file:// and local paths")
     if not path:
         raise UsageError("the path of the checkpoint is empty")
     try:
@@ -54,7 +62,7 @@ def locate(path: str) -> Location:
     Raises NotFound for paths that hold no checkpoint, with the nearest one that does; Corrupt for temporary,
     uncommitted and half-written ones.
     """
-    at = local(path)
+    at = place(path)
     try:
         if at.name == "latest" and not at.exists():
             return _newest(at.parent)
@@ -69,7 +77,7 @@ def locate(path: str) -> Location:
         raise NotFound(f"{at}: cannot be opened", details=(str(error),)) from error
 
 
-def _at_directory(at: Path, *, or_root: bool = True) -> Location:
+def _at_directory(at: Place, *, or_root: bool = True) -> Location:
     names = _names(at)
     _refuse_uncommitted(at, names)
     if ORBAX_INDEX in names:
@@ -86,7 +94,7 @@ def _at_directory(at: Path, *, or_root: bool = True) -> Location:
     raise NotFound(f"{at}: no checkpoint", hint=_checkpoint_above(at) or _checkpoints_below(at))
 
 
-def _refuse_uncommitted(at: Path, names: set[str]) -> None:
+def _refuse_uncommitted(at: Place, names: set[str]) -> None:
     if _TEMPORARY.search(at.name):
         raise Corrupt(f"{at}: the temporary directory of a write that did not finish", hint="use a committed step")
     if STEP_METADATA in names:
@@ -104,7 +112,7 @@ def _refuse_uncommitted(at: Path, names: set[str]) -> None:
         raise Corrupt(f"{at}: never committed", details=("the OCDBT databases of its writers were not merged",))
 
 
-def _items(at: Path, names: set[str]) -> list[str]:
+def _items(at: Place, names: set[str]) -> list[str]:
     """The items of a step; in a root, what looks like one is a step that was saved without items."""
     in_root = STEP_METADATA not in names
     return [n for n in sorted(names) if (at / n / ORBAX_INDEX).is_file() and not (in_root and _STEP.fullmatch(n))]
@@ -115,7 +123,7 @@ def _chosen(items: list[str]) -> str | None:
     return next((name for name in _ITEMS if name in items), items[0] if len(items) == 1 else None)
 
 
-def _item(at: Path) -> Location:
+def _item(at: Place) -> Location:
     home = at.parent
     in_step = (home / STEP_METADATA).is_file() or (_STEP.fullmatch(home.name) and not (at / STEP_METADATA).is_file())
     if not in_step:
@@ -125,7 +133,7 @@ def _item(at: Path) -> Location:
     return Location(at, home, "orbax", item=at.name, step=_step_of(home), by_home=by_home)
 
 
-def _step_directory(at: Path, items: list[str]) -> Location:
+def _step_directory(at: Place, items: list[str]) -> Location:
     chosen = _chosen(items)
     if chosen is None:
         raise NotFound(f"{at}: several items: {', '.join(items)}", hint=f"name one, such as {at / items[0]}")
@@ -133,7 +141,7 @@ def _step_directory(at: Path, items: list[str]) -> Location:
     return Location(at / chosen, at, "orbax", item=chosen, step=_step_of(at))
 
 
-def _newest(root: Path) -> Location:
+def _newest(root: Place) -> Location:
     if not root.is_dir():
         raise NotFound(f"{root}: no such directory")
     steps = sorted(
@@ -151,16 +159,16 @@ def _newest(root: Path) -> Location:
     raise NotFound(f"{root}: no committed step", details=tuple(notes), hint=_checkpoints_below(root))
 
 
-def _names(at: Path) -> set[str]:
+def _names(at: Place) -> set[str]:
     return {child.name for child in at.iterdir()}
 
 
-def _step_of(at: Path) -> int | None:
+def _step_of(at: Place) -> int | None:
     found = _STEP.fullmatch(at.name)
     return int(found.group(1)) if found else None
 
 
-def _half_written(at: Path, names: set[str]) -> bool:
+def _half_written(at: Place, names: set[str]) -> bool:
     arrays = {".zarray", "zarr.json"}
     inside_array = bool(names & arrays)
     return not inside_array and (
@@ -170,13 +178,13 @@ def _half_written(at: Path, names: set[str]) -> bool:
     )
 
 
-def _what_lacks(at: Path, names: set[str]) -> str:
+def _what_lacks(at: Place, names: set[str]) -> str:
     if any(n.startswith("target.") for n in names):
         return f"arrays of T5X, but no file `{T5X_INDEX}`"
     return f"no `{ORBAX_INDEX}` in {at} or its items"
 
 
-def is_checkpoint(at: Path) -> bool:
+def is_checkpoint(at: Place) -> bool:
     """Whether a directory has the looks of a checkpoint: a step or an item, sound or not."""
     return (
         (at / ORBAX_INDEX).is_file()
@@ -186,32 +194,33 @@ def is_checkpoint(at: Path) -> bool:
     )
 
 
-def _checkpoint_above(at: Path) -> str | None:
-    for parent in list(at.parents)[:3]:
+def _checkpoint_above(at: Place) -> str | None:
+    above: list[Place] = list(at.parents)
+    for parent in above[:3]:
         if parent.is_dir() and is_checkpoint(parent):
             return f"one level too deep? the checkpoint is {parent}"
     return None
 
 
-def _directories(at: Path) -> list[Path]:
+def _directories(at: Place) -> list[Place]:
     try:
-        return sorted(p for p in at.iterdir() if p.is_dir())[:100]
+        return sorted((p for p in at.iterdir() if p.is_dir()), key=str)[:100]
     except OSError:
         return []
 
 
-def _below(at: Path) -> Iterator[Path]:
+def _below(at: Place) -> Iterator[Place]:
     for child in _directories(at):
         yield child
         yield from _directories(child)
 
 
-def _checkpoints_below(at: Path) -> str | None:
+def _checkpoints_below(at: Place) -> str | None:
     found = [str(p) for p in _below(at) if not _TEMPORARY.search(p.name) and is_checkpoint(p)]
     return f"one level too high? there is {' and '.join(found[:3])}" if found else None
 
 
-def _similar(at: Path) -> str | None:
+def _similar(at: Place) -> str | None:
     if not at.parent.is_dir():
         return None
     import difflib

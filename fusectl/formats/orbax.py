@@ -20,6 +20,7 @@ from typing import Any
 
 from fusectl.errors import Corrupt, FusectlError, StorageError
 from fusectl.formats.locate import ORBAX_INDEX
+from fusectl.formats.objects import Place, read_small
 from fusectl.formats.store import MANIFEST, Files, directory, ocdbt
 from fusectl.formats.tree import Checkpoint, EmptyNode, Key, Leaf, Location, stored_arrays
 from fusectl.formats.zarr import METADATA_FILE
@@ -131,11 +132,9 @@ def marker(final: Path) -> bytes:
     return f"Checkpoint commit was successful to {final}".encode()
 
 
-def _read_metadata(path: Path) -> dict[str, Any]:
+def _read_metadata(path: Place) -> dict[str, Any]:
     try:
-        if path.stat().st_size > LARGEST_INDEX_BYTES:
-            raise Corrupt(f"{path}: {path.stat().st_size:,} bytes, too many for the metadata of an item")
-        meta = json.loads(path.read_bytes())
+        meta = json.loads(read_small(path, LARGEST_INDEX_BYTES))
     except PermissionError as error:
         raise StorageError(f"{path}: permission denied") from error
     except (ValueError, RecursionError) as error:

@@ -20,6 +20,7 @@ import tensorstore as ts
 
 from fusectl.errors import Corrupt, FusectlError, NotEnoughSpace, StorageError
 from fusectl.formats.encoding import CRC32C_BYTES, Buffer, Encoding, crc32c, require_crc32c
+from fusectl.formats.objects import CONTEXT, URL, bucket_spec, store_error
 
 
 Spec = dict[str, Any]
@@ -36,16 +37,19 @@ def new_context(*, sync: bool = True) -> ts.Context:
     One for all would remember the metadata of a checkpoint that has been replaced. Without `sync`, what is written is
     not flushed to the disk at once.
     """
-    return ts.Context({"cache_pool": {"total_bytes_limit": 0}, "file_io_sync": sync})
+    return ts.Context({"cache_pool": {"total_bytes_limit": 0}, "file_io_sync": sync, **CONTEXT})
 
 
 def directory(path: str) -> Spec:
-    """The store of a local directory."""
+    """The store of a directory, or of what is below a gs:// or s3:// URL."""
+    url = URL.fullmatch(path)
+    if url:
+        return bucket_spec(url.group(1), url.group(2), (url.group(3) or "").strip("/"))
     return {"driver": "file", "path": path.rstrip("/") + "/"}
 
 
 def ocdbt(path: str, inside: str = "") -> Spec:
-    """The store of an OCDBT database in a local directory."""
+    """The store of an OCDBT database in a directory."""
     return {"driver": "ocdbt", "base": directory(path), "path": inside}
 
 
@@ -58,6 +62,8 @@ def translate(error: Exception, where: str, otherwise: type[FusectlError] = Corr
     """The fusectl error for a tensorstore error met at `where`; of the class `otherwise` if its text tells no more."""
     text = str(error).split(" [")[0]
     status = text.split(":", 1)[0]
+    if "http" in str(error).lower():
+        return store_error(error, where, otherwise)
     if "No space left" in text or "File too large" in text or "quota" in text.lower():
         return NotEnoughSpace(f"{where}: the disk is full", details=(text,))
     if status in {"PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE_EXCEEDED"} or "Read-only" in text:
@@ -147,8 +153,10 @@ class Files:
     def __init__(self, spec: Spec, where: str) -> None:
         self.where = where
         self.spec = spec
-        root = spec["base"]["path"] if spec["driver"] == "ocdbt" else spec["path"]
-        require_contained(root)
+        base = spec["base"] if spec["driver"] == "ocdbt" else spec
+        self.is_local = base["driver"] == "file"
+        if self.is_local:
+            require_contained(base["path"])
         try:
             self._store = ts.KvStore.open(spec, context=new_context()).result()
             self.names = frozenset(key.decode() for key in self._store.list().result())
@@ -158,7 +166,7 @@ class Files:
     @cached_property
     def database(self) -> Database | None:
         """The tree of an OCDBT database, or None for other stores, and for a tree that is not understood."""
-        if self.spec["driver"] != "ocdbt":
+        if self.spec["driver"] != "ocdbt" or not self.is_local:
             return None
         root = self.spec["base"]["path"]
         try:

@@ -14,7 +14,6 @@ import json
 import posixpath
 from collections.abc import Callable, Iterator, Mapping
 from enum import IntEnum
-from pathlib import Path
 from typing import Any
 
 import msgpack
@@ -23,6 +22,7 @@ import numpy.typing as npt
 
 from fusectl.errors import Corrupt, FusectlError, Incompatible, NotFound, StorageError
 from fusectl.formats.locate import T5X_INDEX
+from fusectl.formats.objects import Place
 from fusectl.formats.store import Files, directory
 from fusectl.formats.tree import Checkpoint, Leaf, Location, dict_keys, stored_arrays
 from fusectl.formats.zarr import ArrayMetadata, np_dtype
@@ -78,7 +78,7 @@ def open_t5x(
     return Checkpoint(location, "t5x", leaves, files=files, file_of=file_of, lenient=True, record=record)
 
 
-def read_index(path: Path) -> dict[str, Any]:
+def read_index(path: Place) -> dict[str, Any]:
     """The tree below `optimizer` in a `checkpoint` file: dictionaries down to arrays and specs."""
     try:
         raw = path.read_bytes()

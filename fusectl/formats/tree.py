@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ import tensorstore as ts
 
 from fusectl.errors import Corrupt, FusectlError, StorageError
 from fusectl.formats.encoding import BadChunk, Buffer, checksum
+from fusectl.formats.objects import Place
 from fusectl.formats.store import Extent, Files, Spec, new_context, streamed, translate
 from fusectl.formats.zarr import METADATA_FILE, ArrayMetadata, np_dtype, parse_metadata
 from fusectl.layout import Region, intersect, places_in_grid, slices, whole
@@ -109,8 +109,8 @@ class EmptyNode:
 class Location:
     """Where a checkpoint is: the directory of its index, and `home`, which holds it with its markers and record."""
 
-    index: Path
-    home: Path
+    index: Place
+    home: Place
     kind: str
     item: str | None = None
     step: int | None = None
@@ -119,7 +119,7 @@ class Location:
     by_home: bool = True
 
     @property
-    def path(self) -> Path:
+    def path(self) -> Place:
         return self.home if self.by_home else self.index
 
 

@@ -19,10 +19,11 @@ import platform
 import time
 from dataclasses import replace
 from importlib.metadata import version
-from pathlib import Path
 
 import fusectl
+from fusectl.errors import UsageError
 from fusectl.formats import open_checkpoint
+from fusectl.formats.objects import ObjectPath, Place
 from fusectl.formats.sink import storage_errors
 from fusectl.formats.tree import Checkpoint
 from fusectl.memory import peak_rss_bytes
@@ -103,8 +104,10 @@ def _run_models(claim: Claim, tokens: Tokens, settings: Settings, progress: Prog
     )
 
 
-def write_report(report: Report, home: Path) -> None:
-    """Writes fusectl-verify.json and fusectl-verify.md into a checkpoint's directory."""
+def write_report(report: Report, home: Place) -> None:
+    """Writes fusectl-verify.json and fusectl-verify.md into a checkpoint's directory, which must be local."""
+    if isinstance(home, ObjectPath):
+        raise UsageError(f"{home}: outputs are local so far", hint="--json prints the report")
     with storage_errors(home):
         (home / FILE_NAME).write_bytes(report.to_json())
         (home / PAGE_NAME).write_text(page(report))

@@ -117,9 +117,9 @@ def test_an_empty_directory_is_no_checkpoint(tmp_path):
         locate(str(tmp_path))
 
 
-def test_remote_paths_are_refused_by_name():
-    with pytest.raises(UsageError, match="only local paths"):
-        locate("gs://bucket/checkpoint_5")
+def test_unknown_kinds_of_url_are_refused_by_name():
+    with pytest.raises(UsageError, match="no such kind of URL"):
+        locate("http://server/checkpoint_5")
 
 
 def test_several_unknown_items_are_listed(tmp_path):

@@ -1,0 +1,167 @@
+"""Object stores: checkpoints in buckets, with as much of pathlib's interface as finding and opening them takes.
+
+A bucket has no directories: what is below `gs://bucket/runs/a` are the objects whose names start with `runs/a/`.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tensorstore as ts
+
+from fusectl.errors import Corrupt, FusectlError, NotFound, StorageError
+
+
+URL = re.compile(r"(gs|s3)://([^/]+)(?:/(.*))?")
+_DRIVERS = {"gs": "gcs", "s3": "s3"}
+# By default it would be minutes until a server that is gone is an error.
+_RETRIES = {"max_retries": 8, "initial_delay": "200ms", "max_delay": "8s"}
+CONTEXT = {"s3_request_retries": _RETRIES, "gcs_request_retries": _RETRIES}
+
+
+def bucket_spec(scheme: str, bucket: str, key: str) -> dict[str, Any]:
+    """The store of the objects below a key. AWS_ENDPOINT_URL and AWS_REGION say where S3 is, as for other programs."""
+    spec: dict[str, Any] = {"driver": _DRIVERS[scheme], "bucket": bucket, "path": f"{key}/" if key else ""}
+    if scheme == "s3":
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+        if endpoint:
+            spec |= {"endpoint": endpoint.rstrip("/"), "aws_region": region or "us-east-1"}
+        elif region:
+            spec["aws_region"] = region
+    return spec
+
+
+def store_error(error: Exception, where: str, otherwise: type[FusectlError] = Corrupt) -> FusectlError:
+    """The fusectl error for what an object store said at `where`; of the class `otherwise` if it tells no more."""
+    text = str(error).split(" [")[0]
+    status = text.split(":", 1)[0]
+    if "NoSuchBucket" in text:
+        return NotFound(f"{where}: no such bucket", details=(text,))
+    if status in {"PERMISSION_DENIED", "UNAUTHENTICATED"}:
+        hint = "credentials: GOOGLE_APPLICATION_CREDENTIALS for gs://, AWS_ACCESS_KEY_ID or AWS_PROFILE for s3://"
+        return StorageError(f"{where}: storage refused", details=(text,), hint=hint)
+    if status in {"UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "RESOURCE_EXHAUSTED", "INTERNAL", "CANCELLED"}:
+        return StorageError(f"{where}: storage failed", details=(text,))
+    return otherwise(f"{where}: cannot be read", details=(text,))
+
+
+class _Bucket:
+    """One bucket, and what has been listed in it: objects are asked for once while a checkpoint is looked for."""
+
+    def __init__(self, scheme: str, name: str) -> None:
+        self.url = f"{scheme}://{name}"
+        self._spec = bucket_spec(scheme, name, "")
+        self._listed: dict[str, frozenset[str]] = {}
+
+    @cached_property
+    def _store(self) -> ts.KvStore:
+        return ts.KvStore.open(self._spec, context=ts.Context(CONTEXT)).result()
+
+    def below(self, prefix: str) -> frozenset[str]:
+        """The names of all objects that start with a prefix."""
+        for known, names in self._listed.items():
+            if prefix.startswith(known):
+                return frozenset(name for name in names if name.startswith(prefix))
+        try:
+            keys = self._store.list(ts.KvStore.KeyRange(prefix, prefix + "\U0010ffff")).result()
+        except ValueError as error:
+            raise store_error(error, f"{self.url}/{prefix}", StorageError) from error
+        self._listed[prefix] = frozenset(key.decode() for key in keys)
+        return self._listed[prefix]
+
+    def read(self, key: str) -> bytes | None:
+        """The contents of an object, or None."""
+        try:
+            found = self._store.read(key).result()
+        except ValueError as error:
+            raise store_error(error, f"{self.url}/{key}", StorageError) from error
+        return found.value if found.state == "value" else None
+
+
+@dataclass(frozen=True)
+class ObjectPath:
+    """`scheme://bucket/key`: an object, or what is below it."""
+
+    scheme: str
+    bucket: str
+    key: str
+    _objects: _Bucket = field(repr=False, compare=False)
+
+    @classmethod
+    def parse(cls, url: str) -> ObjectPath | None:
+        """The path that a gs:// or s3:// URL means; None for anything else."""
+        found = URL.fullmatch(url)
+        if found is None:
+            return None
+        scheme, bucket, key = found.group(1), found.group(2), found.group(3) or ""
+        return cls(scheme, bucket, key.strip("/"), _Bucket(scheme, bucket))
+
+    def __str__(self) -> str:
+        return f"{self.scheme}://{self.bucket}/{self.key}".rstrip("/")
+
+    def __truediv__(self, name: str) -> ObjectPath:
+        return self._at(f"{self.key}/{name}".strip("/"))
+
+    def _at(self, key: str) -> ObjectPath:
+        return ObjectPath(self.scheme, self.bucket, key, self._objects)
+
+    @property
+    def name(self) -> str:
+        return self.key.rpartition("/")[2]
+
+    @property
+    def parent(self) -> ObjectPath:
+        return self._at(self.key.rpartition("/")[0])
+
+    @property
+    def parents(self) -> list[ObjectPath]:
+        return [self.parent, *self.parent.parents] if self.key else []
+
+    def exists(self) -> bool:
+        return self.is_file() or self.is_dir()
+
+    def is_file(self) -> bool:
+        return bool(self.key) and self.key in self._objects.below(self.key)
+
+    def is_dir(self) -> bool:
+        return not self.key or bool(self._objects.below(f"{self.key}/"))
+
+    def iterdir(self) -> Iterator[ObjectPath]:
+        prefix = f"{self.key}/" if self.key else ""
+        below = self._objects.below(prefix)
+        return (self / name for name in sorted({key.removeprefix(prefix).partition("/")[0] for key in below}) if name)
+
+    def files(self) -> list[str]:
+        """The names of all objects below it, relative to it."""
+        prefix = f"{self.key}/" if self.key else ""
+        return [key.removeprefix(prefix) for key in self._objects.below(prefix)]
+
+    def glob(self, pattern: str) -> Iterator[ObjectPath]:
+        return (child for child in self.iterdir() if fnmatch.fnmatchcase(child.name, pattern))
+
+    def read_bytes(self) -> bytes:
+        found = self._objects.read(self.key)
+        if found is None:
+            raise FileNotFoundError(str(self))
+        return found
+
+
+# Where a checkpoint, or a part of it, lies.
+Place = Path | ObjectPath
+
+
+def read_small(file: Place, most_bytes: int) -> bytes:
+    """The contents of a file; raises Corrupt if it has more than `most_bytes`."""
+    size = file.stat().st_size if isinstance(file, Path) else 0
+    raw = file.read_bytes() if size <= most_bytes else b""
+    if max(size, len(raw)) > most_bytes:
+        raise Corrupt(f"{file}: {max(size, len(raw)):,} bytes, more than the {most_bytes:,} that it may have")
+    return raw
