@@ -33,8 +33,9 @@ CODECS = ("auto", "zstd", "none")
 LARGEST_CHUNK_BYTES = 64 << 20
 # And below this a chunk costs more to handle than to hold.
 SMALLEST_CHUNK_BYTES = 64 << 10
-# What a chunk that goes into an OCDBT database by value takes there: once in one piece, once in a transaction.
-OCDBT_COPIES = 2
+# A chunk that goes into an OCDBT database by value is put together in one piece; the transactions have memory of their
+# own.
+OCDBT_COPIES = 1
 # The chunks of the output, with those that are read for one, that must fit into the budget twice, so that two threads
 # have work.
 CHUNKS_AT_ONCE = 6

@@ -602,6 +602,7 @@ def _path(given: str | None) -> str:
     line = sys.stdin.readline().strip()
     if not line:
         raise UsageError("no path came through the pipe", hint="did the command before it fail?")
+    _ARGUMENTS.append(line)
     return line
 
 
@@ -705,8 +706,7 @@ def _write(
 ) -> None:
     """What every writing command ends with: the plan shown, or carried out and the output's path printed."""
     from fusectl.formats.locate import local
-    from fusectl.formats.sink import can_be_resumed
-    from fusectl.surgery import carry_out, check_output, default_output, is_complete
+    from fusectl.surgery import carry_out, check_output, default_output
 
     if verify and allow_nonfinite:
         raise UsageError("--verify proves nothing about NaN and Inf", hint="without --allow-nonfinite or --verify")
@@ -717,7 +717,7 @@ def _write(
     if not (verify or report):
         raise UsageError("--no-report: of a proof that was not asked for", hint="--verify --no-report")
     final = default_output(opened, plan) if output is None else local(output)
-    if not (resume and is_complete(plan, final)):
+    if not resume:
         check_output(final, opened, force=force)
     for note in plan.notes:
         screen.note(note)
@@ -739,22 +739,20 @@ def _write(
             if report:
                 write_report(found, written.location.home)
 
-        try:
-            carry_out(
-                plan,
-                opened,
-                final,
-                force=force,
-                jobs=jobs,
-                allow_nonfinite=allow_nonfinite,
-                sync=sync,
-                resume=resume,
-                progress=progress,
-                check=check if verify else None,
-                note=screen.note,
-            )
-        except BaseException:
-            if can_be_resumed(final):
-                screen.resumable(_ARGUMENTS)
-            raise
+        # The free memory may be another when it goes on, and the chunks with it.
+        budget = [] if max_memory else ["--max-memory", str(plan.budget_bytes)]
+        carry_out(
+            plan,
+            opened,
+            final,
+            force=force,
+            jobs=jobs,
+            allow_nonfinite=allow_nonfinite,
+            sync=sync,
+            resume=resume,
+            progress=progress,
+            check=check if verify else None,
+            note=screen.note,
+            kept=lambda: screen.resumable([*_ARGUMENTS, *budget]),
+        )
     screen.written(plan, final)

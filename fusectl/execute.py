@@ -86,6 +86,9 @@ def execute(
     def one(output: Output, tile: Region) -> None:
         unit = _Unit(output, tile, work)
         for chunk in tiles_in(tile, output.chunks):
+            if journal is not None and journal.closed:
+                # Nobody waits for it any more.
+                return
             place = place_in_grid(chunk, output.chunks)
             crc32 = journal.done(output.name, place) if journal is not None else None
             if crc32 is None or not _holds(chunk, unit, sink, crc32):
@@ -154,7 +157,11 @@ def _vouched_for(term: Term, index: tuple[int, ...], work: Work) -> str:
     key = (id(source), term.tensor, index)
     if key not in work.checked:
         at = tuple(range(i * c, min((i + 1) * c, n)) for i, c, n in zip(index, chunks, leaf.shape, strict=True))
-        work.checked[key] = checksum(read_finite(work, term, at))
+        found, recorded = checksum(read_finite(work, term, at)), source.recorded(term.tensor, index)
+        if recorded not in {UNREAD, LEFT_OUT, found}:
+            # A whole shard; chunks are compared where they are read.
+            raise Corrupt(f"{source.path}: {term.tensor}: the chunk {source.key(term.tensor, index)} was changed")
+        work.checked[key] = found
     return work.checked[key]
 
 
@@ -174,7 +181,7 @@ class _Unit:
         self._tables: dict[tuple[Term, float], list[Array]] = {}
         self._stds: dict[tuple[int, float], Array] = {}
         self._recurring = recurring_noise(output.layout.blocks)
-        self._kept: dict[tuple[Term, float, Region], list[tuple[tuple[slice, ...], Array]]] = {}
+        self._kept: dict[tuple[Term, float, Region], Array] = {}
         self._blocks: dict[tuple[int, ...], list[Block]] = {}
         for block, part in self._computed:
             for index in places_in_grid(part, output.chunks):
@@ -192,33 +199,37 @@ class _Unit:
     def noise(self, noise: Noise, region: Region) -> Iterator[tuple[tuple[slice, ...], Array]]:
         """The noise of a region in pieces, each with its place there, in the output's dtype.
 
-        What is going to be taken off again, or has been, in another place of a tensor that is one unit of work, is
-        generated once.
+        In a tensor that is one unit of work, what is added in one place and taken off in another is generated once.
         """
-        key = (noise.like, abs(noise.scale), region)
-        pieces: Iterable[tuple[tuple[slice, ...], Array]]
-        if key in self._kept:
-            pieces = self._kept.pop(key)
-        else:
-            pieces = self._generated(noise, region)
-            if self.output.at_once and noise.region in self._recurring:
-                pieces = self._kept[key] = list(pieces)
-        for at, values in pieces:
-            yield at, -values if noise.scale < 0 else values
+        kept = self.output.at_once and noise.region in self._recurring
+        edge = tile_shape(self.output.layout.shape)
+        for index in places_in_grid(region, edge):
+            tile = tuple(range(i * e, (i + 1) * e) for i, e in zip(index, edge, strict=True))
+            within = intersect(tile, noise.region if kept else region)
+            assert within is not None
+            key = (noise.like, abs(noise.scale), within)
+            values = self._kept.get(key)
+            if values is None:
+                values = self._generated(noise, within)
+                if kept:
+                    self._kept[key] = values
+            part = intersect(within, region)
+            assert part is not None
+            values = values[slices(part, within)]
+            yield slices(part, region), -values if noise.scale < 0 else values
 
-    def _generated(self, noise: Noise, region: Region) -> Iterator[tuple[tuple[slice, ...], Array]]:
-        """The noise of a region as it is added."""
+    def _generated(self, noise: Noise, region: Region) -> Array:
+        """The noise of a region that lies in one tile of the field, as it is added."""
         output, axis, seed = self.output, noise.stacked_axis, self.work.fill.seed
         assert seed is not None
         tables = self._tables_of(noise)
-        for part, chosen in lanes(seed, output.noise_name, output.layout.shape, region):
-            # Every lane is a valid index; "clip" only skips the check for it.
-            if axis is None:
-                yield slices(part, region), tables[0].take(chosen, mode="clip")
-                continue
-            for layer in part[axis]:
-                one = (*part[:axis], range(layer, layer + 1), *part[axis + 1 :])
-                yield slices(one, region), tables[layer].take(chosen[slices(one, part)], mode="clip")
+        ((_, chosen),) = lanes(seed, output.noise_name, output.layout.shape, region)
+        # Every lane is a valid index; "clip" only skips the check for it.
+        if axis is None:
+            return tables[0].take(chosen, mode="clip")
+        layers = np.moveaxis(chosen, axis, 0)
+        each = [tables[layer].take(lane, mode="clip") for layer, lane in zip(region[axis], layers, strict=True)]
+        return np.stack(each, axis)
 
     def stored(self, values: Array) -> Array:
         """The values in the output's dtype and C order; raises Incompatible where they do not fit into it."""

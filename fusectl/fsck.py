@@ -143,7 +143,7 @@ def _strays(checkpoint: Checkpoint) -> Iterator[str]:
         stored = arrays[at] if at else None
         if stored is None:
             continue
-        index = tuple(map(int, re.findall(r"\d+", rest)))[-len(stored.shape) :] if stored.shape else ()
+        index = tuple(map(int, re.findall(r"\d{1,18}", rest)))[-len(stored.shape) :] if stored.shape else ()
         inside = len(index) == len(stored.grid) and all(i < n for i, n in zip(index, stored.grid, strict=True))
         if not inside or stored.chunk_key(index) != rest:
             yield f"{file}: no chunk of its array"
@@ -175,7 +175,11 @@ def _commit_problems(checkpoint: Checkpoint, notes: list[str]) -> Iterator[str]:
     for process in writers:
         if not (process / MANIFEST).is_file():
             continue
-        lost = Files(ocdbt(str(process)), str(process)).names - checkpoint.files.names
+        try:
+            lost = Files(ocdbt(str(process)), str(process)).names - checkpoint.files.names
+        except FusectlError as error:
+            yield f"{error.message}; {'; '.join(error.details)}"
+            continue
         if lost:
             yield f"{process}: {len(lost)} files of it are not in the merged database, such as {min(lost)}"
 

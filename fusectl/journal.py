@@ -13,18 +13,20 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fusectl.errors import Incompatible
 from fusectl.formats.sink import JOURNAL
+from fusectl.formats.store import walk
+from fusectl.formats.tree import Checkpoint
 from fusectl.plan import Plan, summary
 
 
 SCHEMA = "fusectl/journal/1"
-# What may differ between the first run and the one that goes on: none of it changes what is written.
-_FREE = frozenset({"max_memory_bytes", "check", "notes", "read_bytes"})
+# What may differ between the first run and the one that goes on. A budget changes the chunks, which are compared.
+_FREE = frozenset({"max_memory_bytes", "notes", "read_bytes"})
 
 Place = tuple[int, ...]
 
@@ -32,8 +34,14 @@ Place = tuple[int, ...]
 class Journal:
     """The chunks that a staging directory holds, by tensor and place in its grid, each with its CRC-32."""
 
-    def __init__(self, at: Path, plan: Plan, *, resume: bool) -> None:
-        """Starts a journal in `at`; with `resume` opens the one that is there."""
+    def __init__(self, at: Path, digest: str, *, resume: bool) -> None:
+        """Starts a journal in `at`, of what the digest tells; with `resume` opens the one that is there.
+
+        Raises Incompatible if that is of something else.
+        """
+        if resume:
+            require_same_plan(at, digest)
+        self.closed = False
         self._lock = threading.Lock()
         self._done: dict[tuple[str, Place], str] = {}
         if resume:
@@ -45,7 +53,7 @@ class Journal:
             # Behind a line that was cut off.
             os.write(self._handle, b"\n")
         else:
-            self._write({"schema": SCHEMA, "plan": plan_digest(plan)})
+            self._write({"schema": SCHEMA, "plan": digest})
 
     def done(self, tensor: str, place: Place) -> str | None:
         """The CRC-32 of a chunk that has been written, or None."""
@@ -55,33 +63,42 @@ class Journal:
         return len(self._done)
 
     def add(self, tensor: str, place: Place, crc32: str) -> None:
-        """Notes that a chunk has been written."""
+        """Notes that a chunk has been written; nothing after `close`, which a thread may outlive."""
         with self._lock:
-            self._done[tensor, place] = crc32
-            self._write([tensor, place, crc32])
+            if not self.closed:
+                self._done[tensor, place] = crc32
+                self._write([tensor, place, crc32])
 
     def close(self) -> None:
-        os.close(self._handle)
+        with self._lock:
+            self.closed = True
+            os.close(self._handle)
 
     def _write(self, entry: object) -> None:
         os.write(self._handle, json.dumps(entry).encode() + b"\n")
 
 
-def require_same_plan(at: Path, plan: Plan) -> None:
-    """Raises Incompatible unless the journal in `at` is of this plan."""
-    if _entries(at)[:1] != [{"schema": SCHEMA, "plan": plan_digest(plan)}]:
+def require_same_plan(at: Path, digest: str) -> None:
+    """Raises Incompatible unless the journal in `at` is of what the digest tells."""
+    with (at / JOURNAL).open("rb") as journal:
+        first = journal.readline()
+    if first != json.dumps({"schema": SCHEMA, "plan": digest}).encode() + b"\n":
         raise Incompatible(
             f"{at}: was begun with another plan: other sources, options, or another version",
             hint="without --resume it starts anew",
         )
 
 
-def plan_digest(plan: Plan) -> str:
-    """What tells whether two plans write the same bytes by the same names, into directories that are shared alike."""
-    told: Mapping[str, Any] = {key: value for key, value in summary(plan).items() if key not in _FREE}
-    fingerprints = [source.fingerprint for source in plan.record.sources]
-    storages = [repr(output.storage) for output in plan.outputs]
-    return hashlib.sha256(json.dumps([told, fingerprints, storages, plan.record.version]).encode()).hexdigest()
+def digest_of(plan: Plan, sources: Sequence[Checkpoint], *, allow_nonfinite: bool) -> str:
+    """What tells whether two runs write the same bytes by the same names, from files that nobody has touched since."""
+    told: list[Any] = [{key: value for key, value in summary(plan).items() if key not in _FREE}, allow_nonfinite]
+    told += [plan.record.version, [source.fingerprint for source in plan.record.sources]]
+    told += [repr((output.layout, output.storage)) for output in plan.outputs]
+    for index in dict.fromkeys(source.location.index for source in sources):
+        if isinstance(index, Path):
+            files = (entry for entry in walk(str(index)) if not entry.is_dir())
+            told.append(sorted((file.path, file.stat().st_ino, file.stat().st_mtime_ns) for file in files))
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
 def _entries(at: Path) -> list[Any]:

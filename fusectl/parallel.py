@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -57,11 +57,6 @@ class Budget:
             self._free -= granted
         return granted
 
-    def wait_until_free(self, timeout_s: float) -> None:
-        """Waits until all bytes are free, but no longer than this."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._free == self._limit, timeout_s)
-
     def give_back(self, granted_bytes: int) -> None:
         with self._changed:
             self._free += granted_bytes
@@ -82,12 +77,13 @@ def in_parallel(tasks: Iterable[tuple[int, Callable[[], None]]], *, budget_bytes
         finally:
             budget.give_back(granted)
 
-    with _pool(jobs, budget) as pool:
+    submitted: list[Future[None]] = []
+    with _pool(jobs, submitted) as pool:
         for cost, task in tasks:
             granted = budget.take(cost)
             if failures:
                 break
-            pool.submit(run, task, granted)
+            submitted.append(pool.submit(run, task, granted))
     if failures:
         raise failures[0]
 
@@ -98,7 +94,7 @@ def default_jobs() -> int:
 
 
 @contextmanager
-def _pool(jobs: int, budget: Budget) -> Iterator[ThreadPoolExecutor]:
+def _pool(jobs: int, submitted: Sequence[Future[None]]) -> Iterator[ThreadPoolExecutor]:
     pool = ThreadPoolExecutor(jobs, thread_name_prefix="fusectl")
     try:
         yield pool
@@ -107,5 +103,5 @@ def _pool(jobs: int, budget: Budget) -> Iterator[ThreadPoolExecutor]:
         # An interrupt must not wait for the queue, and not for long for what is being written.
         is_interrupt = not isinstance(error, Exception)
         pool.shutdown(wait=not is_interrupt, cancel_futures=True)
-        budget.wait_until_free(PATIENCE_S)
+        wait(submitted, PATIENCE_S)
         raise

@@ -79,8 +79,8 @@ class Plan:
     notes: tuple[str, ...]
     budget_bytes: int
     # Of an OCDBT database: how many bytes are committed at once, and how many it holds of what it has been given.
-    commit_bytes: int = 32 << 20
-    pending_bytes: int = 0
+    commit_bytes: int
+    pending_bytes: int
     # Whether chunks of zeros are left out, whether the sources' files are linked where they are taken over, and whether
     # they are read then.
     sparse: bool = False

@@ -165,7 +165,7 @@ class Record:
                 norm=_text(tree.get("norm", "rule")),
                 residual_scales=tuple(map(float, tree.get("residual_scales", ()))),
                 tensors={name: _checksums(entry) for name, entry in tree["tensors"].items()},
-                files={name: _text(crc32) for name, crc32 in tree.get("files", {}).items()},
+                files={_inside(name): _text(crc32) for name, crc32 in tree.get("files", {}).items()},
             )
             record._check()
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
@@ -210,9 +210,14 @@ def mean_weights(weights: Sequence[float] | None, count: int) -> tuple[float, ..
     return tuple(weights)
 
 
+def crc32_of(raw: bytes) -> str:
+    """The CRC-32 of a file, as eight hexadecimal digits."""
+    return f"{zlib.crc32(raw):08x}"
+
+
 def require_crc32(raw: bytes, crc32: str, where: str, hint: str | None = None) -> None:
     """Raises Corrupt unless bytes have this CRC-32."""
-    found = f"{zlib.crc32(raw):08x}"
+    found = crc32_of(raw)
     if found != crc32:
         raise Corrupt(f"{where}: not what was written", details=(f"CRC-32 {found}, written as {crc32}",), hint=hint)
 
@@ -228,6 +233,12 @@ def _require_own_crc32(raw: bytes) -> None:
     body = raw[: found.start()] + b"\n}" if found else b""
     if found is None or int(found.group(1), 16) != zlib.crc32(body):
         raise ValueError("it has been changed since it was written (CRC-32)")
+
+
+def _inside(name: str) -> str:
+    if name.startswith("/") or ".." in name.split("/"):
+        raise ValueError(f"{name} leaves the checkpoint")
+    return name
 
 
 def _text(value: object) -> str:

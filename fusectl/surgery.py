@@ -18,20 +18,20 @@ from pathlib import Path
 import fusectl
 from fusectl.chunks import CODECS, Storing
 from fusectl.equalize import Equalize, residual_scales
-from fusectl.errors import Corrupt, Incompatible, OutputExists, UsageError, counted, shorten
+from fusectl.errors import Corrupt, FusectlError, Incompatible, OutputExists, UsageError, counted, shorten
 from fusectl.execute import Work, execute
 from fusectl.formats import Format, fingerprint, format_named, open_checkpoint, open_location
 from fusectl.formats.locate import is_checkpoint
 from fusectl.formats.objects import ObjectPath
-from fusectl.formats.sink import Manner, Sink, can_be_resumed, check_space, staged, staging_of, storage_errors
+from fusectl.formats.sink import JOURNAL, Manner, Sink, can_be_resumed, check_space, staged, staging_of, storage_errors
 from fusectl.formats.t5x import kept_in_index
 from fusectl.formats.tree import STEPS, T5X_STEP, Checkpoint, EmptyNode, Key, dict_keys, is_dropped
 from fusectl.formats.zarr import np_dtype
-from fusectl.journal import Journal, require_same_plan
+from fusectl.journal import Journal, digest_of, require_same_plan
 from fusectl.layout import Block, Layout, Term, whole
 from fusectl.parallel import Progress, Silent, default_jobs, default_max_memory_bytes
 from fusectl.plan import Output, Plan
-from fusectl.record import NORMS, Fill, Record, SourceRecord, mean_weights
+from fusectl.record import LEFT_OUT, NORMS, Fill, Record, SourceRecord, mean_weights
 from fusectl.sources import Opened, open_source
 from fusectl.transforms.grow import Fusion, check_fill, filled, fused, line_up
 from fusectl.transforms.optimizer import STATE, find_state, fresh_slots
@@ -190,33 +190,44 @@ def carry_out(
     progress: Progress | None = None,
     check: Callable[[Checkpoint], None] | None = None,
     note: Callable[[str], None] = lambda _: None,
+    kept: Callable[[], None] = lambda: None,
 ) -> Path:
     """Writes the planned checkpoint to `output`, which appears once it is complete and was found as planned.
 
     With `sync` it is on the disk before it appears. With `resume` an interrupted run of the same plan to the same
     output is gone on with, and an output that such a run has completed is left as it is. `check` is given what was
-    written before it appears; if it raises, nothing does. `note` is told what did not go as it was asked for.
+    written before it appears; if it raises, nothing does. `note` is told what did not go as it was asked for, `kept` is
+    called when the run fails and what it has done is kept to be resumed.
+
+    Raises OutputExists; Incompatible where `resume` finds another plan; NotEnoughSpace and StorageError; Corrupt for a
+    source that is.
     """
     if allow_nonfinite and plan.record.fill.kind != "zeros":
         raise UsageError("noise is relative to a kernel's deviation, which a NaN or Inf leaves undefined")
     if resume and is_complete(plan, output):
+        (output / JOURNAL).unlink(missing_ok=True)
         note(f"{output}: complete already")
+        if check is not None:
+            check(open_checkpoint(str(output)))
         return output
     check_output(output, sources, force=force)
-    resume = resume and can_be_resumed(output)
+    digest = digest_of(plan, sources, allow_nonfinite=allow_nonfinite)
+    left = can_be_resumed(output)
+    resume = resume and left
     if resume:
-        require_same_plan(staging_of(output), plan)
+        # Before anything is touched: it belongs to another run, which may still want it.
+        require_same_plan(staging_of(output), digest)
         note(f"going on with {staging_of(output)}")
-    else:
-        check_space(output, plan.nonzero_bytes - plan.passed_bytes * plan.links)
-        if can_be_resumed(output):
-            note(f"starting anew: {staging_of(output)} was left by an interrupted run; --resume would go on with it")
+    elif left:
+        note(f"starting anew: {staging_of(output)} was left by an interrupted run; --resume would go on with it")
     work = Work(sources, plan.record.fill, allow_nonfinite, plan.check_sources)
     manner = Manner(plan.sparse, plan.links, plan.commit_bytes)
-    with staged(output, force=force, sync=sync, resume=resume) as temporary:
-        with closing(Journal(temporary, plan, resume=resume)) as journal:
+    with staged(output, force=force, sync=sync, resume=resume, kept=kept) as temporary:
+        if not resume:
+            check_space(output, plan.nonzero_bytes - plan.passed_bytes * plan.links)
+        with closing(Journal(temporary, digest, resume=resume)) as journal:
             if resume:
-                note(f"{len(journal):,} chunks are there, to be read and compared with their checksums")
+                note(f"{counted(len(journal), 'chunk')} said to be there; each is read and compared with its checksum")
             sink = Sink(temporary, output, format_named(plan.format), plan.item, manner, resumed=resume)
             progress, jobs = progress or Silent(), jobs or default_jobs()
             if any(isinstance(source.location.home, ObjectPath) for source in sources):
@@ -250,14 +261,19 @@ def default_output(sources: Sequence[Checkpoint], plan: Plan) -> Path:
 
 def is_complete(plan: Plan, output: Path) -> bool:
     """Whether a checkpoint at `output` is what the plan would write, as far as its record tells."""
-    if not (output.is_dir() and is_checkpoint(output)):
+    try:
+        found = open_checkpoint(str(output))
+    except FusectlError:
         return False
-    found = open_checkpoint(str(output))
     if found.record is None or found.format != plan.format:
         return False
     planned = {o.name: (o.layout.shape, o.layout.dtype, o.chunks) for o in plan.outputs}
     written = {name: (sums.shape, sums.dtype, sums.chunks) for name, sums in found.record.tensors.items()}
-    return planned == written and replace(found.record, tensors={}, files={}) == plan.record
+    stored = {o.name: leaf.stored for o in plan.outputs if (leaf := found.leaves.get(o.name))}
+    alike = all((own := stored.get(o.name)) is None or own.storage.like(o.storage) for o in plan.outputs)
+    left_out = any(LEFT_OUT in sums.crc32 for sums in found.record.tensors.values())
+    same = planned == written and alike and (plan.sparse or not left_out)
+    return same and replace(found.record, tensors={}, files={}) == plan.record
 
 
 def check_output(output: Path, sources: Sequence[Checkpoint], *, force: bool) -> None:
@@ -287,10 +303,13 @@ class _Builder:
         self._options = options
         self._format = out_format
         self._sparse = out_format.reads_left_out if options.sparse is None else options.sparse
+        self._commit_bytes = min(LARGEST_COMMIT_BYTES, options.max_memory_bytes // 8)
+        # Two commits under way, each of which holds its bytes twice.
+        self._pending_bytes = 4 * self._commit_bytes if out_format.ocdbt else 0
         self._storing = Storing(
             zarr=out_format.zarr,
             codec=options.codec,
-            budget_bytes=options.max_memory_bytes,
+            budget_bytes=options.max_memory_bytes - self._pending_bytes,
             ocdbt=out_format.ocdbt,
             sparse=self._sparse,
             # With noise most of a source's data files would be of no use to the output.
@@ -345,8 +364,6 @@ class _Builder:
                 details=shorten(unknown, 5),
                 hint="--drop PATTERN leaves them out",
             )
-        commit_bytes = min(LARGEST_COMMIT_BYTES, self._options.max_memory_bytes // 8)
-        by_value = self._format.ocdbt and not self._storing.refers
         plan = Plan(
             outputs=tuple(self.outputs),
             empty=self._empty(),
@@ -356,9 +373,8 @@ class _Builder:
             dropped=tuple(dict.fromkeys(name for o in self._sources for name in o.dropped)),
             notes=tuple(notes),
             budget_bytes=self._options.max_memory_bytes,
-            commit_bytes=commit_bytes,
-            # Two commits under way, of which each holds its bytes twice: at least as much as two units of work.
-            pending_bytes=self._options.max_memory_bytes // 2 if by_value else 0,
+            commit_bytes=self._commit_bytes,
+            pending_bytes=self._pending_bytes,
             sparse=self._sparse,
             links=self._options.link,
             check_sources=self._options.check,

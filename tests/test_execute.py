@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import SIZES, WIDER, checkpoint, state
 
-from fusectl import plan
+from fusectl import execute, plan
 from fusectl.errors import Corrupt, NotEnoughSpace
 from fusectl.formats import FORMATS, open_checkpoint
 from fusectl.formats.sink import save
@@ -125,6 +126,27 @@ def test_a_budget_too_small_for_one_chunk_is_refused_before_anything_is_written(
 
     assert error.value.hint.startswith("--max-memory ")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("copies", [2, 3])
+def test_antisymmetric_noise_is_generated_once(pair, tmp_path, monkeypatch, copies, dtype):
+    drawn = Counter()
+
+    def counted(seed, name, shape, region, original=execute.lanes):
+        for part, chosen in original(seed, name, shape, region):
+            drawn[name] += chosen.size
+            yield part, chosen
+
+    monkeypatch.setattr(execute, "lanes", counted)
+    planned, sources = plan_fusion(
+        pair[:1] * copies, Options(fill=Fill("antisymmetric", 0.1), dtype=dtype), command="self-fuse"
+    )
+    carry_out(planned, sources, tmp_path / "out")
+
+    name = "decoder/layers_0/mlp/wo/kernel"
+    rows, columns = sources[0].leaves[f"target/{name}"].shape
+    assert drawn[name] == rows * columns * copies * (copies - 1)
 
 
 MEASURE = """

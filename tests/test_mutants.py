@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgpack
 import pytest
-from models import SIZES, checkpoint
+from models import checkpoint
 
 from fusectl.cli import run
 from fusectl.formats import FORMATS, open_checkpoint
@@ -168,4 +168,3 @@ def test_no_mutant_fuses_into_something_else(sound, tmp_path, capsys, form, whos
             shutil.rmtree(path, ignore_errors=True)
     assert sum(code != 0 for code in codes) > len(codes) // 4, "the control: most of them are noticed"
     assert peak_rss_bytes() - before < MOST_BYTES
-    assert SIZES

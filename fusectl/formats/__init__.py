@@ -84,6 +84,11 @@ def open_location(location: Location, fault: Callable[[FusectlError], None] | No
         fault(error)
     try:
         _require_index(location, record)
+    except Corrupt as error:
+        if fault is None:
+            raise
+        fault(error)
+    try:
         return (open_t5x if location.kind == "t5x" else open_orbax)(location, record, fault)
     except _MALFORMED as error:
         # Whatever an index may hold in place of what it should.

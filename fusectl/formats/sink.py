@@ -15,8 +15,7 @@ import shutil
 import signal
 import threading
 import time
-import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -46,7 +45,7 @@ from fusectl.formats.zarr import (
     zero_chunk,
 )
 from fusectl.layout import Region, place_in_grid, slices, tiles, whole
-from fusectl.record import FILE_NAME, Record
+from fusectl.record import FILE_NAME, Record, crc32_of
 
 
 # What tells that a staging directory can be gone on with; removed once it has appeared under its own name.
@@ -93,6 +92,7 @@ class Sink:
     ) -> None:
         self._home = home
         self._final = final
+        self._resumed = resumed
         self._format = format
         self._manner = manner or Manner()
         self._item = None if format.name == "t5x" else item
@@ -126,7 +126,7 @@ class Sink:
                 continue
             raw = new_metadata(tensor.storage, tensor.shape, tensor.dtype, sparse=self._manner.sparse)
             stored = parse_metadata(raw, tensor.name)
-            self._metadata[tensor.name] = f"{zlib.crc32(raw):08x}"
+            self._metadata[tensor.name] = crc32_of(raw)
             self._leaves[tensor.name] = Leaf(tensor.name, tensor.keys, tensor.shape, tensor.dtype, stored=stored)
             with self._errors(tensor.name):
                 self._target.write(f"{_base(tensor.keys)}/{METADATA_FILE[self._format.zarr]}", [raw])
@@ -142,7 +142,7 @@ class Sink:
 
         `taken` is the source's chunk that it was made of, if it was.
         """
-        if name in self._kept or self._storage(name).encoding is None:
+        if name in self._kept:
             return False
         leaf, storage, key = self._leaves[name], self._storage(name), self._key(name, chunk)
         origin = None
@@ -218,7 +218,7 @@ class Sink:
         files = self._closing_files(empty)
         if record is not None:
             tensors = {name: replace(sums, metadata=self._metadata.get(name)) for name, sums in record.tensors.items()}
-            sums = {name: f"{zlib.crc32(raw):08x}" for name, raw in files.items()}
+            sums = {name: crc32_of(raw) for name, raw in files.items()}
             (self._home / FILE_NAME).write_bytes(replace(record, tensors=tensors, files=sums).to_json())
         for name, raw in files.items():
             (self._home / name).write_bytes(raw)
@@ -262,7 +262,8 @@ class Sink:
             with storage_errors(self._final):
                 yield
         except ValueError as error:
-            raise translate(error, where, StorageError) from error
+            # What an interrupted run has left may be damaged, and would be each time.
+            raise translate(error, where, Corrupt if self._resumed else StorageError) from error
 
 
 def _base(keys: Sequence[Key]) -> str:
@@ -297,12 +298,14 @@ def save(
 
 
 @contextmanager
-def staged(final: Path, *, force: bool, sync: bool = True, resume: bool = False) -> Iterator[Path]:
+def staged(
+    final: Path, *, force: bool, sync: bool = True, resume: bool = False, kept: Callable[[], None] = lambda: None
+) -> Iterator[Path]:
     """A temporary sibling of `final`, which becomes `final` when the body ends.
 
     When the body fails it is removed, unless it has a journal and the failure is one that may pass: an interrupt, a
-    full disk, storage that refuses. With `resume` it begins with what such a run has left. With `sync` all of it is on
-    the disk before it appears.
+    full disk, storage that refuses; then `kept` is called. With `resume` it begins with what such a run has left. With
+    `sync` all of it is on the disk before it appears.
 
     Raises OutputExists when `final` exists and `force` is not given, or when another process is writing it.
     """
@@ -331,7 +334,9 @@ def staged(final: Path, *, force: bool, sync: bool = True, resume: bool = False)
                     _publish(temporary, final)
         except BaseException as error:
             may_pass = not isinstance(error, Exception) or isinstance(error, StorageError | NotEnoughSpace)
-            if not (may_pass and can_be_resumed(final)):
+            if may_pass and can_be_resumed(final):
+                kept()
+            else:
                 with undisturbed():
                     _remove(temporary)
             raise

@@ -17,7 +17,7 @@ from typing import Protocol
 
 import tensorstore as ts
 
-from fusectl.errors import Corrupt
+from fusectl.errors import Corrupt, FusectlError
 from fusectl.formats.encoding import Buffer
 from fusectl.formats.store import MANIFEST, Extent, Files, copy, link, new_context, new_ocdbt, ocdbt, write
 
@@ -123,8 +123,9 @@ class Database:
         self._links = links
         # Databases share references only within one context.
         self._context = new_context(sync=False)
-        if resumed:
-            _sweep(at)
+        if resumed and not _is_sound(at):
+            (at / MANIFEST).unlink(missing_ok=True)
+            shutil.rmtree(at / _DATA, ignore_errors=True)
         self._store = ts.KvStore.open(new_ocdbt(str(at)), context=self._context).result()
         self._commits = _Commits(commit_bytes)
         self._taken: dict[int, _Taken] = {}
@@ -177,7 +178,10 @@ class Database:
         place = taken.place_of(*origin) if taken and origin else None
         if taken and place:
             return taken.read(place)
-        found = self._store.read(key).result()
+        try:
+            found = self._store.read(key).result()
+        except ValueError:
+            return None
         return found.value if found.state == "value" else None
 
     def keep(self, key: str, origin: tuple[Files, str] | None) -> None:
@@ -217,15 +221,12 @@ def _size(path: str, extents: Iterable[Extent]) -> int:
     return size
 
 
-def _sweep(at: Path) -> None:
-    """Removes the data files that an interrupted run has written and never committed."""
-    tree = Files(ocdbt(str(at)), str(at)).database
-    if tree is None:
-        return
-    used = {extent.path for extent in (*tree.nodes, *tree.values.values()) if isinstance(extent, Extent)}
-    for file in (at / _DATA).glob("*"):
-        if str(file) not in used:
-            file.unlink()
+def _is_sound(at: Path) -> bool:
+    """Whether the tree of a database that an interrupted run has left can be read, all of it."""
+    try:
+        return Files(ocdbt(str(at)), str(at)).database is not None
+    except (FusectlError, OSError):
+        return False
 
 
 def _joined(pieces: Iterable[Buffer]) -> bytes:

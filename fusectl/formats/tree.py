@@ -16,12 +16,13 @@ import numpy as np
 import numpy.typing as npt
 import tensorstore as ts
 
-from fusectl.errors import Corrupt, FusectlError, StorageError
+from fusectl.errors import Corrupt, FusectlError, NotEnoughSpace, StorageError
 from fusectl.formats.encoding import BadChunk, Buffer, checksum
 from fusectl.formats.objects import Place
 from fusectl.formats.store import Extent, Files, Spec, new_context, streamed, translate
 from fusectl.formats.zarr import METADATA_FILE, ArrayMetadata, np_dtype, parse_metadata
 from fusectl.layout import Region, intersect, places_in_grid, slices, whole
+from fusectl.memory import available_bytes
 from fusectl.record import LEFT_OUT, UNREAD, Record, require_crc32
 
 
@@ -35,6 +36,8 @@ STEPS = (T5X_STEP, "step")
 MOST_MISSING = 1000
 # What a checkpoint may claim to have: a trillion parameters in chunks of 64 MiB are 60,000.
 MOST_CHUNKS = 1_000_000
+# From here on a chunk is worth asking whether there is memory for it.
+HUGE_BYTES = 1 << 30
 # The encoded bytes of large zstd chunks, such as Orbax writes for a tensor that is not sharded, are read as they are
 # decoded.
 STREAMED_FROM_BYTES = 16 << 20
@@ -133,6 +136,7 @@ def stored_arrays(
     """What the arrays' own metadata says, by tensor.
 
     `fault` is told of those whose is missing, makes no sense, or is not what the record says; or the first is raised.
+    So is, in any case, a grid of more chunks than a checkpoint may have.
     """
     paths = {name: f"{at}/{METADATA_FILE[zarr]}" for name, at in file_of.items()}
     there = files.metadata(paths.values()) if fault is None else {}
@@ -298,13 +302,14 @@ class Checkpoint:
         assert stored is not None
         assert stored.storage.encoding is not None
         dtype = np_dtype(leaf.dtype)
+        chunk_bytes = math.prod(leaf.chunks) * dtype.itemsize
+        if chunk_bytes > HUGE_BYTES and chunk_bytes > available_bytes():
+            raise NotEnoughSpace(
+                f"{self.path}: {leaf.name}: a chunk of {chunk_bytes:,} bytes, more than there is memory"
+            )
         if self.is_left_out(leaf.name, index):
             return np.zeros(leaf.chunks, dtype)
-        key, encoding, nbytes = (
-            self.key(leaf.name, index),
-            stored.storage.encoding,
-            math.prod(leaf.chunks) * dtype.itemsize,
-        )
+        key, encoding, nbytes = self.key(leaf.name, index), stored.storage.encoding, chunk_bytes
         with self._errors(leaf.name):
             try:
                 large = nbytes >= STREAMED_FROM_BYTES and encoding.compressor == "zstd"
