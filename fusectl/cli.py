@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -518,6 +519,7 @@ def demo(
 
 # What the program was called with: the line that resumes it says it again.
 _ARGUMENTS: list[str] = []
+_TIMERS: list[threading.Timer] = []
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -550,6 +552,9 @@ def run(arguments: Sequence[str]) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return 130
+    finally:
+        for timer in _TIMERS:
+            timer.cancel()
     return int(code or 0)
 
 
@@ -564,11 +569,30 @@ def _prepare_streams() -> None:
 
 
 def _interrupted(*_: Any) -> None:
+    _end_soon(130)
     raise KeyboardInterrupt
 
 
 def _terminated(number: int, _: Any) -> None:
-    raise Terminated(number)
+    error = Terminated(number)
+    _end_soon(error.exit_code)
+    raise error
+
+
+def _end_soon(code: int) -> None:
+    """Ends the process even if the exception is lost in a callback from C, or a library does not let go.
+
+    What is written is kept in any case, and --resume goes on with it.
+    """
+
+    def end() -> None:
+        os.write(2, b"fusectl: stopped; --resume goes on with what is done\n")
+        os._exit(code)
+
+    timer = threading.Timer(LAST_MOMENT_S, end)
+    timer.daemon = True
+    timer.start()
+    _TIMERS.append(timer)
 
 
 def gather(argv: list[str], option: str) -> list[str]:
@@ -671,6 +695,8 @@ def _numbers(text: str | None, option: str) -> tuple[float, ...] | None:
         raise UsageError(f"{option} {text}: numbers with commas between them", hint=f"{option} 0.7,0.3") from error
 
 
+# After a signal; what it was doing has half of that to come to an end.
+LAST_MOMENT_S = 1.8
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 

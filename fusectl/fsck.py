@@ -18,7 +18,7 @@ from typing import Any
 from fusectl.archs import recognize
 from fusectl.errors import Corrupt, FusectlError, Incompatible
 from fusectl.formats import open_location
-from fusectl.formats.locate import COMMITTED, locate
+from fusectl.formats.locate import COMMITTED, STEP_METADATA, locate
 from fusectl.formats.objects import Place
 from fusectl.formats.store import MANIFEST, Files, ocdbt
 from fusectl.formats.tree import Checkpoint
@@ -31,6 +31,9 @@ from fusectl.verify.files import check_files
 # Files of an array that are no chunks.
 _DESCRIBES = frozenset({*METADATA_FILE.values(), ".zattrs", ".zgroup"})
 # How a flipped bit shows in a chunk, by what it is encoded with.
+_CHUNK = re.compile(r"(.+?)/(?:c/)?\d+(?:[./]\d+)*")
+# What Orbax keeps beside the arrays.
+_OWN = re.compile(r"(d|array_metadatas|ocdbt\.[^/]+)/")
 _TOLD = {
     "crc32c": "each has a CRC-32C, which every reader compares",
     "gzip": "each has gzip's CRC-32, which every reader compares",
@@ -99,6 +102,8 @@ def fsck(
     except (Corrupt, Incompatible) as error:
         fault(error)
         return Fsck(path, None, tuple(problems))
+    if not checkpoint.leaves and not problems:
+        problems.append(f"{checkpoint.location.index}: an index without tensors")
     problems += _strays(checkpoint)
     notes: list[str] = list(checkpoint.location.notes)
     problems += _commit_problems(checkpoint, notes)
@@ -133,6 +138,7 @@ def _strays(checkpoint: Checkpoint) -> Iterator[str]:
     arrays = {
         at: checkpoint.leaves[name].stored for name, at in checkpoint.file_of.items() if name in checkpoint.leaves
     }
+    unnamed: set[str] = set()
     for file in sorted(checkpoint.files.names):
         at, _, last = file.rpartition("/")
         if last in _DESCRIBES:
@@ -142,6 +148,10 @@ def _strays(checkpoint: Checkpoint) -> Iterator[str]:
         at, rest = _array_of(file, arrays)
         stored = arrays[at] if at else None
         if stored is None:
+            lost = _CHUNK.fullmatch(file)
+            if not at and lost and lost.group(1) not in {*named, *unnamed} and not _OWN.match(file):
+                unnamed.add(lost.group(1))
+                yield f"{lost.group(1)}: chunks of an array that the index does not name"
             continue
         index = tuple(map(int, re.findall(r"\d{1,18}", rest)))[-len(stored.shape) :] if stored.shape else ()
         inside = len(index) == len(stored.grid) and all(i < n for i, n in zip(index, stored.grid, strict=True))
@@ -166,6 +176,8 @@ def _commit_problems(checkpoint: Checkpoint, notes: list[str]) -> Iterator[str]:
     if location.kind != "orbax":
         return
     markers = dict.fromkeys(at / COMMITTED for at in (location.home, location.index))
+    if not (location.home / STEP_METADATA).is_file():
+        notes.append(f"no {STEP_METADATA}: older versions of Orbax wrote none")
     absent = [marker for marker in markers if not marker.is_file()]
     if len(absent) == len(markers) and checkpoint.record is None:
         notes.append(f"no {COMMITTED}: Orbax before 0.12.3 wrote none, later ones may remove it as a leftover")
@@ -174,6 +186,7 @@ def _commit_problems(checkpoint: Checkpoint, notes: list[str]) -> Iterator[str]:
     writers: list[Place] = sorted(location.index.glob("ocdbt.process_*"), key=str)
     for process in writers:
         if not (process / MANIFEST).is_file():
+            yield f"{process}: the database of a writer, without its {MANIFEST}"
             continue
         try:
             lost = Files(ocdbt(str(process)), str(process)).names - checkpoint.files.names

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,7 @@ class Journal:
         self._lock = threading.Lock()
         self._done: dict[tuple[str, Place], str] = {}
         if resume:
-            for name, place, crc32 in (entry for entry in _entries(at) if isinstance(entry, list) and len(entry) == 3):
-                self._done[name, tuple(place)] = crc32
+            self._done.update(_entries(at))
         mode = os.O_APPEND if resume else os.O_TRUNC
         self._handle = os.open(at / JOURNAL, os.O_WRONLY | os.O_CREAT | mode, 0o666)
         if resume:
@@ -101,12 +100,12 @@ def digest_of(plan: Plan, sources: Sequence[Checkpoint], *, allow_nonfinite: boo
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
-def _entries(at: Path) -> list[Any]:
-    """The entries of the journal in `at`, without those that were cut off."""
-    found: list[Any] = []
-    for line in (at / JOURNAL).read_bytes().split(b"\n"):
+def _entries(at: Path) -> Iterator[tuple[tuple[str, Place], str]]:
+    """The chunks that the journal in `at` names, without lines that were cut off or make no sense."""
+    for line in (at / JOURNAL).read_bytes().split(b"\n")[1:]:
         try:
-            found.append(json.loads(line))
-        except ValueError:
+            name, place, crc32 = json.loads(line)
+        except (ValueError, TypeError, RecursionError):
             continue
-    return found
+        if isinstance(name, str) and isinstance(place, list) and all(isinstance(i, int) for i in place):
+            yield (name, tuple(place)), str(crc32)

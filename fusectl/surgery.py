@@ -205,6 +205,7 @@ def carry_out(
     if allow_nonfinite and plan.record.fill.kind != "zeros":
         raise UsageError("noise is relative to a kernel's deviation, which a NaN or Inf leaves undefined")
     if resume and is_complete(plan, output):
+        # Left where a run was killed after its output had appeared.
         (output / JOURNAL).unlink(missing_ok=True)
         note(f"{output}: complete already")
         if check is not None:

@@ -1,6 +1,7 @@
 """inspect --fsck: what it finds in checkpoints of every format, and what nobody can find."""
 
 import json
+import os
 import random
 import shutil
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import msgpack
 import numpy as np
 import pytest
+import zstandard
 from models import checkpoint, state
 
 from fusectl.formats import FORMATS, open_checkpoint
@@ -15,6 +17,7 @@ from fusectl.formats.encoding import Encoding
 from fusectl.formats.sink import save
 from fusectl.formats.store import Extent
 from fusectl.fsck import fsck
+from fusectl.memory import peak_rss_bytes
 from fusectl.record import FILE_NAME, Fill
 from fusectl.surgery import Options, carry_out, plan_fusion
 
@@ -92,6 +95,13 @@ FAULTS = {
     ),
     "a chunk beyond the grid": (lambda at: shutil.copy(at / KERNEL / "0.0", at / KERNEL / "0.7"), "no chunk of its"),
     "another shape": (lambda at: change(at / KERNEL / ".zarray", shape=[9, 9], chunks=[9, 9]), "in its .zarray"),
+    "chunks that nobody names": (
+        lambda at: shutil.copytree(at / KERNEL, at / "target.more.kernel", ignore=shutil.ignore_patterns(".zarray")),
+        "target.more.kernel: chunks of an array that the index does not name",
+    ),
+    "a dtype that is none": (lambda at: change(at / KERNEL / ".zarray", dtype="|S5"), "not the metadata of an array"),
+    "an infinite shape": (lambda at: change(at / KERNEL / ".zarray", shape=[float("inf"), 2]), "not the metadata"),
+    "a deep one": (lambda at: (at / KERNEL / ".zarray").write_text("[" * 100_000), "not the metadata of an array"),
     "another dtype": (lambda at: change(at / KERNEL / ".zarray", dtype="<i4"), "in its .zarray"),
 }
 
@@ -187,6 +197,50 @@ def test_it_says_what_nobody_can_notice(tmp_path):
 
     assert found.problems == ()
     assert any("none: no checksum: a changed byte does not show" in line for line in found.limits)
+
+
+def test_a_pipe_in_place_of_a_file_does_not_block(tmp_path, fusectl):
+    for file in (f"{KERNEL}/0.0", f"{KERNEL}/.zarray", "checkpoint"):
+        path = tmp_path / file.replace("/", "-")
+        checkpoint(path)
+        (path / file).unlink()
+        os.mkfifo(path / file)
+        assert fusectl("inspect", path, "--fsck").code in {4, 5}
+        assert fusectl("self-fuse", path, "-o", tmp_path / "out").code in {4, 5}
+
+
+def test_a_chunk_beyond_the_budget_is_not_decoded(tmp_path, fusectl):
+    """A megabyte of zstd that honestly says that it is gigabytes."""
+    save(tmp_path / "a", {"target/x": np.zeros((1, 1), np.float32)}, "t5x")
+    whole = {"shape": [1 << 15, 1 << 15], "chunks": [1 << 15, 1 << 15], "compressor": {"id": "zstd", "level": 1}}
+    change(tmp_path / "a/target.x/.zarray", **whole)
+    index = (tmp_path / "a/checkpoint").read_bytes()
+    (tmp_path / "a/checkpoint").write_bytes(index.replace(b"\xa5shape\x92\x01\x01", b"\xa5shape\xc0"))
+    bomb = b"".join(zstandard.ZstdCompressor(1).compress(bytes(1 << 28)) for _ in range(16))
+    (tmp_path / "a/target.x/0.0").write_bytes(bomb)
+    before = peak_rss_bytes()
+
+    done = fusectl("inspect", tmp_path / "a", "--fsck")
+
+    assert (done.code, "--max-memory" in done.err) == (9, True), done.err
+    assert peak_rss_bytes() - before < 300 << 20
+
+
+def test_indexes_that_unfold_are_refused(tmp_path, fusectl):
+    deep = [[[[0] * 60] * 60] * 60] * 60
+    for i, tree in enumerate(({"target": deep}, {"target": {str(n): 0 for n in range(300_000)}})):
+        (tmp_path / str(i)).mkdir()
+        (tmp_path / str(i) / "checkpoint").write_bytes(msgpack.packb({"version": 3, "optimizer": tree}))
+        (tmp_path / str(i) / "target.x").mkdir()
+        assert fusectl("inspect", tmp_path / str(i)).code == 5
+    path = tmp_path / "orbax"
+    checkpoint(path, format="orbax")
+    for name in ("_CHECKPOINT_METADATA", "state/_METADATA"):
+        raw = (path / name).read_bytes()
+        (path / name).write_bytes(raw + b" " * (17 << 20))
+        assert fusectl("inspect", path).code == 5
+        (path / name).write_bytes(raw)
+    assert fusectl("inspect", path).code == 0
 
 
 def test_what_is_no_checkpoint_is_not_one(tmp_path, fusectl):

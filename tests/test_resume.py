@@ -15,7 +15,7 @@ import pytest
 from models import checkpoint, start, state
 
 from fusectl import surgery
-from fusectl.errors import FusectlError, Incompatible, NotEnoughSpace, StorageError
+from fusectl.errors import FusectlError, Incompatible, NotEnoughSpace, OutputExists, StorageError
 from fusectl.formats import FORMATS, open_checkpoint, target
 from fusectl.formats.encoding import Encoding
 from fusectl.formats.sink import JOURNAL, Sink, can_be_resumed, save, staging_of
@@ -241,6 +241,47 @@ def test_what_is_complete_is_left_as_it_is(sources, tmp_path):
     for other in ({"dtype": "bfloat16"}, {"codec": "zstd"}, {"sparse": False}):
         with pytest.raises(FusectlError, match="exists"):
             write(sources["t5x"], tmp_path / "out", resume=True, **other)
+
+
+@pytest.mark.parametrize("line", ['[["x"],[0],"a"]', '["x",5,"a"]', '["x",[[0]],"a"]', "[" * 200_000, "\0\0", "7"])
+def test_a_line_that_makes_no_sense_is_passed_over(sources, tmp_path, monkeypatch, line):
+    interrupted(30, KeyboardInterrupt(), monkeypatch, sources["t5x"], tmp_path / "out")
+    journal = staging_of(tmp_path / "out") / JOURNAL
+    journal.write_text(journal.read_text() + line)
+
+    write(sources["t5x"], tmp_path / "out", resume=True)
+
+    write(sources["t5x"], tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("form", ["t5x", "orbax"])
+def test_what_does_not_belong_to_the_output_is_not_published(sources, tmp_path, monkeypatch, form):
+    interrupted(150, KeyboardInterrupt(), monkeypatch, sources[form], tmp_path / "out")
+    (staging_of(tmp_path / "out") / "fusectl-verify.json").write_text("{}")
+    (staging_of(tmp_path / "out") / "target.stray.kernel").mkdir()
+    (staging_of(tmp_path / "out") / "target.stray.kernel/.zarray").write_text("{}")
+    # As after copying the directory with cp -al: another name of a file that is written at the end.
+    (tmp_path / "mine").write_text("mine")
+    (staging_of(tmp_path / "out") / "fusectl.json").hardlink_to(tmp_path / "mine")
+
+    write(sources[form], tmp_path / "out", resume=True)
+
+    assert not [p for p in (tmp_path / "out").rglob("*") if "stray" in p.name or "verify" in p.name]
+    assert (tmp_path / "mine").read_text() == "mine"
+    write(sources[form], tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_staging_directory_that_is_a_link_is_left_alone(sources, tmp_path):
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious/gold").write_text("gold")
+    staging_of(tmp_path / "out").symlink_to(tmp_path / "precious")
+
+    with pytest.raises(OutputExists, match="a symbolic link"):
+        write(sources["t5x"], tmp_path / "out")
+
+    assert (tmp_path / "precious/gold").read_text() == "gold"
 
 
 def test_a_failure_that_will_not_pass_leaves_nothing(sources, tmp_path, monkeypatch):

@@ -23,8 +23,8 @@ from fusectl.formats.tree import Checkpoint, Location
 from fusectl.record import FILE_NAME, Record, require_crc32
 
 
-# A record has about twelve bytes for each chunk.
-LARGEST_RECORD_BYTES = 128 << 20
+# A record has about twelve bytes for each chunk. What JSON can hide in a byte takes thirty in memory.
+LARGEST_RECORD_BYTES = 32 << 20
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fusectl.errors import Corrupt, FusectlError, NotFound, StorageError, UsageError
-from fusectl.formats.objects import URL, ObjectPath, Place
+from fusectl.formats.objects import URL, ObjectPath, Place, read_small
 from fusectl.formats.tree import Location
 
 
@@ -27,6 +27,8 @@ ORBAX_INDEX = "_METADATA"
 STEP_METADATA = "_CHECKPOINT_METADATA"
 COMMITTED = "commit_success.txt"
 TEMPORARY_SUFFIX = ".fusectl-tmp"
+# It may hold a user's metrics.
+LARGEST_STEP_BYTES = 16 << 20
 
 _TEMPORARY = re.compile(rf"\.orbax-checkpoint-tmp|\.tmp-\d+$|{re.escape(TEMPORARY_SUFFIX)}$")
 _STEP = re.compile(r"(?:checkpoint_)?(\d+)$")
@@ -99,7 +101,7 @@ def _refuse_uncommitted(at: Place, names: set[str]) -> None:
         raise Corrupt(f"{at}: the temporary directory of a write that did not finish", hint="use a committed step")
     if STEP_METADATA in names:
         try:
-            times = json.loads((at / STEP_METADATA).read_bytes())
+            times = json.loads(read_small(at / STEP_METADATA, LARGEST_STEP_BYTES))
         except (ValueError, RecursionError) as error:
             raise Corrupt(f"{at / STEP_METADATA}: not JSON", details=(str(error),)) from error
         if isinstance(times, dict) and times.get("init_timestamp_nsecs") and not times.get("commit_timestamp_nsecs"):

@@ -159,7 +159,9 @@ Place = Path | ObjectPath
 
 
 def read_small(file: Place, most_bytes: int) -> bytes:
-    """The contents of a file; raises Corrupt if it has more than `most_bytes`."""
+    """The contents of a file; raises Corrupt if it is none, or has more than `most_bytes`."""
+    if not file.is_file():
+        raise Corrupt(f"{file}: not a file")
     size = file.stat().st_size if isinstance(file, Path) else 0
     raw = file.read_bytes() if size <= most_bytes else b""
     if max(size, len(raw)) > most_bytes:

@@ -27,8 +27,8 @@ from fusectl.formats.zarr import METADATA_FILE
 from fusectl.record import Record
 
 
-# A hundred thousand tensors.
-LARGEST_INDEX_BYTES = 32 << 20
+# Fifty thousand tensors.
+LARGEST_INDEX_BYTES = 16 << 20
 
 HANDLER = "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckpointHandler"
 # With this type a restore without a target gives numpy arrays on any number of devices, without `_sharding`.
@@ -61,6 +61,9 @@ def open_orbax(
         name = "/".join(key.name for key in keys)
         if skipped:
             empty.append(EmptyNode(keys, value_type))
+        elif value_type not in _ARRAYS and fault is not None:
+            # It is not known to be wrong.
+            continue
         elif value_type not in _ARRAYS:
             raise Corrupt(f"{where}: {name}: a leaf of type {value_type}, which fusectl does not know")
         elif name in arrays:

@@ -120,6 +120,9 @@ class Sink:
 
     def create(self, tensors: Iterable[NewTensor]) -> None:
         """Announces tensors, each chunk of which must then be written."""
+        tensors = list(tensors)
+        if self._resumed:
+            self._sweep({_base(tensor.keys) for tensor in tensors})
         for tensor in tensors:
             if self._format.name == "t5x" and kept_in_index(tensor.name, tensor.shape):
                 self._kept[tensor.name] = np.zeros(tensor.shape, np_dtype(tensor.dtype))
@@ -130,6 +133,13 @@ class Sink:
             self._leaves[tensor.name] = Leaf(tensor.name, tensor.keys, tensor.shape, tensor.dtype, stored=stored)
             with self._errors(tensor.name):
                 self._target.write(f"{_base(tensor.keys)}/{METADATA_FILE[self._format.zarr]}", [raw])
+
+    def _sweep(self, arrays: set[str]) -> None:
+        """Removes what an interrupted run has left beside the arrays and the database: proofs, indexes, strangers."""
+        mine = {self._index, self._home / JOURNAL}
+        for child in {*self._home.iterdir(), *self._index.iterdir()}:
+            if child not in mine and child.name not in arrays and not self._target.owns(child.name):
+                _remove_any(child)
 
     def expect(self, chunks: Iterable[tuple[Checkpoint, str, tuple[int, ...]]]) -> None:
         """Announces the stored chunks of sources that are going to be taken over."""
@@ -219,8 +229,10 @@ class Sink:
         if record is not None:
             tensors = {name: replace(sums, metadata=self._metadata.get(name)) for name, sums in record.tensors.items()}
             sums = {name: crc32_of(raw) for name, raw in files.items()}
-            (self._home / FILE_NAME).write_bytes(replace(record, tensors=tensors, files=sums).to_json())
+            files = {FILE_NAME: replace(record, tensors=tensors, files=sums).to_json(), **files}
         for name, raw in files.items():
+            # What an interrupted run has left may have other names.
+            (self._home / name).unlink(missing_ok=True)
             (self._home / name).write_bytes(raw)
 
     def _closing_files(self, empty: Iterable[EmptyNode]) -> dict[str, bytes]:
@@ -312,10 +324,12 @@ def staged(
     if os.path.lexists(final) and not force:
         raise OutputExists(f"{final}: exists", hint="choose another -o, or --force to replace it")
     temporary = staging_of(final)
+    if temporary.is_symlink():
+        raise OutputExists(f"{temporary}: a symbolic link, where the checkpoint would be written first")
     with storage_errors(final):
         final.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir(exist_ok=True)
-        lock = os.open(temporary, os.O_RDONLY)
+        lock = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -418,10 +432,14 @@ def _is_open_as(path: Path, handle: int) -> bool:
 
 def _empty(at: Path) -> None:
     for child in at.iterdir():
-        if child.is_dir() and not child.is_symlink():
-            shutil.rmtree(child)
-        else:
-            child.unlink()
+        _remove_any(child)
+
+
+def _remove_any(at: Path) -> None:
+    if at.is_dir() and not at.is_symlink():
+        shutil.rmtree(at)
+    else:
+        at.unlink()
 
 
 def _sync(at: Path) -> None:

@@ -28,6 +28,8 @@ Spec = dict[str, Any]
 MANIFEST = "manifest.ocdbt"
 # Larger than the metadata of any array: what claims to be one is not read.
 LARGEST_METADATA_BYTES = 1 << 20
+# And larger than that of all arrays of a checkpoint together.
+MOST_METADATA_BYTES = 64 << 20
 _BUFFER_BYTES = 1 << 20
 
 
@@ -136,6 +138,10 @@ def streamed(extent: Extent, encoding: Encoding, nbytes: int) -> Buffer:
     return values
 
 
+def _missing(where: str) -> Corrupt:
+    return Corrupt(f"{where}: missing", hint="dotfiles get lost in copies; copy it again whole")
+
+
 @dataclass(frozen=True)
 class Database:
     """What an OCDBT database's tree holds: for every key the extent of its value, or the value that the tree holds.
@@ -195,11 +201,15 @@ class Files:
 
     def metadata(self, names: Iterable[str]) -> Mapping[str, bytes]:
         """The contents of these files, each the metadata of an array; raises Corrupt for those that cannot be."""
-        wanted = list(names)
+        wanted, total = list(names), 0
         for name in wanted:
-            place = self.place(name) if name in self.names else None
-            if isinstance(place, Extent) and place.nbytes > LARGEST_METADATA_BYTES:
-                raise Corrupt(f"{self.where}/{name}: {place.nbytes:,} bytes, too many for the metadata of an array")
+            if name not in self.names:
+                raise _missing(f"{self.where}/{name}")
+            place = self.place(name)
+            nbytes = place.nbytes if isinstance(place, Extent) else 0
+            total += nbytes
+            if nbytes > LARGEST_METADATA_BYTES or total > MOST_METADATA_BYTES:
+                raise Corrupt(f"{self.where}/{name}: {nbytes:,} bytes, too many for the metadata of an array")
         return self.read(wanted)
 
     def read(self, names: Iterable[str]) -> Mapping[str, bytes]:
@@ -212,7 +222,7 @@ class Files:
             except ValueError as error:
                 raise translate(error, f"{self.where}/{name}") from error
             if result.state != "value":
-                raise Corrupt(f"{self.where}/{name}: missing", hint="dotfiles get lost in copies; copy it again whole")
+                raise _missing(f"{self.where}/{name}")
             contents[name] = result.value
         return contents
 
@@ -222,6 +232,8 @@ def require_contained(root: str) -> None:
     home = os.path.realpath(root)
     for entry in walk(root):
         if not entry.is_symlink():
+            if not entry.is_file(follow_symlinks=False) and not entry.is_dir(follow_symlinks=False):
+                raise Corrupt(f"{entry.path}: neither a file nor a directory")
             continue
         real, holder = os.path.realpath(entry.path), os.path.realpath(os.path.dirname(entry.path))  # noqa: PTH120
         if not real.startswith(home + os.sep):

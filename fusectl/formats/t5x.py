@@ -22,10 +22,11 @@ import numpy.typing as npt
 
 from fusectl.errors import Corrupt, FusectlError, Incompatible, NotFound, StorageError
 from fusectl.formats.locate import T5X_INDEX
-from fusectl.formats.objects import Place
+from fusectl.formats.objects import Place, read_small
 from fusectl.formats.store import Files, directory
 from fusectl.formats.tree import Checkpoint, Leaf, Location, dict_keys, stored_arrays
 from fusectl.formats.zarr import ArrayMetadata, np_dtype
+from fusectl.memory import available_bytes
 from fusectl.record import Record
 
 
@@ -81,12 +82,13 @@ def open_t5x(
 def read_index(path: Place) -> dict[str, Any]:
     """The tree below `optimizer` in a `checkpoint` file: dictionaries down to arrays and specs."""
     try:
-        raw = path.read_bytes()
+        # It may hold arrays of any size.
+        raw = read_small(path, available_bytes() // 2)
     except PermissionError as error:
         raise StorageError(f"{path}: permission denied") from error
     entries = 0
 
-    def counted(node: dict[Any, Any]) -> dict[Any, Any]:
+    def counted(node: Any) -> Any:
         nonlocal entries
         entries += len(node) + 1
         if entries > MOST_ENTRIES:
@@ -95,7 +97,13 @@ def read_index(path: Place) -> dict[str, Any]:
 
     try:
         tree = msgpack.unpackb(
-            raw, ext_hook=_from_ext, object_hook=counted, strict_map_key=False, max_array_len=MOST_AXES
+            raw,
+            ext_hook=_from_ext,
+            object_hook=counted,
+            list_hook=counted,
+            strict_map_key=False,
+            max_array_len=MOST_AXES,
+            max_map_len=MOST_ENTRIES // 10,
         )
     except Exception as error:
         # msgpack documents no common base for what it raises on arbitrary bytes, and the hook below adds numpy's.
@@ -187,10 +195,16 @@ def _from_ext(code: int, data: bytes) -> Any:
         real, imaginary = msgpack.unpackb(data)
         return np.array(complex(real, imaginary))
     if code in {_Ext.ndarray, _Ext.npscalar}:
-        shape, dtype, buffer = msgpack.unpackb(data)
+        shape, dtype, buffer = msgpack.unpackb(data, max_array_len=MOST_AXES, max_map_len=0, list_hook=_flat)
         # A view of the bytes that were read: a lying shape cannot allocate anything.
         return np.frombuffer(buffer, dtype=np_dtype(dtype)).reshape(shape)
     raise ValueError(f"msgpack extension {code}")
+
+
+def _flat(values: list[Any]) -> list[Any]:
+    if any(isinstance(value, list) and value and isinstance(value[0], list) for value in values):
+        raise ValueError("lists in lists of lists")
+    return values
 
 
 def _to_ext(value: Any) -> msgpack.ExtType:

@@ -55,6 +55,9 @@ class Target(Protocol):
     def keep(self, key: str, origin: tuple[Files, str] | None) -> None:
         """Takes such a file for written."""
 
+    def owns(self, name: str) -> bool:
+        """Whether an entry of the directory is the target's own, of whatever run."""
+
     def finish(self) -> None:
         """Makes all of it readable."""
 
@@ -99,6 +102,9 @@ class Directories:
 
     def keep(self, key: str, origin: tuple[Files, str] | None) -> None:
         pass
+
+    def owns(self, name: str) -> bool:  # noqa: ARG002
+        return False
 
     def finish(self) -> None:
         pass
@@ -191,6 +197,9 @@ class Database:
             taken.keep(place)
             with self._lock:
                 taken.keys.append((origin[1], key))
+
+    def owns(self, name: str) -> bool:
+        return name in {MANIFEST, _DATA} or name.startswith(_TAKEN)
 
     def finish(self) -> None:
         self._commits.finish()

@@ -152,10 +152,14 @@ def stored_arrays(
             if fault is None:
                 raise
             fault(error)
-    chunks = sum(math.prod(stored.grid) for stored in found.values())
+    chunks = sum(math.prod(map(_ceil, stored.shape, stored.chunks)) for stored in found.values())
     if chunks > MOST_CHUNKS:
         raise Corrupt(f"{files.where}: arrays of {chunks:,} chunks, more than {MOST_CHUNKS:,}")
     return found
+
+
+def _ceil(n: int, chunk: int) -> int:
+    return -(-n // chunk)
 
 
 class Checkpoint:

@@ -105,14 +105,14 @@ def parse_metadata(raw: bytes, where: str) -> ArrayMetadata:
     """The ArrayMetadata of a `.zarray` or `zarr.json`; raises Corrupt when it makes no sense."""
     try:
         parsed = _parsed(raw)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError) as error:
         raise Corrupt(
             f"{where}: not the metadata of an array", details=(f"{type(error).__name__}: {error}",)
         ) from error
     rank = len(parsed.shape)
     stored = parsed.storage.chunks
-    if min((*parsed.shape, 0)) < 0:
-        raise Corrupt(f"{where}: shape {list(parsed.shape)}")
+    if not all(0 <= n < _LARGEST_EDGE for n in (*parsed.shape, *parsed.chunks, *parsed.storage.chunks)):
+        raise Corrupt(f"{where}: shape {list(parsed.shape)} in chunks {list(parsed.chunks)}")
     if len(parsed.chunks) != rank or len(stored) != rank or min((*parsed.chunks, *stored, 1)) < 1:
         raise Corrupt(f"{where}: chunks {list(parsed.chunks)} do not fit shape {list(parsed.shape)}")
     return parsed
@@ -123,6 +123,9 @@ def _parsed(raw: bytes) -> ArrayMetadata:
     """A checkpoint has thousands of arrays, and its layers' are alike."""
     meta = json.loads(raw)
     return _parse_v3(meta) if meta["zarr_format"] == 3 else _parse_v2(meta)
+
+
+_LARGEST_EDGE = 1 << 48
 
 
 def _text(codecs: Any) -> str:
@@ -138,7 +141,7 @@ def _parse_v2(meta: dict[str, Any]) -> ArrayMetadata:
     known = plain and codec in _COMPRESSORS
     return ArrayMetadata(
         shape=tuple(int(n) for n in meta["shape"]),
-        dtype=np_dtype(meta["dtype"]).name,
+        dtype=np_dtype(np_dtype(meta["dtype"]).name).name,
         chunks=chunks,
         storage=Storage(2, chunks, _text(codecs), Encoding(codec, _level(compressor)) if known else None),
         codec=codec,
@@ -268,6 +271,9 @@ def zero_chunk(storage: Storage, dtype: str) -> bytes:
 
 def nonfinite_at(values: npt.NDArray[Any]) -> tuple[int, ...] | None:
     """The index of the first NaN or Inf, or None. Integers are always finite."""
+    if values.dtype.kind == "c":
+        parts = (nonfinite_at(values.real), nonfinite_at(values.imag))
+        return next((at for at in parts if at is not None), None)
     if not is_float(values.dtype.name) or not values.size:
         return None
     # The extremes say it without an array of booleans: NaN and Inf propagate into them.

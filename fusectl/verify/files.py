@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator
 from functools import partial
 
+from fusectl.chunks import TOLERATED_EXCESS_BYTES
 from fusectl.errors import Corrupt, NotEnoughSpace
 from fusectl.formats.encoding import checksum
 from fusectl.formats.tree import Checkpoint, Leaf
 from fusectl.formats.zarr import nonfinite_at
-from fusectl.layout import Region, size, tiles
+from fusectl.layout import Region, place_in_grid, size, tiles
 from fusectl.parallel import Progress, in_parallel
 from fusectl.record import LEFT_OUT, UNREAD, Checksums, Record, require_crc32
 from fusectl.verify.report import FilesResult
@@ -45,7 +47,13 @@ def check_files(checkpoint: Checkpoint, *, budget_bytes: int, jobs: int, progres
                 sums = None
             bytes_read += leaf.nbytes
             compared += sum(crc32 != UNREAD for crc32 in sums.crc32) if sums is not None else 0
-            for i, region in enumerate(tiles(leaf.shape, sums.chunks if sums is not None else leaf.chunks)):
+            if leaf.reading_bytes > budget_bytes + TOLERATED_EXCESS_BYTES:
+                needed = f"--max-memory {math.ceil(leaf.reading_bytes / 2**20)}MiB"
+                raise NotEnoughSpace(f"{checkpoint.path}: {leaf.name}: one chunk does not fit into memory", hint=needed)
+            chunks = sums.chunks if sums is not None else leaf.chunks
+            for i, region in enumerate(tiles(leaf.shape, chunks)):
+                if sums is None and leaf.stored and checkpoint.is_left_out(leaf.name, place_in_grid(region, chunks)):
+                    continue
                 cost = size(region) * leaf.itemsize + leaf.reading_bytes
                 yield cost, partial(check, leaf, region, sums, i)
 
