@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import cache, reduce
 
 from fusectl.formats.encoding import ZSTD_LEVEL, Encoding
 from fusectl.formats.tree import Leaf
@@ -108,6 +108,7 @@ class Storing:
         beside = max(taking, stored + chunk_bytes * (ragged + (not plain)))
         computed = [block for block in layout.blocks if block not in passed]
 
+        @cache
         def cost(tile: tuple[int, ...]) -> int:
             # What is added here and taken off there is kept in between.
             noise = sum(map(size, recurring_noise(computed))) * itemsize if tile == layout.shape else 0
@@ -121,8 +122,8 @@ class Storing:
                 for n, c, s, w in zip(layout.shape, chunks, leaf.chunks, wide, strict=True)
             )
         for tile in (layout.shape, _over_copies(computed, leaves, layout.shape, wide)):
-            if (cost_bytes := cost(tile)) <= self.budget_bytes // 2:
-                return tile, cost_bytes
+            if cost(tile) <= self.budget_bytes // 2:
+                return tile, cost(tile)
         tile = wide if cost(wide) <= self.budget_bytes + TOLERATED_EXCESS_BYTES else chunks
         return tile, cost(tile)
 

@@ -187,21 +187,8 @@ def fuse(
             budget_bytes = parse_bytes(max_memory, "--max-memory")
             how = Equalize(equalize_by, tokens, budget_bytes, jobs, progress) if equalize else None
             plan, opened = plan_fusion(sources, options, weights=shares, equalize=how)
-        _write(
-            screen,
-            plan,
-            opened,
-            output,
-            force,
-            jobs,
-            dry_run,
-            allow_nonfinite,
-            verify,
-            report,
-            max_memory,
-            sync,
-            resume,
-        )
+        writing = _Writing(output, force, jobs, dry_run, allow_nonfinite, verify, report, max_memory, sync, resume)
+        _write(screen, plan, opened, writing)
 
 
 @app.command(
@@ -247,21 +234,8 @@ def self_fuse(
         stored = _Stored(codec, sparse, link, check)
         options = _options(_fill(fill, noise_scale, seed), optimizer, format, arch, drop, dtype, stored, max_memory)
         plan, opened = plan_fusion([_path(source)] * copies, options, command="self-fuse")
-        _write(
-            screen,
-            plan,
-            opened,
-            output,
-            force,
-            jobs,
-            dry_run,
-            allow_nonfinite,
-            verify,
-            report,
-            max_memory,
-            sync,
-            resume,
-        )
+        writing = _Writing(output, force, jobs, dry_run, allow_nonfinite, verify, report, max_memory, sync, resume)
+        _write(screen, plan, opened, writing)
 
 
 @app.command(
@@ -308,21 +282,8 @@ def noise_fill(
         stored = _Stored(codec, sparse, link, check)
         options = _options(_fill(fill, noise_scale, seed), "reset", format, arch, drop, dtype, stored, max_memory)
         plan, opened = plan_noise_fill(_path(source), options, copies=copies)
-        _write(
-            screen,
-            plan,
-            opened,
-            output,
-            force,
-            jobs,
-            dry_run,
-            allow_nonfinite,
-            verify,
-            report,
-            max_memory,
-            sync,
-            resume,
-        )
+        writing = _Writing(output, force, jobs, dry_run, allow_nonfinite, verify, report, max_memory, sync, resume)
+        _write(screen, plan, opened, writing)
 
 
 @app.command(
@@ -473,7 +434,10 @@ def inspect(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Show what a checkpoint is: format, family, step, sizes, optimizer, and every tensor. Reads metadata only."""
+    """Show what a checkpoint is: format, family, step, sizes, optimizer, and every tensor.
+
+    Reads metadata only, unless all of it is asked for.
+    """
     screen = Screen("inspect", json=json, quiet=quiet, debug=debug)
     with screen.errors():
         if fsck:
@@ -715,39 +679,40 @@ def parse_bytes(text: str | None, option: str) -> int | None:
     return size
 
 
-def _write(
-    screen: Screen,
-    plan: Plan,
-    opened: Sequence[Any],
-    output: str | None,
-    force: bool,
-    jobs: int | None,
-    dry_run: bool,
-    allow_nonfinite: bool,
-    verify: bool,
-    report: bool,
-    max_memory: str | None,
-    sync: bool,
-    resume: bool,
-) -> None:
+class _Writing(NamedTuple):
+    """The options that every writing command ends with."""
+
+    output: str | None
+    force: bool
+    jobs: int | None
+    dry_run: bool
+    allow_nonfinite: bool
+    verify: bool
+    report: bool
+    max_memory: str | None
+    sync: bool
+    resume: bool
+
+
+def _write(screen: Screen, plan: Plan, opened: Sequence[Any], how: _Writing) -> None:
     """What every writing command ends with: the plan shown, or carried out and the output's path printed."""
     from fusectl.formats.locate import local
     from fusectl.surgery import carry_out, check_output, default_output
 
-    if verify and allow_nonfinite:
+    if how.verify and how.allow_nonfinite:
         raise UsageError("--verify proves nothing about NaN and Inf", hint="without --allow-nonfinite or --verify")
-    if verify and not plan.record.sources:
+    if how.verify and not plan.record.sources:
         raise UsageError(
             "--verify: nobody says what it was fused from", hint="without it, then fusectl verify OUT --sources A B"
         )
-    if not (verify or report):
+    if not (how.verify or how.report):
         raise UsageError("--no-report: of a proof that was not asked for", hint="--verify --no-report")
-    final = default_output(opened, plan) if output is None else local(output)
-    if not resume:
-        check_output(final, opened, force=force)
+    final = default_output(opened, plan) if how.output is None else local(how.output)
+    if not how.resume:
+        check_output(final, opened, force=how.force)
     for note in plan.notes:
         screen.note(note)
-    if dry_run:
+    if how.dry_run:
         screen.plan(plan, final)
         return
     with screen.progress() as progress:
@@ -757,27 +722,27 @@ def _write(
             from fusectl.verify import Settings, verify_checkpoint, write_report
 
             # Where it is going to appear, not where it has been staged.
-            settings = Settings(jobs=jobs, max_memory_bytes=parse_bytes(max_memory, "--max-memory"))
+            settings = Settings(jobs=how.jobs, max_memory_bytes=parse_bytes(how.max_memory, "--max-memory"))
             found = replace(verify_checkpoint(written, settings=settings, progress=progress), path=str(final))
             screen.verified(found)
             if not found.passed:
                 raise VerificationFailed(f"{final}: verification failed, nothing was kept", details=found.failures())
-            if report:
+            if how.report:
                 write_report(found, written.location.home)
 
         # The free memory may be another when it goes on, and the chunks with it.
-        budget = [] if max_memory else ["--max-memory", str(plan.budget_bytes)]
+        budget = [] if how.max_memory else ["--max-memory", str(plan.budget_bytes)]
         carry_out(
             plan,
             opened,
             final,
-            force=force,
-            jobs=jobs,
-            allow_nonfinite=allow_nonfinite,
-            sync=sync,
-            resume=resume,
+            force=how.force,
+            jobs=how.jobs,
+            allow_nonfinite=how.allow_nonfinite,
+            sync=how.sync,
+            resume=how.resume,
             progress=progress,
-            check=check if verify else None,
+            check=check if how.verify else None,
             note=screen.note,
             kept=lambda: screen.resumable([*_ARGUMENTS, *budget]),
         )

@@ -30,10 +30,10 @@ from fusectl.verify.files import check_files
 
 # Files of an array that are no chunks.
 _DESCRIBES = frozenset({*METADATA_FILE.values(), ".zattrs", ".zgroup"})
-# How a flipped bit shows in a chunk, by what it is encoded with.
 _CHUNK = re.compile(r"(.+?)/(?:c/)?\d+(?:[./]\d+)*")
 # What Orbax keeps beside the arrays.
 _OWN = re.compile(r"(d|array_metadatas|ocdbt\.[^/]+)/")
+# How a flipped bit shows in a chunk, by what it is encoded with.
 _TOLD = {
     "crc32c": "each has a CRC-32C, which every reader compares",
     "gzip": "each has gzip's CRC-32, which every reader compares",
@@ -53,7 +53,7 @@ class Fsck:
     tensors: int = 0
     bytes_read: int = 0
     told: Mapping[str, int] | None = None
-    # The chunks that were compared with the checksums in fusectl.json, and the files.
+    # The chunks, and the values kept in an index, that were compared with the checksums in fusectl.json.
     compared: int = 0
     notes: tuple[str, ...] = ()
 

@@ -225,7 +225,7 @@ def require_crc32(raw: bytes, crc32: str, where: str, hint: str | None = None) -
 def signed(tree: Mapping[str, Any]) -> bytes:
     """A record's JSON with its own CRC-32 at the end."""
     body = json.dumps(tree, indent=1, allow_nan=False).encode()
-    return body.removesuffix(b"\n}") + f',\n "crc32": "{zlib.crc32(body):08x}"\n}}\n'.encode()
+    return body.removesuffix(b"\n}") + f',\n "crc32": "{crc32_of(body)}"\n}}\n'.encode()
 
 
 def _require_own_crc32(raw: bytes) -> None:

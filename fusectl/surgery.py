@@ -270,8 +270,8 @@ def is_complete(plan: Plan, output: Path) -> bool:
         return False
     planned = {o.name: (o.layout.shape, o.layout.dtype, o.chunks) for o in plan.outputs}
     written = {name: (sums.shape, sums.dtype, sums.chunks) for name, sums in found.record.tensors.items()}
-    stored = {o.name: leaf.stored for o in plan.outputs if (leaf := found.leaves.get(o.name))}
-    alike = all((own := stored.get(o.name)) is None or own.storage.like(o.storage) for o in plan.outputs)
+    leaves = ((found.leaves.get(o.name), o.storage) for o in plan.outputs)
+    alike = all(leaf is None or leaf.stored is None or leaf.stored.storage.like(own) for leaf, own in leaves)
     left_out = any(LEFT_OUT in sums.crc32 for sums in found.record.tensors.values())
     same = planned == written and alike and (plan.sparse or not left_out)
     return same and replace(found.record, tensors={}, files={}) == plan.record

@@ -19,7 +19,7 @@ from fusectl.formats.objects import ObjectPath, read_small
 from fusectl.formats.orbax import open_orbax
 from fusectl.formats.store import MANIFEST, walk
 from fusectl.formats.t5x import open_t5x
-from fusectl.formats.tree import Checkpoint, Location
+from fusectl.formats.tree import Checkpoint, Location, told
 from fusectl.record import FILE_NAME, Record, require_crc32
 
 
@@ -75,19 +75,11 @@ def open_location(location: Location, fault: Callable[[FusectlError], None] | No
     left out then. Without it the first one is raised.
     """
     file, record = location.home / FILE_NAME, None
-    try:
+    with told(fault):
         if file.is_file():
             record = Record.from_json(read_small(file, LARGEST_RECORD_BYTES), str(file))
-    except Corrupt as error:
-        if fault is None:
-            raise
-        fault(error)
-    try:
+    with told(fault):
         _require_index(location, record)
-    except Corrupt as error:
-        if fault is None:
-            raise
-        fault(error)
     try:
         return (open_t5x if location.kind == "t5x" else open_orbax)(location, record, fault)
     except _MALFORMED as error:

@@ -24,7 +24,7 @@ from fusectl.errors import Corrupt, FusectlError, Incompatible, NotFound, Storag
 from fusectl.formats.locate import T5X_INDEX
 from fusectl.formats.objects import Place, read_small
 from fusectl.formats.store import Files, directory
-from fusectl.formats.tree import Checkpoint, Leaf, Location, dict_keys, stored_arrays
+from fusectl.formats.tree import Checkpoint, Leaf, Location, dict_keys, stored_arrays, told
 from fusectl.formats.zarr import ArrayMetadata, np_dtype
 from fusectl.memory import available_bytes
 from fusectl.record import Record
@@ -66,15 +66,10 @@ def open_t5x(
             specs[name] = value
     file_of = {name: _directory_of(spec, f"{where}: {name}") for name, spec in specs.items()}
     for name, stored in stored_arrays(files, file_of, 2, record, fault).items():
-        try:
+        with told(fault):
             _agree(specs[name], stored, f"{where}: {name}")
-        except Corrupt as error:
-            if fault is None:
-                raise
-            fault(error)
-            continue
-        store = directory(str(location.index / file_of[name]))
-        leaves[name] = Leaf(name, dict_keys(name), stored.shape, stored.dtype, stored=stored, store=store)
+            store = directory(str(location.index / file_of[name]))
+            leaves[name] = Leaf(name, dict_keys(name), stored.shape, stored.dtype, stored=stored, store=store)
     # T5X itself gives its arrays no fill value, and stores every chunk.
     return Checkpoint(location, "t5x", leaves, files=files, file_of=file_of, lenient=True, record=record)
 

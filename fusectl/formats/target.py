@@ -169,20 +169,26 @@ class Database:
             self.write(key, [bytes(nbytes), behind])
 
     def take(self, key: str, files: Files, name: str) -> bool:
-        taken = self._taken.get(id(files))
-        place = taken.place_of(files, name) if taken else None
-        if taken is None or place is None:
+        brought = self._brought(files, name)
+        if brought is None:
             self.write(key, [files.bytes_of(name)])
             return False
+        taken, place = brought
         linked = taken.bring(place)
         with self._lock:
             taken.keys.append((name, key))
         return linked
 
+    def _brought(self, files: Files, name: str) -> tuple[_Taken, Extent] | None:
+        """The source's database and the extent of one of its files, if the data file that it lies in is brought."""
+        taken = self._taken.get(id(files))
+        place = files.place(name) if taken else None
+        return (taken, place) if taken and isinstance(place, Extent) and place.path in taken.paths else None
+
     def written(self, key: str, origin: tuple[Files, str] | None) -> Buffer | None:
-        taken = self._taken.get(id(origin[0])) if origin else None
-        place = taken.place_of(*origin) if taken and origin else None
-        if taken and place:
+        brought = self._brought(*origin) if origin else None
+        if brought:
+            taken, place = brought
             return taken.read(place)
         try:
             found = self._store.read(key).result()
@@ -191,9 +197,9 @@ class Database:
         return found.value if found.state == "value" else None
 
     def keep(self, key: str, origin: tuple[Files, str] | None) -> None:
-        taken = self._taken.get(id(origin[0])) if origin else None
-        place = taken.place_of(*origin) if taken and origin else None
-        if taken and place and origin:
+        brought = self._brought(*origin) if origin else None
+        if brought and origin:
+            taken, place = brought
             taken.keep(place)
             with self._lock:
                 taken.keys.append((origin[1], key))
@@ -255,11 +261,6 @@ class _Taken:
         self._brought: set[Extent] = set()
         self._linked = {path: links and self._link(path) for path in paths}
         self._lock = threading.Lock()
-
-    def place_of(self, files: Files, name: str) -> Extent | None:
-        """The extent of a source's file, if it lies in one of the data files that are brought."""
-        place = files.place(name)
-        return place if isinstance(place, Extent) and place.path in self.paths else None
 
     def read(self, extent: Extent) -> bytes | None:
         """The bytes of an extent that has been brought by an interrupted run, or None."""

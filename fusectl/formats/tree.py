@@ -126,6 +126,17 @@ class Location:
         return self.home if self.by_home else self.index
 
 
+@contextmanager
+def told(fault: Callable[[FusectlError], None] | None) -> Iterator[None]:
+    """Has `fault` told of what is Corrupt, and goes on; without it that is raised."""
+    try:
+        yield
+    except Corrupt as error:
+        if fault is None:
+            raise
+        fault(error)
+
+
 def stored_arrays(
     files: Files,
     file_of: Mapping[str, str],
@@ -142,16 +153,12 @@ def stored_arrays(
     there = files.metadata(paths.values()) if fault is None else {}
     found: dict[str, ArrayMetadata] = {}
     for name, path in paths.items():
-        try:
+        with told(fault):
             raw = there[path] if fault is None else files.metadata([path])[path]
             sums = record.tensors.get(name) if record else None
             if sums is not None and sums.metadata is not None:
                 require_crc32(raw, sums.metadata, f"{files.where}/{path}")
             found[name] = parse_metadata(raw, f"{files.where}: {name}")
-        except Corrupt as error:
-            if fault is None:
-                raise
-            fault(error)
     chunks = sum(math.prod(map(_ceil, stored.shape, stored.chunks)) for stored in found.values())
     if chunks > MOST_CHUNKS:
         raise Corrupt(f"{files.where}: arrays of {chunks:,} chunks, more than {MOST_CHUNKS:,}")
@@ -313,15 +320,15 @@ class Checkpoint:
             )
         if self.is_left_out(leaf.name, index):
             return np.zeros(leaf.chunks, dtype)
-        key, encoding, nbytes = self.key(leaf.name, index), stored.storage.encoding, chunk_bytes
+        key, encoding = self.key(leaf.name, index), stored.storage.encoding
         with self._errors(leaf.name):
             try:
-                large = nbytes >= STREAMED_FROM_BYTES and encoding.compressor == "zstd"
+                large = chunk_bytes >= STREAMED_FROM_BYTES and encoding.compressor == "zstd"
                 place = self.files.place(key) if large else None
                 if isinstance(place, Extent):
-                    values = streamed(place, encoding, nbytes)
+                    values = streamed(place, encoding, chunk_bytes)
                 else:
-                    values = encoding.decode(self.files.bytes_of(key), nbytes)
+                    values = encoding.decode(self.files.bytes_of(key), chunk_bytes)
             except BadChunk as error:
                 details = (f"{key}: {error}",)
                 raise Corrupt(f"{self.path}: {leaf.name}: cannot be decoded", details=details) from error
