@@ -696,7 +696,7 @@ class _Writing(NamedTuple):
 
 def _write(screen: Screen, plan: Plan, opened: Sequence[Any], how: _Writing) -> None:
     """What every writing command ends with: the plan shown, or carried out and the output's path printed."""
-    from fusectl.formats.locate import local
+    from fusectl.formats.locate import place
     from fusectl.surgery import carry_out, check_output, default_output
 
     if how.verify and how.allow_nonfinite:
@@ -707,7 +707,7 @@ def _write(screen: Screen, plan: Plan, opened: Sequence[Any], how: _Writing) -> 
         )
     if not (how.verify or how.report):
         raise UsageError("--no-report: of a proof that was not asked for", hint="--verify --no-report")
-    final = default_output(opened, plan) if how.output is None else local(how.output)
+    final = default_output(opened, plan) if how.output is None else place(how.output)
     if not how.resume:
         check_output(final, opened, force=how.force)
     for note in plan.notes:

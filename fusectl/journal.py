@@ -15,12 +15,15 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, Self
 
-from fusectl.errors import Incompatible
-from fusectl.formats.sink import JOURNAL
+from fusectl.errors import Incompatible, StorageError
+from fusectl.formats.locate import JOURNAL
+from fusectl.formats.objects import Place
+from fusectl.formats.staging import Staging, journal_head
 from fusectl.formats.store import walk
 from fusectl.formats.tree import Checkpoint
+from fusectl.formats.upload import Parts
 from fusectl.plan import Plan, summary
 
 
@@ -28,60 +31,93 @@ SCHEMA = "fusectl/journal/1"
 # What may differ between the first run and the one that goes on. A budget changes the chunks, which are compared.
 _FREE = frozenset({"max_memory_bytes", "notes", "read_bytes"})
 
-Place = tuple[int, ...]
+Index = tuple[int, ...]
 
 
 class Journal:
     """The chunks that a staging directory holds, by tensor and place in its grid, each with its CRC-32."""
 
-    def __init__(self, at: Path, digest: str, *, resume: bool) -> None:
-        """Starts a journal in `at`, of what the digest tells; with `resume` opens the one that is there.
+    def __init__(self, at: Staging, digest: str, *, resume: bool) -> None:
+        """Starts a journal of what the digest tells; with `resume` opens the one that is there.
 
         Raises Incompatible if that is of something else.
         """
         if resume:
-            require_same_plan(at, digest)
+            require_same_plan(at.home, digest)
         self.closed = False
         self._lock = threading.Lock()
-        self._done: dict[tuple[str, Place], str] = {}
-        if resume:
-            self._done.update(_entries(at))
-        mode = os.O_APPEND if resume else os.O_TRUNC
-        self._handle = os.open(at / JOURNAL, os.O_WRONLY | os.O_CREAT | mode, 0o666)
-        if resume:
-            # Behind a line that was cut off.
-            os.write(self._handle, b"\n")
-        else:
-            self._write({"schema": SCHEMA, "plan": digest})
+        journal = at.home / JOURNAL
+        self._lines: _Lines = _File(journal) if isinstance(journal, Path) else Parts(journal, at.guard)
+        self._done = dict(_entries(self._lines.read())) if resume else {}
+        if not resume:
+            self._lines.begin(_line({"schema": SCHEMA, "plan": digest}))
 
-    def done(self, tensor: str, place: Place) -> str | None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with self._lock:
+            self.closed = True
+            self._lines.close(failing=kind is not None and issubclass(kind, StorageError))
+
+    def done(self, tensor: str, place: Index) -> str | None:
         """The CRC-32 of a chunk that has been written, or None."""
         return self._done.get((tensor, place))
 
     def __len__(self) -> int:
         return len(self._done)
 
-    def add(self, tensor: str, place: Place, crc32: str) -> None:
-        """Notes that a chunk has been written; nothing after `close`, which a thread may outlive."""
+    def add(self, tensor: str, place: Index, crc32: str) -> None:
+        """Notes that a chunk has been written; nothing once it is closed, which a thread may outlive."""
         with self._lock:
             if not self.closed:
                 self._done[tensor, place] = crc32
-                self._write([tensor, place, crc32])
-
-    def close(self) -> None:
-        with self._lock:
-            self.closed = True
-            os.close(self._handle)
-
-    def _write(self, entry: object) -> None:
-        os.write(self._handle, json.dumps(entry).encode() + b"\n")
+                self._lines.append(_line([tensor, place, crc32]))
 
 
-def require_same_plan(at: Path, digest: str) -> None:
+class _Lines(Protocol):
+    """Where the lines of a journal are kept."""
+
+    def read(self) -> bytes: ...
+
+    def begin(self, line: bytes) -> None: ...
+
+    def append(self, line: bytes) -> None: ...
+
+    def close(self, *, failing: bool) -> None: ...
+
+
+class _File:
+    """The lines of a journal in a file."""
+
+    def __init__(self, path: Path) -> None:
+        self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+
+    def read(self) -> bytes:
+        with open(self._handle, "rb", closefd=False) as file:
+            lines = file.read()
+        # Behind a line that was cut off.
+        os.write(self._handle, b"\n")
+        return lines
+
+    def begin(self, line: bytes) -> None:
+        os.ftruncate(self._handle, 0)
+        self.append(line)
+
+    def append(self, line: bytes) -> None:
+        os.write(self._handle, line)
+
+    def close(self, *, failing: bool) -> None:  # noqa: ARG002
+        os.close(self._handle)
+
+
+def _line(entry: object) -> bytes:
+    return json.dumps(entry).encode() + b"\n"
+
+
+def require_same_plan(at: Place, digest: str) -> None:
     """Raises Incompatible unless the journal in `at` is of what the digest tells."""
-    with (at / JOURNAL).open("rb") as journal:
-        first = journal.readline()
-    if first != json.dumps({"schema": SCHEMA, "plan": digest}).encode() + b"\n":
+    if journal_head(at) != _line({"schema": SCHEMA, "plan": digest}):
         raise Incompatible(
             f"{at}: was begun with another plan: other sources, options, or another version",
             hint="without --resume it starts anew",
@@ -100,9 +136,9 @@ def digest_of(plan: Plan, sources: Sequence[Checkpoint], *, allow_nonfinite: boo
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
-def _entries(at: Path) -> Iterator[tuple[tuple[str, Place], str]]:
-    """The chunks that the journal in `at` names, without lines that were cut off or make no sense."""
-    for line in (at / JOURNAL).read_bytes().split(b"\n")[1:]:
+def _entries(lines: bytes) -> Iterator[tuple[tuple[str, Index], str]]:
+    """The chunks that a journal names, without lines that were cut off or make no sense."""
+    for line in lines.split(b"\n"):
         try:
             name, place, crc32 = json.loads(line)
         except (ValueError, TypeError, RecursionError):

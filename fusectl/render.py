@@ -10,7 +10,6 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
 
     from fusectl.demo import DemoRow
     from fusectl.diff import Diff
+    from fusectl.formats.objects import Place
     from fusectl.fsck import Fsck
     from fusectl.inspection import Inspection
     from fusectl.parallel import Progress
@@ -108,7 +108,7 @@ class Screen:
         else:
             yield _Heartbeat()
 
-    def plan(self, plan: Plan, output: Path) -> None:
+    def plan(self, plan: Plan, output: Place) -> None:
         """Prints the plan of a dry run."""
         from fusectl.plan import summary
 
@@ -116,7 +116,7 @@ class Screen:
         if not self._json:
             _print_plan(self._console(sys.stdout), plan, output)
 
-    def written(self, plan: Plan, output: Path) -> None:
+    def written(self, plan: Plan, output: Place) -> None:
         """Prints the path of the checkpoint that was written."""
         self._result = {
             "path": str(output),
@@ -345,7 +345,7 @@ def _print_diff(console: Console, found: Diff) -> None:
     console.print(f"{found.equal:,} tensors are equal", soft_wrap=True)
 
 
-def _print_plan(console: Console, plan: Plan, output: Path) -> None:
+def _print_plan(console: Console, plan: Plan, output: Place) -> None:
     record = plan.record
     facts = [
         ("writes", f"{output}"),

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import fusectl
 from fusectl.chunks import CODECS, Storing
@@ -22,10 +21,13 @@ from fusectl.errors import Corrupt, FusectlError, Incompatible, OutputExists, Us
 from fusectl.execute import Work, execute
 from fusectl.formats import Format, fingerprint, format_named, open_checkpoint, open_location
 from fusectl.formats.locate import is_checkpoint
-from fusectl.formats.objects import ObjectPath
-from fusectl.formats.sink import JOURNAL, Manner, Sink, can_be_resumed, check_space, staged, staging_of, storage_errors
+from fusectl.formats.objects import ObjectPath, Place
+from fusectl.formats.servercopy import missing_library
+from fusectl.formats.sink import Manner, Sink
+from fusectl.formats.staging import can_be_resumed, check_space, clear_journal, staged, staging_of, storage_errors
 from fusectl.formats.t5x import kept_in_index
 from fusectl.formats.tree import STEPS, T5X_STEP, Checkpoint, EmptyNode, Key, dict_keys, is_dropped
+from fusectl.formats.upload import require_free
 from fusectl.formats.zarr import np_dtype
 from fusectl.journal import Journal, digest_of, require_same_plan
 from fusectl.layout import Block, Layout, Term, whole
@@ -180,7 +182,7 @@ def plan_noise_fill(path: str, options: Options, *, copies: int | None = None) -
 def carry_out(
     plan: Plan,
     sources: Sequence[Checkpoint],
-    output: Path,
+    output: Place,
     *,
     force: bool = False,
     jobs: int | None = None,
@@ -191,7 +193,7 @@ def carry_out(
     check: Callable[[Checkpoint], None] | None = None,
     note: Callable[[str], None] = lambda _: None,
     kept: Callable[[], None] = lambda: None,
-) -> Path:
+) -> Place:
     """Writes the planned checkpoint to `output`, which appears once it is complete and was found as planned.
 
     With `sync` it is on the disk before it appears. With `resume` an interrupted run of the same plan to the same
@@ -206,7 +208,7 @@ def carry_out(
         raise UsageError("noise is relative to a kernel's deviation, which a NaN or Inf leaves undefined")
     if resume and is_complete(plan, output):
         # Left where a run was killed after its output had appeared.
-        (output / JOURNAL).unlink(missing_ok=True)
+        clear_journal(output)
         note(f"{output}: complete already")
         if check is not None:
             check(open_checkpoint(str(output)))
@@ -221,17 +223,21 @@ def carry_out(
         note(f"going on with {staging_of(output)}")
     elif left:
         note(f"starting anew: {staging_of(output)} was left by an interrupted run; --resume would go on with it")
+    if isinstance(output, ObjectPath) and plan.passed_bytes and not format_named(plan.format).ocdbt:
+        extra = missing_library(output.scheme)
+        if extra and any(str(source.location.home).startswith(f"{output.scheme}://") for source in sources):
+            note(f"what is taken over goes through this machine; with fusectl[{extra}] it is copied by the store")
     work = Work(sources, plan.record.fill, allow_nonfinite, plan.check_sources)
     manner = Manner(plan.sparse, plan.links, plan.commit_bytes)
-    with staged(output, force=force, sync=sync, resume=resume, kept=kept) as temporary:
-        if not resume:
+    with staged(output, force=force, sync=sync, resume=resume, kept=kept, note=note) as staging:
+        if not resume and isinstance(output, Path):
             check_space(output, plan.nonzero_bytes - plan.passed_bytes * plan.links)
-        with closing(Journal(temporary, digest, resume=resume)) as journal:
+        with Journal(staging, digest, resume=resume) as journal:
             if resume:
                 note(f"{counted(len(journal), 'chunk')} said to be there; each is read and compared with its checksum")
-            sink = Sink(temporary, output, format_named(plan.format), plan.item, manner, resumed=resume)
+            sink = Sink(staging.home, output, format_named(plan.format), plan.item, manner, resumed=resume)
             progress, jobs = progress or Silent(), jobs or default_jobs()
-            if any(isinstance(source.location.home, ObjectPath) for source in sources):
+            if any(isinstance(place, ObjectPath) for place in (output, *(s.location.home for s in sources))):
                 jobs = max(jobs, REMOTE_JOBS)
             sums = execute(plan, work, sink, jobs=jobs, progress=progress, journal=journal)
         sink.finish(replace(plan.record, tensors=sums), plan.empty)
@@ -246,11 +252,9 @@ def carry_out(
     return output
 
 
-def default_output(sources: Sequence[Checkpoint], plan: Plan) -> Path:
+def default_output(sources: Sequence[Checkpoint], plan: Plan) -> Place:
     """A sibling of the first source whose name says what it is: checkpoint_20 becomes checkpoint_20.fused-2x."""
     home = sources[0].location.home
-    if isinstance(home, ObjectPath):
-        raise UsageError(f"{home}: outputs are local so far", hint="-o DIRECTORY")
     stem, suffix = (home.stem, ".ckpt") if home.suffix == ".ckpt" else (home.name, "")
     fill = plan.record.fill
     noise = f".{fill.kind}-{fill.noise_scale:g}" if fill.kind != "zeros" else ""
@@ -260,7 +264,7 @@ def default_output(sources: Sequence[Checkpoint], plan: Plan) -> Path:
     return home.with_name(f"{stem}{fused_name}{noise}{suffix}")
 
 
-def is_complete(plan: Plan, output: Path) -> bool:
+def is_complete(plan: Plan, output: Place) -> bool:
     """Whether a checkpoint at `output` is what the plan would write, as far as its record tells."""
     try:
         found = open_checkpoint(str(output))
@@ -277,23 +281,29 @@ def is_complete(plan: Plan, output: Path) -> bool:
     return same and replace(found.record, tensors={}, files={}) == plan.record
 
 
-def check_output(output: Path, sources: Sequence[Checkpoint], *, force: bool) -> None:
+def check_output(output: Place, sources: Sequence[Checkpoint], *, force: bool) -> None:
     """Raises OutputExists when the output is, contains, or lies inside a source, or exists and may not be replaced."""
     with storage_errors(output):
-        real = Path(os.path.realpath(output))
+        real = _real(output)
         for source in sources:
-            if isinstance(source.location.home, ObjectPath):
-                continue
-            home = Path(os.path.realpath(source.location.home))
+            home = _real(source.location.home)
             if real == home or home in real.parents or real in home.parents:
                 relation = "is" if real == home else "lies inside" if home in real.parents else "contains"
                 raise OutputExists(f"{output}: {relation} the source {source.path}", hint="choose another -o")
+        if isinstance(output, ObjectPath):
+            require_free(output.anew())
+            return
         if not os.path.lexists(output):
             return
         if not force:
             raise OutputExists(f"{output}: exists", hint="choose another -o, or --force to replace it")
         if output.is_symlink() or not output.is_dir() or not (is_checkpoint(output) or not any(output.iterdir())):
             raise OutputExists(f"{output}: exists and is no checkpoint; --force replaces nothing else")
+
+
+def _real(at: Place) -> PurePath:
+    """The place without symbolic links; of one in a bucket what compares like a path."""
+    return Path(os.path.realpath(at)) if isinstance(at, Path) else PurePath(at.scheme, at.bucket, at.key)
 
 
 class _Builder:

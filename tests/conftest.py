@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import servers
 
 
 # Before JAX is imported anywhere: the tests restore onto a mesh of eight CPU devices.
@@ -64,6 +65,45 @@ def fusectl(capfd):
         return Outcome(code, out, err)
 
     return call
+
+
+@pytest.fixture(scope="session")
+def environment():
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+@pytest.fixture(scope="session")
+def s3(environment):
+    """A bucket of S3."""
+    import boto3
+
+    with servers.serve(servers.S3) as port:
+        settings = {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+            "AWS_ACCESS_KEY_ID": "key",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+        for name, value in settings.items():
+            environment.setenv(name, value)
+        boto3.client("s3", region_name="us-east-1").create_bucket(Bucket="bucket")
+        yield servers.Bucket("s3", port)
+
+
+@pytest.fixture(scope="session")
+def gcs(environment):
+    """A bucket of GCS."""
+    with servers.serve(servers.GCS) as port:
+        environment.setenv("TENSORSTORE_GCS_HTTP_URL", f"http://127.0.0.1:{port}")
+        environment.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "token")
+        yield servers.Bucket("gs", port)
+
+
+@pytest.fixture(params=["s3", "gcs"])
+def bucket(request):
+    return request.getfixturevalue(request.param)
 
 
 def process(*argv: object, **kwargs) -> subprocess.CompletedProcess[str]:

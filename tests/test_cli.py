@@ -284,7 +284,6 @@ KERNEL = "target.encoder.layers_0.mlp.wo.kernel"
         ("noise-fill {a} --copies 5", 6, "widths that 5 equal models do not have"),
         ("noise-fill {a} --fill zeros", 2, "there are zeros already"),
         ("fuse http://server/a {b}", 2, "no such kind of URL"),
-        ("fuse {a} {b} -o gs://bucket/out", 2, "outputs are local so far"),
         ("fuse {a} {b} -o {tmp}/" + 300 * "n", 8, "name too long"),
         ("noise-fill {a} --copies 1", 2, "a fusion has two or more"),
         ("verify {a} --sources {a}", 2, "a fusion has two or more"),

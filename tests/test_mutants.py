@@ -14,7 +14,7 @@ from models import checkpoint
 
 from fusectl.cli import run
 from fusectl.formats import FORMATS, open_checkpoint
-from fusectl.formats.sink import staging_of
+from fusectl.formats.staging import staging_of
 from fusectl.memory import peak_rss_bytes
 from fusectl.record import Fill
 from fusectl.surgery import Options, carry_out, plan_fusion

@@ -18,7 +18,9 @@ from fusectl import surgery
 from fusectl.errors import FusectlError, Incompatible, NotEnoughSpace, OutputExists, StorageError
 from fusectl.formats import FORMATS, open_checkpoint, target
 from fusectl.formats.encoding import Encoding
-from fusectl.formats.sink import JOURNAL, Sink, can_be_resumed, save, staging_of
+from fusectl.formats.locate import JOURNAL
+from fusectl.formats.sink import Sink, save
+from fusectl.formats.staging import can_be_resumed, staging_of
 from fusectl.journal import Journal
 from fusectl.record import Fill
 from fusectl.surgery import Options, carry_out, plan_fusion

@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fusectl.errors import Corrupt, FusectlError, NotFound, StorageError, UsageError
-from fusectl.formats.objects import URL, ObjectPath, Place, read_small
+from fusectl.formats.objects import ObjectPath, Place, read_small
 from fusectl.formats.tree import Location
 
 
@@ -27,6 +27,10 @@ ORBAX_INDEX = "_METADATA"
 STEP_METADATA = "_CHECKPOINT_METADATA"
 COMMITTED = "commit_success.txt"
 TEMPORARY_SUFFIX = ".fusectl-tmp"
+# What tells that an unfinished write can be gone on with; removed once the checkpoint has appeared.
+JOURNAL = "fusectl-journal.jsonl"
+# Who is writing to a place in a bucket.
+LEASE = "fusectl-lease.json"
 # It may hold a user's metrics.
 LARGEST_STEP_BYTES = 16 << 20
 
@@ -43,8 +47,6 @@ def place(path: str) -> Place:
 
 def local(path: str) -> Path:
     """An absolute Path for what a user typed: `~`, `file://`, relative paths and trailing slashes are fine."""
-    if URL.fullmatch(path):
-        raise UsageError(f"{path}: outputs are local so far", hint="-o DIRECTORY, then copy it into the bucket")
     if re.match(r"(?!file:)[a-z0-9]+://", path):
         raise UsageError(f"{path}: no such kind of URL", hint="gs://, s3://, file:// and local paths")
     if not path:
@@ -80,7 +82,7 @@ def locate(path: str) -> Location:
 
 
 def _at_directory(at: Place, *, or_root: bool = True) -> Location:
-    names = _names(at)
+    names = names_in(at)
     _refuse_uncommitted(at, names)
     if ORBAX_INDEX in names:
         return _item(at)
@@ -97,6 +99,9 @@ def _at_directory(at: Place, *, or_root: bool = True) -> Location:
 
 
 def _refuse_uncommitted(at: Place, names: set[str]) -> None:
+    if unfinished(names):
+        hint = "the command that was writing it goes on with --resume"
+        raise Corrupt(f"{at}: never committed", details=("a write of fusectl that did not finish",), hint=hint)
     if _TEMPORARY.search(at.name):
         raise Corrupt(f"{at}: the temporary directory of a write that did not finish", hint="use a committed step")
     if STEP_METADATA in names:
@@ -130,8 +135,8 @@ def _item(at: Place) -> Location:
     in_step = (home / STEP_METADATA).is_file() or (_STEP.fullmatch(home.name) and not (at / STEP_METADATA).is_file())
     if not in_step:
         return Location(at, at, "orbax", step=_step_of(at))
-    _refuse_uncommitted(home, _names(home))
-    by_home = _chosen(_items(home, _names(home))) == at.name
+    _refuse_uncommitted(home, names_in(home))
+    by_home = _chosen(_items(home, names_in(home))) == at.name
     return Location(at, home, "orbax", item=at.name, step=_step_of(home), by_home=by_home)
 
 
@@ -139,7 +144,7 @@ def _step_directory(at: Place, items: list[str]) -> Location:
     chosen = _chosen(items)
     if chosen is None:
         raise NotFound(f"{at}: several items: {', '.join(items)}", hint=f"name one, such as {at / items[0]}")
-    _refuse_uncommitted(at / chosen, _names(at / chosen))
+    _refuse_uncommitted(at / chosen, names_in(at / chosen))
     return Location(at / chosen, at, "orbax", item=chosen, step=_step_of(at))
 
 
@@ -161,8 +166,14 @@ def _newest(root: Place) -> Location:
     raise NotFound(f"{root}: no committed step", details=tuple(notes), hint=_checkpoints_below(root))
 
 
-def _names(at: Place) -> set[str]:
+def names_in(at: Place) -> set[str]:
+    """The names of what is in a directory."""
     return {child.name for child in at.iterdir()}
+
+
+def unfinished(names: set[str]) -> bool:
+    """Whether a directory with these names in it is one that fusectl has not written to the end."""
+    return not names.isdisjoint({JOURNAL, LEASE}) and names.isdisjoint({COMMITTED, T5X_INDEX})
 
 
 def _step_of(at: Place) -> int | None:
@@ -227,5 +238,5 @@ def _similar(at: Place) -> str | None:
         return None
     import difflib
 
-    near = difflib.get_close_matches(at.name, _names(at.parent), n=2)
+    near = difflib.get_close_matches(at.name, names_in(at.parent), n=2)
     return f"did you mean {' or '.join(str(at.parent / n) for n in near)}?" if near else None

@@ -9,9 +9,10 @@ import fnmatch
 import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import tensorstore as ts
@@ -19,6 +20,8 @@ import tensorstore as ts
 from fusectl.errors import Corrupt, FusectlError, NotFound, StorageError
 
 
+# Sorts behind everything that may stand behind a prefix.
+_LAST = "\U0010ffff"
 URL = re.compile(r"(gs|s3)://([^/]+)(?:/(.*))?")
 _DRIVERS = {"gs": "gcs", "s3": "s3"}
 # By default it would be minutes until a server that is gone is an error.
@@ -30,6 +33,9 @@ def bucket_spec(scheme: str, bucket: str, key: str) -> dict[str, Any]:
     """The store of the objects below a key. AWS_ENDPOINT_URL and AWS_REGION say where S3 is, as for other programs."""
     spec: dict[str, Any] = {"driver": _DRIVERS[scheme], "bucket": bucket, "path": f"{key}/" if key else ""}
     if scheme == "s3":
+        if os.environ.get("AWS_ACCESS_KEY_ID"):
+            # What the default finds first; while it looks for the others, too, it writes to standard error.
+            spec["aws_credentials"] = {"type": "environment"}
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
         region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
         if endpoint:
@@ -56,8 +62,11 @@ def store_error(error: Exception, where: str, otherwise: type[FusectlError] = Co
 class _Bucket:
     """One bucket, and what has been listed in it: objects are asked for once while a checkpoint is looked for."""
 
-    def __init__(self, scheme: str, name: str) -> None:
-        self.url = f"{scheme}://{name}"
+    def __init__(self, scheme: str, name: str, held: dict[str, bytes] | None = None) -> None:
+        self.scheme = scheme
+        self.name = name
+        # What is written only when it is published; until then it is read as if it were there.
+        self.held = held
         self._spec = bucket_spec(scheme, name, "")
         self._listed: dict[str, frozenset[str]] = {}
 
@@ -65,25 +74,42 @@ class _Bucket:
     def _store(self) -> ts.KvStore:
         return ts.KvStore.open(self._spec, context=ts.Context(CONTEXT)).result()
 
+    @contextmanager
+    def _errors(self, key: str) -> Iterator[None]:
+        try:
+            yield
+        except ValueError as error:
+            raise store_error(error, f"{self.scheme}://{self.name}/{key}", StorageError) from error
+
     def below(self, prefix: str) -> frozenset[str]:
         """The names of all objects that start with a prefix."""
+        held = frozenset(name for name in self.held or () if name.startswith(prefix))
         for known, names in self._listed.items():
             if prefix.startswith(known):
-                return frozenset(name for name in names if name.startswith(prefix))
-        try:
-            keys = self._store.list(ts.KvStore.KeyRange(prefix, prefix + "\U0010ffff")).result()
-        except ValueError as error:
-            raise store_error(error, f"{self.url}/{prefix}", StorageError) from error
+                return held | frozenset(name for name in names if name.startswith(prefix))
+        with self._errors(prefix):
+            keys = self._store.list(ts.KvStore.KeyRange(prefix, prefix + _LAST)).result()
         self._listed[prefix] = frozenset(key.decode() for key in keys)
-        return self._listed[prefix]
+        return held | self._listed[prefix]
 
-    def read(self, key: str) -> bytes | None:
-        """The contents of an object, or None."""
-        try:
+    def read(self, key: str) -> tuple[bytes | None, bytes]:
+        """The contents of an object, or None; and its generation."""
+        if self.held and key in self.held:
+            return self.held[key], b""
+        with self._errors(key):
             found = self._store.read(key).result()
-        except ValueError as error:
-            raise store_error(error, f"{self.url}/{key}", StorageError) from error
-        return found.value if found.state == "value" else None
+        return (found.value if found.state == "value" else None), found.stamp.generation
+
+    def write(self, key: str, value: bytes, generation: bytes | None = None) -> bytes | None:
+        """Writes an object, of this generation if one is given; the new one, or None if it was another."""
+        with self._errors(key):
+            return self._store.write(key, value, if_equal=generation).result().generation or None
+
+    def delete(self, key: str) -> None:
+        """Deletes an object, if there is one, and all that are below it."""
+        with self._errors(key):
+            self._store.write(key, None).result()
+            self._store.delete_range(ts.KvStore.KeyRange(f"{key}/", f"{key}/{_LAST}")).result()
 
 
 @dataclass(frozen=True)
@@ -113,9 +139,25 @@ class ObjectPath:
     def _at(self, key: str) -> ObjectPath:
         return ObjectPath(self.scheme, self.bucket, key, self._objects)
 
+    def anew(self, *, held: bool = False) -> ObjectPath:
+        """The same place, listed anew. With `held`, `write_bytes` holds back what it is given until `publish`."""
+        kept = {} if held else self._objects.held
+        return ObjectPath(self.scheme, self.bucket, self.key, _Bucket(self.scheme, self.bucket, kept))
+
     @property
     def name(self) -> str:
         return self.key.rpartition("/")[2]
+
+    @property
+    def suffix(self) -> str:
+        return PurePosixPath(self.key).suffix
+
+    @property
+    def stem(self) -> str:
+        return PurePosixPath(self.key).stem
+
+    def with_name(self, name: str) -> ObjectPath:
+        return self.parent / name
 
     @property
     def parent(self) -> ObjectPath:
@@ -148,10 +190,35 @@ class ObjectPath:
         return (child for child in self.iterdir() if fnmatch.fnmatchcase(child.name, pattern))
 
     def read_bytes(self) -> bytes:
-        found = self._objects.read(self.key)
+        found, _ = self.read()
         if found is None:
             raise FileNotFoundError(str(self))
         return found
+
+    def read(self) -> tuple[bytes | None, bytes]:
+        """The contents of the object, or None; and its generation, which changes with every write."""
+        return self._objects.read(self.key)
+
+    def write_if(self, value: bytes, generation: bytes) -> bytes | None:
+        """Writes the object if it still is of a generation; the new one, or None."""
+        return self._objects.write(self.key, value, generation)
+
+    def write_bytes(self, value: bytes) -> None:
+        if self._objects.held is not None:
+            self._objects.held[self.key] = value
+        else:
+            self._objects.write(self.key, value)
+
+    def publish(self) -> None:
+        """Writes what has been held back, in its order: each object before the next one is begun."""
+        while self._objects.held:
+            key = next(iter(self._objects.held))
+            self._objects.write(key, self._objects.held[key])
+            del self._objects.held[key]
+
+    def remove(self) -> None:
+        """Deletes the object, if there is one, and all that is below it."""
+        self._objects.delete(self.key)
 
 
 # Where a checkpoint, or a part of it, lies.

@@ -15,7 +15,6 @@ import json
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from fusectl.errors import Corrupt, FusectlError, StorageError
@@ -130,7 +129,7 @@ def step_metadata(item: str | None, started_ns: int) -> bytes:
     return json.dumps(meta).encode()
 
 
-def marker(final: Path) -> bytes:
+def marker(final: Place) -> bytes:
     """The marker without which Orbax >= 0.12.3 may take a directory for a leftover and remove it."""
     return f"Checkpoint commit was successful to {final}".encode()
 

@@ -1,22 +1,11 @@
-"""Writing a checkpoint: into a temporary sibling, arrays first, index and markers last, then one rename.
-
-A killed run leaves at most a directory whose name ends with .fusectl-tmp, which no trainer takes for a checkpoint. The
-next run to the same output goes on with it if it is told to, and replaces it if not.
-"""
+"""Writing a checkpoint: its arrays first, then the record, the index and the markers, in this order."""
 
 from __future__ import annotations
 
-import ctypes
-import errno
-import fcntl
 import math
-import os
-import shutil
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,14 +14,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fusectl.errors import Corrupt, FusectlError, NotEnoughSpace, OutputExists, StorageError
+from fusectl.errors import Corrupt, StorageError
 from fusectl.formats import Format, format_named
 from fusectl.formats.encoding import ZSTD_LEVEL, BadChunk, Buffer, Encoding, checksum
-from fusectl.formats.locate import COMMITTED, ORBAX_INDEX, STEP_METADATA, T5X_INDEX, TEMPORARY_SUFFIX
+from fusectl.formats.locate import COMMITTED, JOURNAL, LEASE, ORBAX_INDEX, STEP_METADATA, T5X_INDEX
+from fusectl.formats.objects import Place
 from fusectl.formats.orbax import Form, item_metadata, marker, step_metadata
+from fusectl.formats.staging import remove_any, staged, storage_errors
 from fusectl.formats.store import translate
 from fusectl.formats.t5x import kept_in_index, new_index
-from fusectl.formats.target import Database, Directories, Target
+from fusectl.formats.target import Database, Directories, Objects, Target
 from fusectl.formats.tree import Checkpoint, EmptyNode, Key, Leaf, Location, dict_keys
 from fusectl.formats.zarr import (
     METADATA_FILE,
@@ -46,12 +37,6 @@ from fusectl.formats.zarr import (
 )
 from fusectl.layout import Region, place_in_grid, slices, tiles, whole
 from fusectl.record import FILE_NAME, Record, crc32_of
-
-
-# What tells that a staging directory can be gone on with; removed once it has appeared under its own name.
-JOURNAL = "fusectl-journal.jsonl"
-REMOVALS = 200
-FLUSHES_AT_ONCE = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +67,8 @@ class Sink:
 
     def __init__(
         self,
-        home: Path,
-        final: Path,
+        home: Place,
+        final: Place,
         format: Format,
         item: str | None,
         manner: Manner | None = None,
@@ -97,7 +82,8 @@ class Sink:
         self._manner = manner or Manner()
         self._item = None if format.name == "t5x" else item
         self._index = home / self._item if self._item else home
-        self._index.mkdir(parents=True, exist_ok=True)
+        if isinstance(self._index, Path):
+            self._index.mkdir(parents=True, exist_ok=True)
         self._started_ns = time.time_ns()
         self._leaves: dict[str, Leaf] = {}
         self._kept: dict[str, npt.NDArray[Any]] = {}
@@ -107,16 +93,20 @@ class Sink:
         # How many chunks were copied although links were asked for.
         self.not_linked = 0
         links, commit_bytes = self._manner.links, self._manner.commit_bytes
-        self._target: Target = (
-            Database(self._index, links=links, commit_bytes=commit_bytes, resumed=resumed)
-            if format.ocdbt
-            else Directories(self._index, links=links, resumed=resumed)
-        )
+        self._target: Target
+        if format.ocdbt:
+            self._target = Database(self._index, links=links, commit_bytes=commit_bytes, resumed=resumed)
+        elif isinstance(self._index, Path):
+            self._target = Directories(self._index, links=links, resumed=resumed)
+        else:
+            self._target = Objects(self._index)
 
     @property
     def location(self) -> Location:
         """Where it can be opened once it is finished."""
-        return Location(self._index, self._home, "t5x" if self._format.name == "t5x" else "orbax", self._item)
+        home = self._home if isinstance(self._home, Path) else self._home.anew()
+        index = home / self._item if self._item else home
+        return Location(index, home, "t5x" if self._format.name == "t5x" else "orbax", self._item)
 
     def create(self, tensors: Iterable[NewTensor]) -> None:
         """Announces tensors, each chunk of which must then be written."""
@@ -136,10 +126,11 @@ class Sink:
 
     def _sweep(self, arrays: set[str]) -> None:
         """Removes what an interrupted run has left beside the arrays and the database: proofs, indexes, strangers."""
-        mine = {self._index, self._home / JOURNAL}
+        mine = {self._index, self._home / LEASE}
         for child in {*self._home.iterdir(), *self._index.iterdir()}:
-            if child not in mine and child.name not in arrays and not self._target.owns(child.name):
-                _remove_any(child)
+            known = child in mine or child.name.startswith(JOURNAL) or child.name in arrays
+            if not known and not self._target.owns(child.name):
+                remove_any(child)
 
     def expect(self, chunks: Iterable[tuple[Checkpoint, str, tuple[int, ...]]]) -> None:
         """Announces the stored chunks of sources that are going to be taken over."""
@@ -231,9 +222,11 @@ class Sink:
             sums = {name: crc32_of(raw) for name, raw in files.items()}
             files = {FILE_NAME: replace(record, tensors=tensors, files=sums).to_json(), **files}
         for name, raw in files.items():
-            # What an interrupted run has left may have other names.
-            (self._home / name).unlink(missing_ok=True)
-            (self._home / name).write_bytes(raw)
+            path = self._home / name
+            if isinstance(path, Path):
+                # What an interrupted run has left may have other names.
+                path.unlink(missing_ok=True)
+            path.write_bytes(raw)
 
     def _closing_files(self, empty: Iterable[EmptyNode]) -> dict[str, bytes]:
         """The files that make a checkpoint of what has been written, by their path in it, in the order of writing."""
@@ -241,10 +234,12 @@ class Sink:
             return {T5X_INDEX: new_index({**self._leaves, **self._kept})}
         form = Form(self._format.zarr, in_ocdbt=self._format.ocdbt, sparse=self._manner.sparse)
         below = f"{self._item}/" if self._item else ""
-        files = {f"{below}{ORBAX_INDEX}": item_metadata(self._leaves.values(), empty, form)}
+        files = {
+            STEP_METADATA: step_metadata(self._item, self._started_ns),
+            f"{below}{ORBAX_INDEX}": item_metadata(self._leaves.values(), empty, form),
+        }
         if self._item:
             files[f"{below}{COMMITTED}"] = marker(self._final / self._item)
-        files[STEP_METADATA] = step_metadata(self._item, self._started_ns)
         files[COMMITTED] = marker(self._final)
         return files
 
@@ -293,9 +288,9 @@ def save(
     force: bool = False,
 ) -> None:
     """Writes tensors in memory as a checkpoint without a record, as a trainer would. `chunks` by tensor name."""
-    with staged(final, force=force) as temporary:
+    with staged(final, force=force) as staging:
         form = format_named(format)
-        sink = Sink(temporary, final, form, item)
+        sink = Sink(staging.home, final, form, item)
         codec = encoding or Encoding("zstd", ZSTD_LEVEL, crc32c=form.zarr == 3)
         tensors = [
             NewTensor(name, dict_keys(name), array.shape, array.dtype.name, storage)
@@ -307,186 +302,3 @@ def save(
             for chunk in tiles(tensor.shape, tensor.storage.chunks):
                 sink.write(tensor.name, chunk, values[tensor.name][slices(chunk)])
         sink.finish()
-
-
-@contextmanager
-def staged(
-    final: Path, *, force: bool, sync: bool = True, resume: bool = False, kept: Callable[[], None] = lambda: None
-) -> Iterator[Path]:
-    """A temporary sibling of `final`, which becomes `final` when the body ends.
-
-    When the body fails it is removed, unless it has a journal and the failure is one that may pass: an interrupt, a
-    full disk, storage that refuses; then `kept` is called. With `resume` it begins with what such a run has left. With
-    `sync` all of it is on the disk before it appears.
-
-    Raises OutputExists when `final` exists and `force` is not given, or when another process is writing it.
-    """
-    if os.path.lexists(final) and not force:
-        raise OutputExists(f"{final}: exists", hint="choose another -o, or --force to replace it")
-    temporary = staging_of(final)
-    if temporary.is_symlink():
-        raise OutputExists(f"{temporary}: a symbolic link, where the checkpoint would be written first")
-    with storage_errors(final):
-        final.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir(exist_ok=True)
-        lock = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OutputExists(f"{final}: another process is writing it") from error
-        if (final.exists() and not force) or not _is_open_as(temporary, lock):
-            raise OutputExists(f"{final}: another process has just written it")
-        try:
-            with storage_errors(final):
-                if not resume:
-                    _empty(temporary)
-                yield temporary
-                if sync:
-                    _sync(temporary)
-                with undisturbed():
-                    _publish(temporary, final)
-        except BaseException as error:
-            may_pass = not isinstance(error, Exception) or isinstance(error, StorageError | NotEnoughSpace)
-            if may_pass and can_be_resumed(final):
-                kept()
-            else:
-                with undisturbed():
-                    _remove(temporary)
-            raise
-    finally:
-        os.close(lock)
-
-
-def staging_of(final: Path) -> Path:
-    """Where a checkpoint is written before it appears."""
-    return final.with_name(final.name + TEMPORARY_SUFFIX)
-
-
-def can_be_resumed(final: Path) -> bool:
-    """Whether an interrupted run to this output has left something to go on with."""
-    try:
-        with (staging_of(final) / JOURNAL).open("rb") as journal:
-            # Its first line says of which plan it is.
-            return journal.readline().endswith(b"\n")
-    except OSError:
-        return False
-
-
-@contextmanager
-def undisturbed() -> Iterator[None]:
-    """Ignores the signals that would end the process, where this is the main thread."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {
-        number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    }
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _remove(at: Path) -> None:
-    """Removes a directory; a file that a thread was still creating must not keep it."""
-    for _ in range(REMOVALS):
-        shutil.rmtree(at, ignore_errors=True)
-        if not at.exists():
-            return
-        time.sleep(0.01)
-
-
-@contextmanager
-def storage_errors(where: Path) -> Iterator[None]:
-    """Turns the operating system's errors into fusectl's: a full disk, permissions, a read-only target."""
-    try:
-        yield
-    except FusectlError:
-        raise
-    except OSError as error:
-        if error.errno in _FULL:
-            raise NotEnoughSpace(f"{where}: the disk is full", details=(str(error),)) from error
-        raise StorageError(f"{where}: cannot be written", details=(str(error),)) from error
-
-
-def check_space(final: Path, needed_bytes: int) -> None:
-    """Raises NotEnoughSpace when the file system of `final` has less than `needed_bytes` left."""
-    existing = next(parent for parent in final.parents if parent.exists())
-    total, _, free = shutil.disk_usage(existing)
-    # A file system without a size of its own, such as /proc or some network ones, says nothing.
-    if total and free < needed_bytes:
-        raise NotEnoughSpace(
-            f"{final}: not enough disk",
-            details=(f"up to {needed_bytes:,} bytes needed, {free:,} bytes free in {existing}",),
-        )
-
-
-def _is_open_as(path: Path, handle: int) -> bool:
-    try:
-        return os.path.samestat(path.stat(), os.fstat(handle))
-    except FileNotFoundError:
-        return False
-
-
-def _empty(at: Path) -> None:
-    for child in at.iterdir():
-        _remove_any(child)
-
-
-def _remove_any(at: Path) -> None:
-    if at.is_dir() and not at.is_symlink():
-        shutil.rmtree(at)
-    else:
-        at.unlink()
-
-
-def _sync(at: Path) -> None:
-    """Flushes all files and directories to the disk; for those that are linked there is nothing left to do."""
-    pool = ThreadPoolExecutor(FLUSHES_AT_ONCE)
-    try:
-        for parent, _, names in os.walk(at):
-            flushed = pool.map(_fsync, [Path(parent, name) for name in names])
-            list(flushed)
-            _fsync(Path(parent))
-    finally:
-        # An interrupt waits for none of them.
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _publish(temporary: Path, final: Path) -> None:
-    if final.exists():
-        _exchange(temporary, final)
-        shutil.rmtree(temporary)
-    else:
-        temporary.rename(final)
-    (final / JOURNAL).unlink(missing_ok=True)
-    _fsync(final.parent)
-
-
-_RENAME_EXCHANGE = 2
-_AT_FDCWD = -100
-
-
-def _exchange(a: Path, b: Path) -> None:
-    """Swaps two directories in one step where Linux can; elsewhere in two renames."""
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    paths = (_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b))
-    if renameat2 is not None and renameat2(*paths, _RENAME_EXCHANGE) == 0:
-        return
-    aside = b.with_name(b.name + ".old" + TEMPORARY_SUFFIX)
-    b.rename(aside)
-    a.rename(b)
-    aside.rename(a)
-
-
-_FULL = frozenset({errno.ENOSPC, errno.EFBIG, errno.EDQUOT})

@@ -1,4 +1,4 @@
-"""Where the files of a new checkpoint go: plain directories, or an OCDBT database. Written from any thread.
+"""Where the files of a new checkpoint go: directories, a bucket, or an OCDBT database. Written from any thread.
 
 What a source has already is not read but taken over: its files copied by the kernel or linked, and of an OCDBT database
 its data files, to which the new one refers, as Orbax does when it merges the databases of several writers.
@@ -19,7 +19,9 @@ import tensorstore as ts
 
 from fusectl.errors import Corrupt, FusectlError
 from fusectl.formats.encoding import Buffer
-from fusectl.formats.store import MANIFEST, Extent, Files, copy, link, new_context, new_ocdbt, ocdbt, write
+from fusectl.formats.objects import ObjectPath, Place
+from fusectl.formats.servercopy import copier
+from fusectl.formats.store import MANIFEST, Extent, Files, copy, directory, link, new_context, new_ocdbt, ocdbt, write
 
 
 # A source's data file is taken over if at least this share of it is needed: with Adam's state reset it is a third.
@@ -121,15 +123,55 @@ class Directories:
         return path
 
 
-class Database:
-    """An OCDBT database in a directory."""
+class Objects:
+    """Objects below a place in a bucket."""
 
-    def __init__(self, at: Path, *, links: bool, commit_bytes: int, resumed: bool = False) -> None:
+    def __init__(self, at: ObjectPath) -> None:
+        self._spec = directory(str(at))
+        self._store = ts.KvStore.open(self._spec, context=new_context()).result()
+        self._copy = copier(at.scheme)
+
+    def expect(self, chunks: Iterable[tuple[Files, str]]) -> None:
+        pass
+
+    def write(self, key: str, pieces: Iterable[Buffer]) -> None:
+        self._store.write(key, _joined(pieces)).result()
+
+    def write_zeros(self, key: str, nbytes: int, behind: bytes) -> None:
+        self.write(key, [bytes(nbytes), behind])
+
+    def take(self, key: str, files: Files, name: str) -> bool:
+        ours, theirs = self._spec, files.spec
+        if self._copy is not None and theirs["driver"] == ours["driver"]:
+            self._copy(theirs["bucket"], theirs["path"] + name, ours["bucket"], ours["path"] + key)
+        else:
+            self.write(key, [files.bytes_of(name)])
+        return False
+
+    def written(self, key: str, origin: tuple[Files, str] | None) -> Buffer | None:  # noqa: ARG002
+        found = self._store.read(key).result()
+        return found.value if found.state == "value" else None
+
+    def keep(self, key: str, origin: tuple[Files, str] | None) -> None:
+        pass
+
+    def owns(self, name: str) -> bool:  # noqa: ARG002
+        return False
+
+    def finish(self) -> None:
+        pass
+
+
+class Database:
+    """An OCDBT database in a directory, or in a bucket."""
+
+    def __init__(self, at: Place, *, links: bool, commit_bytes: int, resumed: bool = False) -> None:
         self._at = at
         self._links = links
         # Databases share references only within one context.
         self._context = new_context(sync=False)
-        if resumed and not _is_sound(at):
+        # In a bucket an object is there whole or not at all.
+        if resumed and isinstance(at, Path) and not _is_sound(at):
             (at / MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(at / _DATA, ignore_errors=True)
         self._store = ts.KvStore.open(new_ocdbt(str(at)), context=self._context).result()
@@ -141,6 +183,8 @@ class Database:
         self._lock = threading.Lock()
 
     def expect(self, chunks: Iterable[tuple[Files, str]]) -> None:
+        if not isinstance(self._at, Path):
+            return
         wanted: dict[int, tuple[Files, set[Extent]]] = {}
         for files, name in chunks:
             place = files.place(name) if files.database else None

@@ -21,10 +21,9 @@ from dataclasses import replace
 from importlib.metadata import version
 
 import fusectl
-from fusectl.errors import UsageError
 from fusectl.formats import open_checkpoint
-from fusectl.formats.objects import ObjectPath, Place
-from fusectl.formats.sink import storage_errors
+from fusectl.formats.objects import Place
+from fusectl.formats.staging import storage_errors
 from fusectl.formats.tree import Checkpoint
 from fusectl.memory import peak_rss_bytes
 from fusectl.parallel import Progress, Silent
@@ -105,12 +104,10 @@ def _run_models(claim: Claim, tokens: Tokens, settings: Settings, progress: Prog
 
 
 def write_report(report: Report, home: Place) -> None:
-    """Writes fusectl-verify.json and fusectl-verify.md into a checkpoint's directory, which must be local."""
-    if isinstance(home, ObjectPath):
-        raise UsageError(f"{home}: outputs are local so far", hint="--json prints the report")
+    """Writes fusectl-verify.json and fusectl-verify.md into a checkpoint's directory."""
     with storage_errors(home):
         (home / FILE_NAME).write_bytes(report.to_json())
-        (home / PAGE_NAME).write_text(page(report))
+        (home / PAGE_NAME).write_bytes(page(report).encode())
 
 
 def _tokens(claim: Claim, settings: Settings) -> Tokens:

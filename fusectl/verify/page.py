@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fusectl.errors import UsageError
-from fusectl.formats.sink import storage_errors
+from fusectl.formats.staging import storage_errors
 from fusectl.verify.report import FilesResult, FunctionResult, Report, TraceRow, WeightsResult
 
 

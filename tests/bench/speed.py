@@ -31,7 +31,8 @@ from rich.table import Table
 
 from fusectl.formats import format_named
 from fusectl.formats.encoding import Encoding
-from fusectl.formats.sink import NewTensor, Sink, staged
+from fusectl.formats.sink import NewTensor, Sink
+from fusectl.formats.staging import staged
 from fusectl.formats.tree import dict_keys
 from fusectl.formats.zarr import new_storage
 from fusectl.layout import slices, tiles
@@ -118,8 +119,8 @@ def save_t5x(at: Path, parameters: int, seed: int, encoding: Encoding) -> None:
             super()._write(name, chunk, pieces)
 
     tree = {**shapes(parameters), "state/step": ()}
-    with staged(at, force=False, sync=False) as temporary:
-        sink = Zipped(temporary, at, format_named("t5x"), None)
+    with staged(at, force=False, sync=False) as staging:
+        sink = Zipped(staging.home, at, format_named("t5x"), None)
         sink.create(
             NewTensor(name, dict_keys(name), shape, dtype, new_storage(2, chunked(shape), dtype, encoding))
             for name, shape in tree.items()
