@@ -101,7 +101,7 @@ def gcs(environment):
         yield servers.Bucket("gs", port)
 
 
-@pytest.fixture(params=["s3", "gcs"])
+@pytest.fixture(params=["s3", pytest.param("gcs", marks=pytest.mark.slow)])
 def bucket(request):
     return request.getfixturevalue(request.param)
 

@@ -31,12 +31,14 @@ def start(*words) -> multiprocessing.process.BaseProcess:
     """Starts the program in a process of its own, forked from one that has imported it: at a tenth of the time."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["models", "fusectl.surgery", "fusectl.equalize", "rich.console"])
-    process = context.Process(target=_program, args=([str(word) for word in words],))
+    process = context.Process(target=_program, args=([str(word) for word in words], dict(os.environ)))
     process.start()
     return process
 
 
-def _program(words: list[str]) -> None:
+def _program(words: list[str], environment: dict[str, str]) -> None:
+    # The server that it is forked from may be older than what the tests have set since.
+    os.environ.update(environment)
     code = run(words)
     sys.stdout.flush()
     os._exit(code)

@@ -17,11 +17,14 @@ S3 = "import sys; from moto.server import main; main(['-p', sys.argv[1], '-H', '
 # With what tensorstore asks of GCS and the emulator does not know: ranges of names, the generation of a download, and
 # conditions on it.
 GCS = """
-import sys, threading
+import http.server, sys, threading
 from http import HTTPStatus
+# Many requests at a time, and answers that do not wait for a packet to be full.
+http.server.HTTPServer = http.server.ThreadingHTTPServer
 from gcp_storage_emulator import server
 from gcp_storage_emulator.handlers import objects
 
+server.RequestHandler.disable_nagle_algorithm = True
 changing = threading.Lock()
 
 def ls(request, response, storage, *args, original=objects.ls, **kwargs):
@@ -109,6 +112,7 @@ def proxy(upstream: int, fault: Callable[[str, str], object]) -> Iterator[int]:
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True
 
         def answer(self) -> None:
             wrong = fault(self.command, self.path)

@@ -51,7 +51,7 @@ def store_error(error: Exception, where: str, otherwise: type[FusectlError] = Co
     status = text.split(":", 1)[0]
     if "NoSuchBucket" in text:
         return NotFound(f"{where}: no such bucket", details=(text,))
-    if status in {"PERMISSION_DENIED", "UNAUTHENTICATED"}:
+    if status in {"PERMISSION_DENIED", "UNAUTHENTICATED"} or "ExpiredToken" in text:
         hint = "credentials: GOOGLE_APPLICATION_CREDENTIALS for gs://, AWS_ACCESS_KEY_ID or AWS_PROFILE for s3://"
         return StorageError(f"{where}: storage refused", details=(text,), hint=hint)
     if status in {"UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "RESOURCE_EXHAUSTED", "INTERNAL", "CANCELLED"}:
@@ -139,10 +139,14 @@ class ObjectPath:
     def _at(self, key: str) -> ObjectPath:
         return ObjectPath(self.scheme, self.bucket, key, self._objects)
 
-    def anew(self, *, held: bool = False) -> ObjectPath:
-        """The same place, listed anew. With `held`, `write_bytes` holds back what it is given until `publish`."""
-        kept = {} if held else self._objects.held
-        return ObjectPath(self.scheme, self.bucket, self.key, _Bucket(self.scheme, self.bucket, kept))
+    def anew(self, held: dict[str, bytes] | None = None) -> ObjectPath:
+        """The same place, listed anew, where `write_bytes` puts what it is given into `held` until `publish`."""
+        return ObjectPath(self.scheme, self.bucket, self.key, _Bucket(self.scheme, self.bucket, held))
+
+    @property
+    def held(self) -> dict[str, bytes] | None:
+        """What is held back below this path and others of its making, by key."""
+        return self._objects.held
 
     @property
     def name(self) -> str:

@@ -63,13 +63,15 @@ def _gcs() -> Copy:
     from google.api_core.exceptions import GoogleAPIError, NotFound
     from google.auth.exceptions import GoogleAuthError
     from google.cloud import storage
+    from google.cloud.storage.retry import DEFAULT_RETRY
 
     client = _gcs_client(storage)
 
     def copy(bucket: str, key: str, to_bucket: str, to_key: str) -> None:
         source = client.bucket(bucket).blob(key)
         target = client.bucket(to_bucket).blob(to_key)
-        rewrite = partial(target.rewrite, source, timeout=_TIMEOUT_S)
+        # Safe to be asked twice: whoever copies here is the only writer.
+        rewrite = partial(target.rewrite, source, timeout=_TIMEOUT_S, retry=DEFAULT_RETRY)
         try:
             token, _, _ = rewrite()
             while token is not None:

@@ -104,7 +104,7 @@ class Sink:
     @property
     def location(self) -> Location:
         """Where it can be opened once it is finished."""
-        home = self._home if isinstance(self._home, Path) else self._home.anew()
+        home = self._home if isinstance(self._home, Path) else self._home.anew(self._home.held)
         index = home / self._item if self._item else home
         return Location(index, home, "t5x" if self._format.name == "t5x" else "orbax", self._item)
 

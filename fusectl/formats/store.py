@@ -64,7 +64,7 @@ def translate(error: Exception, where: str, otherwise: type[FusectlError] = Corr
     """The fusectl error for a tensorstore error met at `where`; of the class `otherwise` if its text tells no more."""
     text = str(error).split(" [")[0]
     status = text.split(":", 1)[0]
-    if "http" in str(error).lower():
+    if "http" in str(error).lower() or "ExpiredToken" in text:
         return store_error(error, where, otherwise)
     if "No space left" in text or "File too large" in text or "quota" in text.lower():
         return NotEnoughSpace(f"{where}: the disk is full", details=(text,))

@@ -42,7 +42,7 @@ def uploaded(
 
     Small files are held back until the body ends. When it fails, what is there is removed, or kept as `staged` says.
     """
-    home = final.anew(held=True)
+    home = final.anew({})
     lease = Lease(home, note)
     try:
         require_free(final.anew())
@@ -86,14 +86,14 @@ def _undo(home: ObjectPath, lease: Lease, error: BaseException, kept: Callable[[
 
 def _clear(home: ObjectPath) -> None:
     """Removes all but the lease."""
-    for child in home.anew(held=True).iterdir():
+    for child in home.anew().iterdir():
         if child.name != LEASE:
             child.remove()
 
 
 def clear_unfinished(final: ObjectPath) -> None:
     """Removes what tells that a checkpoint is not finished: the journal, then the lease."""
-    for child in final.anew(held=True).iterdir():
+    for child in final.anew().iterdir():
         if child.name.startswith(JOURNAL):
             child.remove()
     (final / LEASE).remove()
@@ -183,9 +183,9 @@ class Parts:
     """The lines of a journal in a bucket. Objects cannot be appended to: each part holds what came since the last."""
 
     def __init__(self, journal: ObjectPath, guard: Callable[[], None]) -> None:
-        self._journal = journal
+        self._journal = journal.anew()
         self._guard = guard
-        before = (p for p in journal.parent.anew().iterdir() if p.name.startswith(f"{journal.name}."))
+        before = (p for p in self._journal.parent.iterdir() if p.name.startswith(f"{journal.name}."))
         self._parts = sorted(before, key=str)
         self._lines: list[bytes] = []
         self._flushed_s = time.monotonic()
@@ -196,7 +196,7 @@ class Parts:
 
     def begin(self, line: bytes) -> None:
         """Writes the first line."""
-        self._journal.anew().write_bytes(line)
+        self._journal.write_bytes(line)
 
     def append(self, line: bytes) -> None:
         self._guard()
@@ -211,7 +211,7 @@ class Parts:
                 self._flush()
 
     def _flush(self) -> None:
-        part = self._journal.with_name(f"{self._journal.name}.{len(self._parts):06}").anew()
+        part = self._journal.with_name(f"{self._journal.name}.{len(self._parts):06}")
         part.write_bytes(b"".join(self._lines))
         self._parts.append(part)
         self._lines.clear()
