@@ -13,6 +13,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
@@ -532,27 +533,37 @@ def _prepare_streams() -> None:
             stream.reconfigure(errors="replace")
 
 
-def _interrupted(*_: Any) -> None:
-    _end_soon(130)
+def _interrupted(_: int, frame: FrameType | None) -> None:
+    _end_soon(130, at_once=_importing(frame))
     raise KeyboardInterrupt
 
 
-def _terminated(number: int, _: Any) -> None:
+def _terminated(number: int, frame: FrameType | None) -> None:
     error = Terminated(number)
-    _end_soon(error.exit_code)
+    _end_soon(error.exit_code, at_once=_importing(frame))
     raise error
 
 
-def _end_soon(code: int) -> None:
+def _importing(frame: FrameType | None) -> bool:
+    """Whether a module is being imported: an exception then crashes some that are written in C++."""
+    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        frame = frame.f_back
+    return frame is not None
+
+
+def _end_soon(code: int, *, at_once: bool) -> None:
     """Ends the process even if the exception is lost in a callback from C, or a library does not let go.
 
     What is written is kept in any case, and --resume goes on with it.
     """
 
     def end() -> None:
-        os.write(2, b"fusectl: stopped; --resume goes on with what is done\n")
+        what = b"interrupted" if code == 130 else b"terminated"
+        os.write(2, b"fusectl: " + what + b"; --resume goes on with what is done\n")
         os._exit(code)
 
+    if at_once:
+        end()
     timer = threading.Timer(LAST_MOMENT_S, end)
     timer.daemon = True
     timer.start()

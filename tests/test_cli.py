@@ -506,6 +506,20 @@ def test_signals_end_it_within_two_seconds_with_their_code_and_the_line_that_res
         assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "out"]
 
 
+def test_a_signal_while_a_module_is_imported_raises_nothing_into_it(models, tmp_path):
+    """Some that are written in C++ crash then."""
+    (tmp_path / "jax").mkdir()
+    (tmp_path / "jax/__init__.py").write_text(
+        "import os, signal, time\n"
+        "try:\n    os.kill(os.getpid(), signal.SIGTERM)\n    time.sleep(5)\n"
+        "except BaseException:\n    os._exit(77)\n"
+    )
+    done = process("fuse", *models, "-o", tmp_path / "out", "--verify", env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 143, done.stderr
+    assert "terminated" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_closed_pipe_is_no_traceback(models):
     line = f"{sys.executable} -m fusectl inspect {models[0]} | head -1"
     done = subprocess.run(

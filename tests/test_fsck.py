@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -255,3 +256,32 @@ def test_the_record_is_one_of_the_files(fused, tmp_path):
     (path / FILE_NAME).write_text(text.replace('"seed": 0', '"seed": 1'))
 
     assert any("it has been changed since it was written" in problem for problem in fsck(str(path)).problems)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["orbax-zarr3", "orbax"])
+def test_unmodified_orbax_refuses_every_flipped_chunk(fused, tmp_path, form):
+    """The CRC-32C at the end of zarr v3's codecs makes it; a flip in every chunk there is, one at a time."""
+    import orbax.checkpoint as ocp
+
+    path = copied(fused[form], tmp_path)
+    files = open_checkpoint(str(path)).files
+    places = (files.place(name) for name in sorted(files.names) if re.search(r"/c(/|$)", name))
+    chunks = [place for place in places if isinstance(place, Extent)]
+    rng = random.Random(form)
+    restorer = ocp.PyTreeCheckpointer()
+    restorer.restore(path / "state")
+    noticed = 0
+    for chunk in chunks:
+        file = Path(chunk.path)
+        raw = file.read_bytes()
+        changed = bytearray(raw)
+        changed[chunk.offset + rng.randrange(chunk.nbytes)] ^= 1 << rng.randrange(8)
+        file.write_bytes(changed)
+        try:
+            restorer.restore(path / "state")
+        except ValueError as error:
+            noticed += "CRC" in str(error) or "checksum" in str(error).lower() or "DATA_LOSS" in str(error)
+        file.write_bytes(raw)
+    print(f"{form}: {noticed} of {len(chunks)} flipped chunks noticed by Orbax")
+    assert (len(chunks) > 50, noticed) == (True, len(chunks))

@@ -333,14 +333,13 @@ ERRORS = {
     "failing": (500, b"<Error><Code>InternalError</Code></Error>"),
     "cut": "cut",
 }
+SOON = {("denied", "t5x"), ("cut", "orbax")}
 
 
 @pytest.mark.parametrize(
     ("kind", "form"),
     [
-        pytest.param(
-            kind, form, marks=[] if (kind, form) in {("denied", "t5x"), ("cut", "orbax")} else pytest.mark.slow
-        )
+        pytest.param(kind, form, marks=() if (kind, form) in SOON else pytest.mark.slow)
         for kind in ERRORS
         for form in ("t5x", "orbax")
     ],
