@@ -259,6 +259,9 @@ def test_the_record_is_one_of_the_files(fused, tmp_path):
 
 
 @pytest.mark.slow
+# Orbax leaves coroutines behind when it raises.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("form", ["orbax-zarr3", "orbax"])
 def test_unmodified_orbax_refuses_every_flipped_chunk(fused, tmp_path, form):
     """The CRC-32C at the end of zarr v3's codecs makes it; a flip in every chunk there is, one at a time."""
@@ -281,7 +284,9 @@ def test_unmodified_orbax_refuses_every_flipped_chunk(fused, tmp_path, form):
         try:
             restorer.restore(path / "state")
         except ValueError as error:
-            noticed += "CRC" in str(error) or "checksum" in str(error).lower() or "DATA_LOSS" in str(error)
+            # DATA_LOSS, or FAILED_PRECONDITION for arrays of one value.
+            assert "Error reading" in str(error)
+            noticed += 1
         file.write_bytes(raw)
     print(f"{form}: {noticed} of {len(chunks)} flipped chunks noticed by Orbax")
     assert (len(chunks) > 50, noticed) == (True, len(chunks))
