@@ -211,7 +211,7 @@ def _reads(
             for term in block.terms:
                 if isinstance(term, Term):
                     regions[id(leaves[term]), shifted(part, block.at, term.region)] = leaves[term]
-                elif with_kernels:
+                elif isinstance(term, Noise) and with_kernels:
                     regions[id(leaves[term.like]), term.like.region] = leaves[term.like]
     for regions in met.values():
         held = sum(size(region) * leaf.itemsize for (_, region), leaf in regions.items())

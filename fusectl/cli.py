@@ -58,7 +58,8 @@ NoiseScale = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="The noise's seed.")]
 Optimizer = Annotated[
-    Literal["reset", "drop"], typer.Option(help="The optimizer's slots: zeros of the new shapes, or none.")
+    Literal["carry", "reset", "drop", "asymmetric"],
+    typer.Option(help="The optimizer's state: carried over, zeros, none, or kept for the first copy only."),
 ]
 Norm = Annotated[
     Literal["rule", "property"],
@@ -148,7 +149,7 @@ def fuse(
     fill: FillKind = "zeros",
     noise_scale: NoiseScale = None,
     seed: Seed = 0,
-    optimizer: Optimizer = "reset",
+    optimizer: Optimizer = "carry",
     format: FormatName = None,
     arch: Arch = None,
     drop: Drop = [],  # noqa: B006
@@ -203,7 +204,7 @@ def self_fuse(
     fill: FillKind = "zeros",
     noise_scale: NoiseScale = None,
     seed: Seed = 0,
-    optimizer: Optimizer = "reset",
+    optimizer: Optimizer = "carry",
     format: FormatName = None,
     arch: Arch = None,
     drop: Drop = [],  # noqa: B006

@@ -11,6 +11,7 @@ tiles are worked on.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
@@ -28,7 +29,9 @@ from fusectl.formats.zarr import nonfinite_at, np_dtype
 from fusectl.journal import Journal
 from fusectl.layout import (
     Block,
+    Mean,
     Noise,
+    Product,
     Region,
     Term,
     intersect,
@@ -41,6 +44,7 @@ from fusectl.layout import (
     slices,
     tiles,
     tiles_in,
+    whole,
 )
 from fusectl.parallel import Progress, in_parallel
 from fusectl.plan import Output, Plan, taken, taken_chunks
@@ -62,6 +66,8 @@ class Work:
     # Whether chunks that are taken over are read, to notice what is corrupt or not finite.
     check: bool = True
     stds: Mapping[tuple[Term, int | None], Array] = field(default_factory=dict)
+    # And the means that products are made of, in float64.
+    means: Mapping[Mean, Array] = field(default_factory=dict)
     # The CRC-32 of the sources' chunks that have been checked: a self-fusion takes each several times.
     checked: dict[tuple[int, str, tuple[int, ...]], str] = field(default_factory=dict)
 
@@ -73,7 +79,11 @@ def execute(
 
     What the journal says is there, and is, is not written again.
     """
-    work = replace(work, stds=measure_kernels(plan, work, jobs=jobs, progress=progress))
+    work = replace(
+        work,
+        stds=measure_kernels(plan, work, jobs=jobs, progress=progress),
+        means=measure_means(plan, work, jobs=jobs, progress=progress),
+    )
     sink.create(NewTensor(o.name, o.keys, o.layout.shape, o.layout.dtype, o.storage) for o in plan.outputs)
     sink.expect(
         (work.sources[term.source], term.tensor, index)
@@ -320,11 +330,12 @@ def _sum(block: Block, part: Region, unit: _Unit, out: Array) -> None:
         return
     terms = [term for term in block.terms if isinstance(term, Term) and not term.must_be_zero]
     noises = [term for term in block.terms if isinstance(term, Noise)]
-    if not terms and len(noises) == 1:
+    products = [term for term in block.terms if isinstance(term, Product)]
+    if not terms and not products and len(noises) == 1:
         for at, values in unit.noise(noises[0], shifted(part, block.at, noises[0].region)):
             out[at] = values
         return
-    if len(terms) == 1 and unit.dtype == np.float32:
+    if len(terms) == 1 and not products and unit.dtype == np.float32:
         values = unit.source(terms[0], shifted(part, block.at, terms[0].region))
         scale = np.float32(terms[0].scale)
         # A product or a sum of two float32 is the same, whether it is rounded from float64 or computed in float32.
@@ -347,7 +358,22 @@ def _sum(block: Block, part: Region, unit: _Unit, out: Array) -> None:
         for noise in noises:
             for at, values in unit.noise(noise, shifted(piece, block.at, noise.region)):
                 total[at] += values.astype(np.float64)
+        for product in products:
+            total += _product(product, shifted(piece, block.at, whole(tuple(map(len, block.at)))), unit.work.means)
         out[slices(piece, part)] = unit.stored(total)
+
+
+def _product(product: Product, region: Region, means: Mapping[Mean, Array]) -> Array:
+    """The values of a product in a region of its block, with an axis of length one where it is constant."""
+    value = np.full((1,) * len(region), product.scale)
+    for factor in product.factors:
+        mean = means[factor.mean][slices(tuple(region[axis] for axis in factor.axes))]
+        shape = [1] * len(region)
+        for axis in factor.axes:
+            shape[axis] = len(region[axis])
+        powered = np.power(mean, factor.power, out=np.zeros(mean.shape), where=mean > 0) if factor.power != 1 else mean
+        value = value * powered.reshape(shape)
+    return value
 
 
 def read_finite(work: Work, term: Term, region: Region) -> Array:
@@ -422,6 +448,48 @@ def measure_kernels(plan: Plan, work: Work, *, jobs: int, progress: Progress) ->
         (2 * leaves[noise.like].reading_bytes, partial(measure, noise, output)) for noise, output in wanted.values()
     )
     in_parallel(tasks, budget_bytes=plan.budget_bytes, jobs=jobs)
+    return found
+
+
+def measure_means(plan: Plan, work: Work, *, jobs: int, progress: Progress) -> dict[Mean, Array]:
+    """Every mean that the plan's products are made of, in float64."""
+    wanted = dict.fromkeys(
+        factor.mean
+        for output in plan.outputs
+        for block in output.layout.blocks
+        for term in block.terms
+        if isinstance(term, Product)
+        for factor in term.factors
+    )
+    if not wanted:
+        return {}
+    leaves = {mean: work.sources[mean.source].leaves[mean.tensor] for mean in wanted}
+    progress.start("averaging", sum(leaf.nbytes for leaf in leaves.values()))
+    found: dict[Mean, Array] = {}
+
+    def measure(mean: Mean) -> None:
+        leaf = leaves[mean]
+        everything = whole(leaf.shape)
+        # The first of the axes is summed up value by value, in its order: whatever the chunks are, it is the same sum.
+        first, others = (mean.over[0], tuple(axis - 1 for axis in mean.over[1:])) if mean.over else (None, ())
+        total = np.zeros(tuple(n for axis, n in enumerate(leaf.shape) if axis != first))
+        for region in tiles_in(everything, leaf.chunks):
+            values = read_finite(work, Term(mean.source, mean.tensor, everything), region)
+            progress.advance(mean.tensor, values.nbytes)
+            at = slices(tuple(r for axis, r in enumerate(region) if axis != first))
+            if first is None:
+                total[at] = values
+                continue
+            for each in np.ascontiguousarray(np.moveaxis(values, first, 0)):
+                total[at] += each
+        # The others, from the sums.
+        found[mean] = total.sum(axis=others) / math.prod(leaf.shape[axis] for axis in mean.over)
+
+    in_parallel(
+        ((2 * leaf.reading_bytes, partial(measure, mean)) for mean, leaf in leaves.items()),
+        budget_bytes=plan.budget_bytes,
+        jobs=jobs,
+    )
     return found
 
 

@@ -1,7 +1,8 @@
 """What an output tensor is made of: blocks of scaled source regions and noise, and zeros elsewhere.
 
     out[block.at] = sum of the block's terms          a Term takes a region of a source tensor,
-    out[elsewhere] = 0                                a Noise a region of the output's own noise field
+    out[elsewhere] = 0                                a Noise a region of the output's own noise field,
+                                                      a Product means of source tensors over some of their axes
 
 Everything here is integers and names: no arrays, no paths. Regions are tuples of ranges, one per axis:
 
@@ -143,7 +144,36 @@ class Noise:
     stacked_axis: int | None = None
 
 
-def is_computed(terms: Sequence[Term | Noise]) -> bool:
+@dataclass(frozen=True, slots=True)
+class Mean:
+    """The mean of a source's tensor over the axes `over`; it has the others, in their order."""
+
+    source: int
+    tensor: str
+    over: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Factor:
+    """A Mean to a power. Its own axes lie along the axes `axes` of the output tensor."""
+
+    mean: Mean
+    axes: tuple[int, ...]
+    power: float
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """`scale` times a product of factors, each of which starts where its block does.
+
+    It is zero where a factor would be divided by zero.
+    """
+
+    factors: tuple[Factor, ...]
+    scale: float
+
+
+def is_computed(terms: Sequence[Term | Noise | Product]) -> bool:
     """Whether a sum of terms is anything but one source region as it is."""
     return len(terms) != 1 or not isinstance(terms[0], Term) or terms[0].scale != 1.0
 
@@ -153,7 +183,7 @@ class Block:
     """The rectangle `at` of an output tensor and the terms whose sum stands there."""
 
     at: Region
-    terms: tuple[Term | Noise, ...]
+    terms: tuple[Term | Noise | Product, ...]
 
 
 def recurring_noise(blocks: Sequence[Block]) -> frozenset[Region]:
@@ -183,7 +213,7 @@ class Layout:
             if len(block.at) != len(edge) or any(r.start < 0 or r.stop > e.stop for r, e in zip(block.at, edge)):  # noqa: B905
                 yield f"block {block.at} leaves the tensor of shape {self.shape}"
             for term in block.terms:
-                if tuple(map(len, term.region)) != tuple(map(len, block.at)):
+                if not isinstance(term, Product) and tuple(map(len, term.region)) != tuple(map(len, block.at)):
                     yield f"block {block.at} is given a region of another shape: {term.region}"
         for a, b in _neighbours(self.blocks):
             if intersect(a.at, b.at):

@@ -10,7 +10,7 @@ bytes.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 
@@ -35,11 +35,12 @@ from fusectl.parallel import Progress, Silent, default_jobs, default_max_memory_
 from fusectl.plan import Output, Plan
 from fusectl.record import LEFT_OUT, NORMS, Fill, Record, SourceRecord, mean_weights
 from fusectl.sources import Opened, open_source
+from fusectl.transforms.carry import Carry, same_models
 from fusectl.transforms.grow import Fusion, check_fill, filled, fused, line_up
-from fusectl.transforms.optimizer import STATE, find_state, fresh_slots
+from fusectl.transforms.optimizer import STATE, OptimizerState, find_state, fresh_slots
 
 
-OPTIMIZERS = ("reset", "drop")
+OPTIMIZERS = ("carry", "reset", "drop", "asymmetric")
 # Above this, antisymmetric noise loses digits of the kernels that it is taken off from.
 LARGE_NOISE_SCALE = 0.5
 LARGEST_COMMIT_BYTES = 16 << 20
@@ -52,7 +53,7 @@ class Options:
     """What fuse, self-fuse and noise-fill have in common."""
 
     fill: Fill = field(default_factory=Fill)
-    optimizer: str = "reset"
+    optimizer: str = "carry"
     format: str | None = None
     arch: str | None = None
     drop: tuple[str, ...] = ()
@@ -113,7 +114,7 @@ def plan_fusion(
         stored = first.checkpoint.leaves[tensors[0]].dtype
         layout = fused(fusion, parameter, options.dtype or stored, options.fill, tensors)
         builder.add(prefix + parameter, layout, like=tensors[0], noise_name=parameter)
-    optimizer = _optimizer(builder, first, fusion, options)
+    optimizer = _optimizer(builder, opened, fusion, options)
     _step(builder, first, out_format)
     record = Record(
         version=fusectl.__version__,
@@ -434,20 +435,69 @@ def _refuse_widening(opened: Opened, options: Options) -> None:
         )
 
 
-def _optimizer(builder: _Builder, first: Opened, fusion: Fusion, options: Options) -> str:
-    """Plans the optimizer's slots: zeros of the right shapes, or none. What was done, in a word."""
-    shapes = {n: s for n, s in first.checkpoint.shapes.items() if n not in first.dropped}
-    has_state = any(name.startswith(STATE) for name in shapes)
+def _optimizer(builder: _Builder, opened: Sequence[Opened], fusion: Fusion, options: Options) -> str:
+    """Plans the optimizer's slots: carried over, zeros of the right shapes, or none. What was done, in a word."""
+    first = opened[0]
+    has_state = any(name.startswith(STATE) and name not in first.dropped for name in first.checkpoint.leaves)
     if not has_state or options.optimizer == "drop":
+        if has_state:
+            builder.notes.append("optimizer: dropped; the trainer begins a new one, whose first updates need a warm-up")
         return "drop" if has_state else "none"
-    state = find_state(shapes, first.tree, first.label)
-    parameters = {name: fusion.fused_shape(name) for name in first.tree.shapes}
-    for name, shape in fresh_slots(state, first.tree, parameters).items():
-        leaf = first.checkpoint.leaves[name]
+    state = _state_of(first)
+    slots: Iterable[tuple[str, tuple[int, ...], tuple[Block, ...], str]]
+    if options.optimizer == "reset":
+        parameters = {name: fusion.fused_shape(name) for name in first.tree.shapes}
+        slots = ((name, shape, (), name) for name, shape in fresh_slots(state, first.tree, parameters).items())
+        effect = "reset to zeros; the step is kept, so the first updates are of full size: warm up"
+    else:
+        carry = Carry(
+            fusion,
+            [state, *map(_state_of, opened[1:])],
+            same_models([o.checkpoint for o in opened]),
+            only_first=options.optimizer == "asymmetric",
+        )
+        _require_one_optimizer(carry.states, opened)
+        slots = carry.slots()
+        effect = _effect(carry)
+    planned = set()
+    for name, shape, blocks, like in slots:
         axes = tuple(f"axis{i}" for i in range(len(shape)))
-        builder.add(name, Layout(axes, shape, leaf.dtype, ()), like=name)
-    builder.notes.append(f"optimizer: {state.kind}, {len(state.names)} slots reset to zeros; the step is kept")
-    return "reset"
+        builder.add(name, Layout(axes, shape, first.checkpoint.leaves[like].dtype, blocks), like=like)
+        planned.add(name)
+    if options.optimizer != "reset":
+        for name in state.names:
+            if name not in planned:
+                builder.copy(name)
+    builder.notes.append(f"optimizer: {state.kind}, {len(state.names)} slots {effect}")
+    return options.optimizer
+
+
+def _state_of(opened: Opened) -> OptimizerState:
+    shapes = {n: s for n, s in opened.checkpoint.shapes.items() if n not in opened.dropped}
+    return find_state(shapes, opened.tree, opened.label)
+
+
+def _require_one_optimizer(states: Sequence[OptimizerState], opened: Sequence[Opened]) -> None:
+    """Raises Incompatible unless all sources have the state of one optimizer with one set of settings."""
+    said = [
+        f"{s.kind}{', factored' * s.factored}{', with momentum' * s.momentum} in {o.label}"
+        for s, o in zip(states, opened, strict=True)
+    ]
+    if len({(s.kind, s.factored, s.momentum) for s in states}) > 1:
+        raise Incompatible(
+            "optimizer states that do not fit together",
+            details=tuple(dict.fromkeys(said)),
+            hint="--optimizer reset makes zeros of them, --optimizer drop leaves them out",
+        )
+
+
+def _effect(carry: Carry) -> str:
+    """What carrying the state does to the first update, in words."""
+    if carry.only_first:
+        return "kept for the first copy, zero elsewhere: large first updates there, which set the copies apart"
+    if len(set(carry.models)) == 1:
+        return "carried into every block: the first update is that of a fused model trained so far"
+    return "carried; between different sources second moments are estimated (rank 1), first ones start from 0"
 
 
 def _step(builder: _Builder, first: Opened, out_format: Format) -> None:

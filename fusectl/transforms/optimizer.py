@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from fusectl.archs import Recognized
 from fusectl.axes import TensorSpec
@@ -31,7 +32,7 @@ _OPTAX = re.compile(r"(\d+)/(mu|nu)/(.+)")
 _COUNT = re.compile(r"\d+/count")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class OptimizerState:
     """The optimizer whose state a checkpoint holds, as far as its slots tell.
 
@@ -42,6 +43,17 @@ class OptimizerState:
     names: tuple[str, ...]
     factored: bool = False
     momentum: bool = False
+
+    def slot(self, parameter: str, what: str) -> str:
+        """The full name of a parameter's slot: m, v, v_row or v_col of Adafactor, mu or nu of Adam."""
+        if self.kind == "adafactor":
+            return f"{STATE}{parameter}/{what}"
+        return self._adam[what, parameter]
+
+    @cached_property
+    def _adam(self) -> Mapping[tuple[str, str], str]:
+        found = ((_OPTAX.fullmatch(name.removeprefix(STATE)), name) for name in self.names)
+        return {(match.group(2), match.group(3)): name for match, name in found if match}
 
 
 def find_state(shapes: Mapping[str, tuple[int, ...]], tree: Recognized, where: str) -> OptimizerState:
@@ -94,7 +106,7 @@ def adafactor_slots(
     {'m': (1,), 'v': (1,), 'v_row': (768,), 'v_col': (2048,)}
     """
     m = shape if momentum else UNUSED
-    axes = _factored_axes(shape, spec) if factored else None
+    axes = factored_axes(shape, spec) if factored else None
     if axes is None:
         return {"m": m, "v": shape, "v_row": UNUSED, "v_col": UNUSED}
     dropped_by_row, dropped_by_column = axes
@@ -103,7 +115,7 @@ def adafactor_slots(
     return {"m": m, "v": UNUSED, "v_row": v_row, "v_col": v_col}
 
 
-def _factored_axes(shape: tuple[int, ...], spec: TensorSpec) -> tuple[set[int], set[int]] | None:
+def factored_axes(shape: tuple[int, ...], spec: TensorSpec) -> tuple[set[int], set[int]] | None:
     """The axes that v_row and v_col average over, or None where the second moments are not factored."""
     if len(shape) <= 2 and "layers" not in spec.axes:
         if len(shape) < 2:

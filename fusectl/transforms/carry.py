@@ -1,0 +1,168 @@
+"""The optimizer's state of a fused model, as it would have gathered it: no update before the fusion is forgotten.
+
+The gradient of a fused parameter is the source's, times the weight of the copy whose outputs it feeds, over the factor
+that the source is stored with (`gradient_scale`). Between equal copies it is the same in every block, those that are
+zero included. So, with that factor c and Adam's or Adafactor's moments of each source:
+
+    first moments      c * mu_i      in every block of equal copies;            0 between different models
+    second moments     c^2 * nu_i    in every block of equal copies; between different models i and j the rank-1 mix
+                       c^2 * mean_over_out(nu_j) * mean_over_in(nu_i) / sqrt(mean(nu_i) mean(nu_j))
+    v_row, v_col       the means of that over the axes that T5X drops for the fused shape
+    m                  an average of updates, not of gradients: times RMS(fused kernel) / RMS(kernel)
+
+What a slot indexes follows from the shape of its parameter, the source's from the source's: a `v` may become `v_row`
+and `v_col`, and these two may change places. Source: Deep Fusion, Lemma 2; t5x/adafactor.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from fusectl.layout import Block, Factor, Mean, Product, Region, Term, whole
+from fusectl.transforms.grow import Fusion, stored_scale
+from fusectl.transforms.optimizer import OptimizerState, adafactor_slots, factored_axes
+
+
+Axes = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Carry:
+    """The state of K sources, and the fusion that they go into."""
+
+    fusion: Fusion
+    states: Sequence[OptimizerState]
+    # For each source, the first one that is the same model.
+    models: tuple[int, ...]
+    # Only the first copy's own state: all others start anew, which sets the copies apart.
+    only_first: bool = False
+
+    def slots(self) -> Iterator[tuple[str, tuple[int, ...], tuple[Block, ...], str]]:
+        """Name, shape and blocks of every slot of the fused model, and the source's slot that it is like.
+
+        Counters are not among them.
+        """
+        first = self.states[0]
+        for parameter, shape in ((name, self.fusion.fused_shape(name)) for name in self.fusion.tree.shapes):
+            every = tuple(range(len(shape)))
+            if first.kind == "adam":
+                for moment in ("mu", "nu"):
+                    name = first.slot(parameter, moment)
+                    yield name, shape, self._blocks(parameter, moment, every), name
+                continue
+            spec = self.fusion.tree.rows[parameter].spec
+            fused = adafactor_slots(shape, spec, factored=first.factored, momentum=first.momentum)
+            dropped = factored_axes(shape, spec) if first.factored else None
+            # The axes of its parameter that each slot has which is in use.
+            kept = {"m": every} if first.momentum else {}
+            if dropped is None:
+                kept["v"] = every
+            else:
+                kept["v_row"], kept["v_col"] = (tuple(a for a in every if a not in axes) for axes in dropped)
+            for slot, own in fused.items():
+                moment = "m" if slot == "m" else "nu"
+                blocks = self._blocks(parameter, moment, kept[slot]) if slot in kept else ()
+                yield first.slot(parameter, slot), own, blocks, first.slot(parameter, slot)
+
+    def gradient_scale(self, parameter: str, source: int) -> float:
+        """What a source's gradients are multiplied with in the fused model."""
+        row = self.fusion.tree.rows[parameter]
+        return self.fusion.weights[source] / stored_scale(self.fusion, row, source)
+
+    def _blocks(self, parameter: str, moment: str, kept: Axes) -> tuple[Block, ...]:
+        """The blocks of a slot that has the axes `kept` of its parameter."""
+        fused = self.fusion.fused_shape(parameter)
+        blocks: dict[Region, dict[object, Term | Product]] = {}
+        for reads, writes, cell in self._cells(parameter):
+            if self.only_first and (reads or writes):
+                continue
+            dropped = [axis for axis in range(len(fused)) if axis not in kept]
+            share = 1.0 if self.only_first else math.prod(len(cell[axis]) / fused[axis] for axis in dropped)
+            terms = blocks.setdefault(tuple(cell[axis] for axis in kept), {})
+            for term in self._terms(parameter, moment, kept, reads, writes):
+                key = replace(term, scale=1.0)
+                before = terms[key].scale if key in terms else 0.0
+                terms[key] = replace(term, scale=before + share * term.scale)
+        return tuple(Block(at, tuple(terms.values())) for at, terms in blocks.items() if terms)
+
+    def _cells(self, parameter: str) -> Iterator[tuple[int, int, Region]]:
+        """Every block of a fused parameter, with the sources that it reads from and writes to."""
+        spec, widths = self.fusion.tree.rows[parameter].spec, self.fusion.widths
+        for i in range(self.fusion.copies):
+            for j in range(self.fusion.copies):
+                reads, writes = spec.inputs & widths.keys(), spec.outputs & widths.keys()
+                if i != j and not (reads and writes):
+                    continue
+                yield j, i, self.fusion.cell(parameter, {**dict.fromkeys(reads, j), **dict.fromkeys(writes, i)})
+
+    def _terms(self, parameter: str, moment: str, kept: Axes, reads: int, writes: int) -> Iterator[Term | Product]:
+        """What a block consists of, seen along the axes `kept`."""
+        own, scale = self.models[writes], self.gradient_scale(parameter, writes)
+        squared = scale**2
+        if not self.fusion.widths.keys() & set(self.fusion.tree.rows[parameter].spec.axes):
+            # One tensor for all sources: what they add up to.
+            scale = squared = self.fusion.weights[writes]
+        shape = self.fusion.source_shape(parameter, own)
+        if moment != "nu":
+            if self.models[reads] == own:
+                by = scale if moment == "mu" else self._growth(parameter)
+                yield Term(own, self.states[own].slot(parameter, moment), whole(shape), by)
+        elif self.models[reads] == own:
+            mean = self._mean(own, parameter, kept)
+            if mean.over:
+                yield Product((Factor(mean, tuple(range(len(kept))), 1.0),), squared)
+            else:
+                yield Term(own, mean.tensor, whole(tuple(shape[axis] for axis in kept)), squared)
+        else:
+            yield Product(self._mix(parameter, kept, self.models[reads], own), squared)
+
+    def _mix(self, parameter: str, kept: Axes, reads: int, writes: int) -> tuple[Factor, ...]:
+        """The estimate of the second moments between two models: the inputs of one, the outputs of the other."""
+        spec = self.fusion.tree.rows[parameter].spec
+        inputs, outputs = (tuple(a for a in kept if spec.axes[a] in side) for side in (spec.inputs, spec.outputs))
+        stacked = tuple(a for a, axis in enumerate(spec.axes) if axis not in spec.inputs | spec.outputs)
+        powers: dict[tuple[Mean, Axes], float] = {}
+        for model, axes, power in (
+            (reads, inputs, 1.0),
+            (writes, outputs, 1.0),
+            (reads, (), -0.5),
+            (writes, (), -0.5),
+        ):
+            along = tuple(sorted({*axes, *stacked}))
+            mean, place = self._mean(model, parameter, along), tuple(map(kept.index, along))
+            powers[mean, place] = powers.get((mean, place), 0.0) + power
+        return tuple(Factor(mean, along, power) for (mean, along), power in powers.items() if power)
+
+    def _mean(self, source: int, parameter: str, kept: Axes) -> Mean:
+        """The mean of a source's second moments over all axes but these."""
+        state, spec = self.states[source], self.fusion.tree.rows[parameter].spec
+        shape = self.fusion.source_shape(parameter, source)
+        every = tuple(range(len(shape)))
+        dropped = factored_axes(shape, spec) if state.kind == "adafactor" and state.factored else None
+        if dropped is None:
+            name = state.slot(parameter, "nu" if state.kind == "adam" else "v")
+            return Mean(source, name, tuple(a for a in every if a not in kept))
+        for slot, axes in zip(("v_row", "v_col"), dropped, strict=True):
+            has = tuple(a for a in every if a not in axes)
+            if set(kept) <= set(has):
+                over = tuple(i for i, axis in enumerate(has) if axis not in kept)
+                return Mean(source, state.slot(parameter, slot), over)
+        raise AssertionError(f"{parameter}: factored in the source and not when fused")
+
+    def _growth(self, parameter: str) -> float:
+        """RMS of the fused parameter over that of a source, as if all sources had one."""
+        row, total = self.fusion.tree.rows[parameter], math.prod(self.fusion.fused_shape(parameter))
+        return math.sqrt(
+            sum(
+                stored_scale(self.fusion, row, i) ** 2 * math.prod(self.fusion.source_shape(parameter, i)) / total
+                for i in range(self.fusion.copies)
+            )
+        )
+
+
+def same_models(sources: Sequence[object]) -> tuple[int, ...]:
+    """For each source the first one that it is."""
+    first: dict[int, int] = {}
+    return tuple(first.setdefault(id(source), i) for i, source in enumerate(sources))
