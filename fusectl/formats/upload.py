@@ -151,14 +151,19 @@ class Lease:
         return taken
 
     def _watch(self, generation: bytes) -> bytes:
+        renewed = False
         until = time.monotonic() + PATIENCE_S
         while time.monotonic() < until:
             time.sleep(LOOK_S)
             value, now = self._object.read()
             if value in {None, _RELEASED}:
                 return now
-            if now != generation:
+            if now == generation:
+                continue
+            if renewed:
                 raise OutputExists(f"{self._where}: another process is writing it")
+            # Once may be what a writer had sent before it was killed.
+            renewed, generation, until = True, now, time.monotonic() + PATIENCE_S
         return generation
 
     def _beat(self) -> None:

@@ -50,6 +50,15 @@ class OptimizerState:
             return f"{STATE}{parameter}/{what}"
         return self._adam[what, parameter]
 
+    def names_of(self, slot: str) -> tuple[str | None, str]:
+        """The parameter and the slot that a full name says; no parameter for a counter."""
+        name = slot.removeprefix(STATE)
+        if self.kind == "adafactor":
+            parameter, _, what = name.rpartition("/")
+            return parameter, what
+        found = _OPTAX.fullmatch(name)
+        return (found.group(3), found.group(2)) if found else (None, name)
+
     @cached_property
     def _adam(self) -> Mapping[tuple[str, str], str]:
         found = ((_OPTAX.fullmatch(name.removeprefix(STATE)), name) for name in self.names)

@@ -28,6 +28,7 @@ from fusectl.transforms.optimizer import STATE, find_state
 from fusectl.verify.blocks import Blocks, Slices, unit, within_rounding
 from fusectl.verify.claim import Claim
 from fusectl.verify.report import WeightsResult
+from fusectl.verify.slots import Slots
 
 
 Array = npt.NDArray[Any]
@@ -35,6 +36,9 @@ Task = tuple[int, Callable[[], None]]
 
 # A sample of n normal values strays this many standard errors once in 500 million times.
 STANDARD_ERRORS = 6.0
+# Means of second moments are summed up in another order than the executor's, and rounded once more.
+MEAN_TOLERANCE = 1e-12
+_CARRIED = frozenset({"carry", "asymmetric"})
 # Sources whose orders are tried: 720 of them.
 MOST_ORDERED = 6
 # What a value takes while it is compared: both sides as they are stored, noise, a mask. What was computed is compared
@@ -59,11 +63,12 @@ def check_weights(claim: Claim, *, budget_bytes: int, jobs: int, progress: Progr
     run(task for tensor in tensors for task in tensor.comparisons(budget_bytes))
     # Noise is relative to its kernel, all of which has been seen by now.
     run(task for tensor in tensors for task in tensor.measurements())
-    checked = [slot for slot in slots if claim.record.optimizer == "reset"]
+    slots, gone = _declared_slots(claim, slots, progress)
+    checked = [slot for slot in slots if claim.record.optimizer in {"reset", *_CARRIED}]
     run(task for slot in checked for task in slot.tasks())
     problems = [problem for tensor in tensors for problem in tensor.problems()]
     order = _other_order(claim) if problems else []
-    problems += _state_problems(claim, checked, [slot.name for slot in slots])
+    problems += [*gone, *_state_problems(claim, checked, [slot.name for slot in slots])]
     if problems:
         problems = [*claim.changed, *order, *problems]
     noise = [each for tensor in tensors for each in tensor.noise_off()]
@@ -311,12 +316,69 @@ class _Slot:
     def tasks(self) -> Iterator[Task]:
         leaf = self._fused.leaves[self.name]
         for tile in tiles(leaf.shape, leaf.chunks):
-            yield size(tile) * leaf.itemsize * 2, partial(self._expect_zero, tile)
+            yield size(tile) * leaf.itemsize * 2, partial(self._compare, tile)
 
-    def _expect_zero(self, tile: Region) -> None:
+    def says(self) -> str:
+        return f"{self.name}: declared as reset, and not zero"
+
+    def _compare(self, tile: Region) -> None:
         found = self._fused.read(self.name, tile)
-        self.wrong.add(found != 0, tile, found, np.zeros_like(found))
+        expected = self._expected(tile)
+        self.wrong.add(self._differ(found, expected), tile, found, expected)
         self._progress.advance(self.name, found.nbytes)
+
+    def _expected(self, tile: Region) -> Array:
+        return np.zeros(tuple(map(len, tile)))
+
+    def _differ(self, found: Array, expected: Array) -> npt.NDArray[np.bool_]:
+        return np.asarray(found != expected)
+
+
+class _CarriedSlot(_Slot):
+    """A slot that was carried over from the sources', or of an asymmetric state."""
+
+    def __init__(self, claim: Claim, name: str, progress: Progress, states: Slots) -> None:
+        super().__init__(claim, name, progress)
+        self._parameter, self._slot = states.fused.names_of(name)
+        self._states = states
+        self._first = claim.sources[0]
+
+    def tasks(self) -> Iterator[Task]:
+        leaf = self._fused.leaves[self.name]
+        for tile in tiles(leaf.shape, leaf.chunks):
+            yield size(tile) * (leaf.itemsize + 4 * np.dtype(np.float64).itemsize), partial(self._compare, tile)
+
+    def says(self) -> str:
+        assert self.wrong.first is not None
+        at, found, expected = self.wrong.first
+        return (
+            f"{self.name}: {self.wrong.count:,} values are not what the sources' state makes, "
+            f"first at {list(at)}: {found:.9g}, not {expected:.9g}"
+        )
+
+    def _expected(self, tile: Region) -> Array:
+        if self._parameter is None:
+            # How many updates there have been.
+            return self._first.read(self.name, tile).astype(np.float64)
+        kept = self._states.kept(self._parameter, self._slot)
+        if kept is None:
+            return super()._expected(tile)
+        return self._states.expected(self._parameter, self._slot, kept, tile)
+
+    def _differ(self, found: Array, expected: Array) -> npt.NDArray[np.bool_]:
+        off = np.abs(found.astype(np.float64) - expected)
+        return np.asarray(off > np.maximum(unit(found.dtype.name, np.abs(expected)), MEAN_TOLERANCE * np.abs(expected)))
+
+
+def _declared_slots(claim: Claim, slots: list[_Slot], progress: Progress) -> tuple[list[_Slot], list[str]]:
+    """The slots as they are to be compared, and why they cannot be."""
+    if claim.record.optimizer not in _CARRIED or not slots:
+        return slots, []
+    try:
+        states = Slots(claim)
+        return [_CarriedSlot(claim, slot.name, progress, states) for slot in slots], []
+    except FusectlError as error:
+        return [], [f"the optimizer's state cannot be compared: {error.message}", *error.details]
 
 
 def noise_off(mean: float, std: float, declared: float, count: float) -> tuple[float, float]:
@@ -376,7 +438,7 @@ def _state_problems(claim: Claim, checked: list[_Slot], slots: list[str]) -> Ite
     yield from (f"{name}: no part of a fusion" for name in strange)
     if claim.record.optimizer == "drop" and slots:
         yield "the optimizer's slots: declared as dropped, and there"
-    if claim.record.optimizer != "reset":
+    if claim.record.optimizer not in {"reset", *_CARRIED}:
         return
     if not slots:
         yield "the optimizer's slots are gone"
@@ -390,7 +452,7 @@ def _state_problems(claim: Claim, checked: list[_Slot], slots: list[str]) -> Ite
         if was is not None and was.dtype != now_is.dtype:
             yield f"{slot.name}: {now_is.dtype}, {was.dtype} in the first source"
         if slot.wrong.count:
-            yield f"{slot.name}: declared as reset, and not zero"
+            yield slot.says()
 
 
 def _dtype_problems(claim: Claim) -> Iterator[str]:

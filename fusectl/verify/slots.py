@@ -1,0 +1,169 @@
+"""What the optimizer's slots of a fusion should hold, re-derived from the sources' slots without the planner.
+
+The second moments of block (j, i), from the inputs of source j to the outputs of source i, are c_i^2 times
+
+    nu_i[a, b]                                                               where both are one model
+    mean_b(nu_j)[a] * mean_a(nu_i)[b] / sqrt(mean(nu_i) mean(nu_j))          where they are not
+
+with c_i the weight of i over the factor that it is stored with. A slot without some of the axes is the mean over them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fusectl.layout import Region, intersect, shifted, slices, tiles, whole
+from fusectl.transforms.optimizer import OptimizerState, factored_axes, find_state
+from fusectl.verify.blocks import Blocks
+from fusectl.verify.claim import Claim
+
+
+Array = npt.NDArray[Any]
+Axes = tuple[int, ...]
+
+
+class Slots:
+    """The sources' states, and what follows from them for the fused model's."""
+
+    def __init__(self, claim: Claim) -> None:
+        """Raises Incompatible where a source has no state that could have been carried."""
+        self._claim = claim
+        self._states = [
+            find_state(source.shapes, tree, source.path)
+            for source, tree in zip(claim.sources, claim.trees, strict=True)
+        ]
+        self.fused: OptimizerState = find_state(claim.fused.shapes, claim.tree, claim.fused.path)
+        self._models = [next(j for j, other in enumerate(claim.sources) if other is s) for s in claim.sources]
+        self._means: dict[tuple[int, str, Axes], Array] = {}
+        self._lock = threading.Lock()
+
+    def kept(self, parameter: str, slot: str) -> Axes | None:
+        """The axes of its parameter that a slot has; None for one that is not in use."""
+        return _kept(self.fused, self._claim.tree.shapes[parameter], self._claim.tree.rows[parameter].spec, slot)
+
+    def expected(self, parameter: str, slot: str, kept: Axes, region: Region) -> Array:
+        """The values of a region of a slot in float64."""
+        out = np.zeros(tuple(map(len, region)))
+        first_only = self._claim.record.optimizer == "asymmetric"
+        for reads, writes, cell in self._cells(parameter):
+            place = tuple(cell[axis] for axis in kept)
+            part = intersect(place, region)
+            if part is None or (first_only and (reads or writes)):
+                continue
+            inside = shifted(part, place, whole(tuple(map(len, place))))
+            at = slices(part, region)
+            if slot in {"m", "mu"}:
+                if self._models[reads] == self._models[writes]:
+                    scale = self._growth(parameter) if slot == "m" else self._gradient(parameter, writes)
+                    out[at] += scale * self._read(writes, parameter, slot, inside)
+                continue
+            missing = [axis for axis in range(len(cell)) if axis not in kept]
+            shape = self._claim.tree.shapes[parameter]
+            share = 1.0 if first_only else math.prod(len(cell[axis]) / shape[axis] for axis in missing)
+            out[at] += (
+                share * self._gradient(parameter, writes) ** 2 * self._second(parameter, reads, writes, kept, inside)
+            )
+        return out
+
+    def _cells(self, parameter: str) -> Iterator[tuple[int, int, Region]]:
+        blocks = Blocks(self._claim.tree.rows[parameter], self._claim.record)
+        shape = self._claim.tree.shapes[parameter]
+        for i in blocks.sources:
+            yield i, i, tuple(range(n)[cut] for n, cut in zip(shape, blocks.own(i), strict=True))
+        for writes, reads, at in blocks.gaps():
+            yield reads, writes, tuple(range(n)[cut] for n, cut in zip(shape, at, strict=True))
+
+    def _second(self, parameter: str, reads: int, writes: int, kept: Axes, inside: Region) -> Array:
+        """The second moments of a block, in a region of the axes that are kept."""
+        if self._models[reads] == self._models[writes]:
+            slot = self._slot_with(writes, parameter, kept)
+            if self._has(writes, parameter, slot) == kept:
+                return self._read(writes, parameter, slot, inside)
+            return self._mean(writes, parameter, kept)[slices(inside)]
+        spec = self._claim.tree.rows[parameter].spec
+        inputs = tuple(a for a in kept if spec.axes[a] in spec.inputs)
+        outputs = tuple(a for a in kept if spec.axes[a] in spec.outputs)
+        stacked = tuple(a for a in kept if a not in inputs + outputs)
+        by_input = self._spread(reads, parameter, inputs + stacked, kept, inside)
+        by_output = self._spread(writes, parameter, outputs + stacked, kept, inside)
+        both = self._spread(reads, parameter, stacked, kept, inside) * self._spread(
+            writes, parameter, stacked, kept, inside
+        )
+        product = by_input * by_output
+        mixed: Array = np.divide(product, np.sqrt(both), out=np.zeros_like(product), where=both > 0)
+        return mixed
+
+    def _spread(self, source: int, parameter: str, axes: Axes, kept: Axes, inside: Region) -> Array:
+        """The mean over all axes but some, in a region, with the dimensions of the region."""
+        axes = tuple(sorted(axes))
+        mean = self._mean(source, parameter, axes)[slices(tuple(inside[kept.index(a)] for a in axes))]
+        full = mean.reshape(tuple(len(inside[i]) if axis in axes else 1 for i, axis in enumerate(kept)))
+        return np.broadcast_to(full, tuple(map(len, inside)))
+
+    def _mean(self, source: int, parameter: str, kept: Axes) -> Array:
+        """The mean of a source's second moments over all axes but these, in float64."""
+        key = (self._models[source], parameter, kept)
+        with self._lock:
+            if key not in self._means:
+                self._means[key] = self._averaged(*key)
+            return self._means[key]
+
+    def _averaged(self, source: int, parameter: str, kept: Axes) -> Array:
+        slot = self._slot_with(source, parameter, kept)
+        has = self._has(source, parameter, slot)
+        assert has is not None
+        name = self._states[source].slot(parameter, slot)
+        leaf = self._claim.sources[source].leaves[name]
+        total = np.zeros(tuple(leaf.shape[has.index(a)] for a in kept))
+        over = tuple(i for i, axis in enumerate(has) if axis not in kept)
+        for tile in tiles(leaf.shape, leaf.chunks):
+            values = self._claim.sources[source].read(name, tile).astype(np.float64)
+            total[slices(tuple(tile[has.index(a)] for a in kept)) or ...] += values.sum(axis=over)
+        return total / math.prod(leaf.shape[i] for i in over)
+
+    def _slot_with(self, source: int, parameter: str, kept: Axes) -> str:
+        """The slot of a source that has these axes of a parameter, and perhaps more."""
+        found = ((slot, self._has(source, parameter, slot)) for slot in ("v", "nu", "v_row", "v_col"))
+        return next(slot for slot, has in found if has is not None and set(kept) <= set(has))
+
+    def _has(self, source: int, parameter: str, slot: str) -> Axes | None:
+        tree = self._claim.trees[source]
+        return _kept(self._states[source], tree.shapes[parameter], tree.rows[parameter].spec, slot)
+
+    def _read(self, source: int, parameter: str, slot: str, region: Region) -> Array:
+        name = self._states[source].slot(parameter, slot)
+        return self._claim.sources[source].read(name, region).astype(np.float64)
+
+    def _gradient(self, parameter: str, source: int) -> float:
+        """What the source's gradients are multiplied with."""
+        blocks = Blocks(self._claim.tree.rows[parameter], self._claim.record)
+        return self._claim.record.weights[source] / blocks.scale(source)
+
+    def _growth(self, parameter: str) -> float:
+        """The fused parameter's RMS over the source's, if all sources had one."""
+        blocks = Blocks(self._claim.tree.rows[parameter], self._claim.record)
+        fused = math.prod(self._claim.tree.shapes[parameter])
+        sizes = [math.prod(tree.shapes[parameter]) for tree in self._claim.trees]
+        return math.sqrt(sum(blocks.scale(i) ** 2 * n / fused for i, n in enumerate(sizes)))
+
+
+def _kept(state: OptimizerState, shape: tuple[int, ...], spec: Any, slot: str) -> Axes | None:
+    """The axes of a parameter of this shape that a slot has; None for one that is not in use."""
+    every = tuple(range(len(shape)))
+    if state.kind == "adam":
+        return every if slot in {"mu", "nu"} else None
+    dropped = factored_axes(shape, spec) if state.factored else None
+    if slot == "m":
+        return every if state.momentum else None
+    if slot == "v":
+        return every if dropped is None else None
+    if dropped is None or slot not in {"v_row", "v_col"}:
+        return None
+    return tuple(itertools.filterfalse(dropped[slot == "v_col"].__contains__, every))
