@@ -366,6 +366,8 @@ class _CarriedSlot(_Slot):
         return self._states.expected(self._parameter, self._slot, kept, tile)
 
     def _differ(self, found: Array, expected: Array) -> npt.NDArray[np.bool_]:
+        if self._parameter is None:
+            return super()._differ(found, expected)
         off = np.abs(found.astype(np.float64) - expected)
         return np.asarray(off > np.maximum(unit(found.dtype.name, np.abs(expected)), MEAN_TOLERANCE * np.abs(expected)))
 

@@ -1,0 +1,239 @@
+"""Carried optimizer state against the state that the fused model gathers itself over the same batches, in float64."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import unflatten_dict
+
+from fusectl.archs import family_named, recognize, t5_twin
+from fusectl.archs.t5_flax import Transformer
+from fusectl.demo import random_parameters
+from fusectl.errors import Incompatible
+from fusectl.formats import open_checkpoint
+from fusectl.formats.sink import save
+from fusectl.surgery import Options, carry_out, plan_fusion
+from fusectl.transforms.optimizer import STATE, adafactor_slots, factored_axes, find_state
+from fusectl.verify import Settings, verify
+
+
+# The embedding's slots change places when it is fused, and kernels of 64 come to be factored.
+SIZES = {"vocab": 192, "embed": 128, "heads": 2, "kv": 32, "joined_kv": 64, "mlp": 96, "relpos_buckets": 32}
+LAYERS = {"encoder": 1, "decoder": 2}
+FAMILIES = ["t5-1.1", "t5-1.0", "scalable-t5-1.1-scanned"]
+BATCHES = 3
+TOLERANCE = 1e-12
+
+
+def batches():
+    rng = np.random.default_rng(0)
+    for _ in range(BATCHES):
+        encoder, targets = rng.integers(2, SIZES["vocab"], (2, 2, 6))
+        yield encoder, np.pad(targets[:, :-1], ((0, 0), (1, 0))), targets
+
+
+def network(tree):
+    """The logits of a tree's network as a function of its parameters by name, in float64; one norm over all."""
+    config = t5_twin.config_of(tree, (tree.sizes["embed"],), "float64", accumulate="float64")
+
+    def logits(parameters, encoder, decoder, targets):
+        flat = {}
+        for name, values in parameters.items():
+            axes = tree.rows[name].spec.axes
+            if "layers" not in axes:
+                flat[name] = values
+                continue
+            stack, _, rest = name.split("/", 2)
+            for i, layer in enumerate(jnp.moveaxis(values, axes.index("layers"), 0)):
+                flat[f"{stack}/layers_{i}/{rest}"] = layer
+        variables = {"params": unflatten_dict(flat, sep="/")}
+        return Transformer(config).apply(variables, encoder, decoder, targets, enable_dropout=False)
+
+    return logits
+
+
+def gradients(tree, parameters):
+    """The gradients of the mean cross entropy over each batch, at the same parameters."""
+
+    def loss(parameters, encoder, decoder, targets):
+        log = jax.nn.log_softmax(network(tree)(parameters, encoder, decoder, targets))
+        return -jnp.take_along_axis(log, targets[..., None], -1).mean()
+
+    with jax.enable_x64(True):
+        gradient = jax.jit(jax.grad(loss))
+        return [jax.tree.map(np.asarray, gradient(parameters, *batch)) for batch in batches()]
+
+
+def adam(tree, parameters):
+    """Adam's moments after these batches, as optax keeps them inside T5X."""
+    state = {}
+    for gradient in gradients(tree, parameters):
+        for name, g in gradient.items():
+            for moment, b, value in (("mu", 0.9, g), ("nu", 0.99, g * g)):
+                slot = f"{STATE}0/{moment}/{name}"
+                state[slot] = b * state.get(slot, 0.0) + (1 - b) * value
+    return {**state, f"{STATE}0/count": np.array(BATCHES, np.int32)}
+
+
+def adafactor(tree, parameters, *, factored=True, momentum=False):
+    """T5X's Adafactor after these batches (t5x/adafactor.py), with parameter scale and clipping, written anew."""
+    state = {}
+    for step, gradient in enumerate(gradients(tree, parameters)):
+        decay = 1.0 - (step + 1.0) ** -0.8
+        for name, g in gradient.items():
+            spec, shape = tree.rows[name].spec, g.shape
+            slots = adafactor_slots(shape, spec, factored=factored, momentum=momentum)
+            old = {slot: state.get(f"{STATE}{name}/{slot}", np.zeros(own)) for slot, own in slots.items()}
+            axes = factored_axes(shape, spec) if factored else None
+            squared = g * g
+            if axes is None:
+                old["v"] = decay * old["v"] + (1 - decay) * squared
+                update = np.divide(g, np.sqrt(old["v"]), out=np.zeros_like(g), where=old["v"] > 0)
+            else:
+                for slot, dropped in zip(("v_row", "v_col"), axes, strict=True):
+                    old[slot] = decay * old[slot] + (1 - decay) * squared.mean(axis=tuple(dropped))
+                update = None
+            if momentum:
+                update = update / max(1.0, math.sqrt((update**2).mean()))
+                update = 0.01 * math.sqrt((parameters[name] ** 2).mean()) * update
+                old["m"] = 0.9 * old["m"] + 0.1 * update
+            state |= {f"{STATE}{name}/{slot}": values for slot, values in old.items()}
+    return state
+
+
+OPTIMIZERS = {
+    "adam": adam,
+    "adafactor": adafactor,
+    "adafactor with momentum": lambda tree, parameters: adafactor(tree, parameters, factored=False, momentum=True),
+}
+
+
+def source(at, family, optimizer, seed=0):
+    parameters = random_parameters(family_named(family), SIZES, LAYERS, seed)
+    parameters = {name: values.astype(np.float64) for name, values in parameters.items()}
+    tree = recognize({f"target/{name}": values.shape for name, values in parameters.items()}, "here", family)
+    state = optimizer(tree, parameters)
+    whole = {f"target/{name}": values for name, values in parameters.items()} | state
+    save(at, {**whole, "state/step": np.array(BATCHES, np.int32)}, "t5x")
+    return str(at)
+
+
+def fuse(paths, at, **options):
+    plan, opened = plan_fusion(paths, Options(**options))
+    carry_out(plan, opened, at)
+    return open_checkpoint(str(at))
+
+
+def off(found, wanted):
+    return float(np.abs(found - wanted).max() / max(np.abs(wanted).max(), 1e-300))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("optimizer", "copies"),
+    [("adam", 2), ("adafactor", 2), ("adafactor", 3), ("adafactor with momentum", 2)],
+)
+def test_carried_is_what_the_fused_model_gathers_itself(tmp_path, family, optimizer, copies):
+    path = source(tmp_path / "a", family, OPTIMIZERS[optimizer])
+
+    fused = fuse([path] * copies, tmp_path / "fused", dtype="float64")
+
+    tree = recognize(fused.shapes, "fused")
+    parameters = {name: fused.read(tree.full(name)) for name in tree.shapes}
+    wanted = OPTIMIZERS[optimizer](tree, parameters)
+    found = {name: fused.read(name) for name in fused.leaves if name.startswith(STATE)}
+    assert found.keys() == wanted.keys()
+    assert {n: v.shape for n, v in found.items()} == {n: np.shape(v) for n, v in wanted.items()}
+    # An update is a gradient over its deviation: where that is tiny it consists of rounding errors. As gradients:
+    weight = {name: np.sqrt(wanted[f"{name[:-1]}v"]) if name.endswith("/m") else 1.0 for name in found}
+    errors = {name: off(found[name] * weight[name], wanted[name] * weight[name]) for name in found}
+    assert {name: error for name, error in errors.items() if error > TOLERANCE} == {}
+    assert verify(str(tmp_path / "fused"), settings=Settings(("files", "weights"))).passed
+
+
+def test_what_is_copied_as_it_is_is_not_what_the_fused_model_gathers(tmp_path):
+    """The control: gradients are 1/K of what they were, and nobody who forgets it passes."""
+    path = source(tmp_path / "a", "t5-1.1", OPTIMIZERS["adam"])
+    fused = fuse([path] * 2, tmp_path / "fused", dtype="float64")
+    tree = recognize(fused.shapes, "fused")
+    wanted = OPTIMIZERS["adam"](tree, {name: fused.read(tree.full(name)) for name in tree.shapes})
+    slot = f"{STATE}0/nu/encoder/layers_0/mlp/wo/kernel"
+    assert off(np.tile(open_checkpoint(path).read(slot), (2, 2)), wanted[slot]) > 2.9
+    assert off(np.tile(open_checkpoint(path).read(slot) / 4, (2, 2)), wanted[slot]) < TOLERANCE
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equal_models_that_nobody_knows_to_be_equal_get_the_same_where_the_moments_have_rank_one(tmp_path, family):
+    """The estimate between two different models is exact then; first moments between them start from zero."""
+
+    def rank_one(tree, parameters):
+        rng = np.random.default_rng(1)
+        state = {}
+        for name, values in parameters.items():
+            spec = tree.rows[name].spec
+            sides = [
+                rng.uniform(
+                    0.5,
+                    2.0,
+                    [n if axis not in spec.outputs else 1 for n, axis in zip(values.shape, spec.axes, strict=True)],
+                ),
+                rng.uniform(
+                    0.5,
+                    2.0,
+                    [n if axis not in spec.inputs else 1 for n, axis in zip(values.shape, spec.axes, strict=True)],
+                ),
+            ]
+            state[f"{STATE}0/nu/{name}"] = np.broadcast_to(sides[0] * sides[1], values.shape).copy()
+            state[f"{STATE}0/mu/{name}"] = rng.normal(size=values.shape)
+        return {**state, f"{STATE}0/count": np.array(7, np.int32)}
+
+    paths = [source(tmp_path / name, family, rank_one) for name in "ab"]
+
+    known, unknown = (fuse(pair, tmp_path / at, dtype="float64") for pair, at in (([paths[0]] * 2, "k"), (paths, "u")))
+
+    tree = recognize(known.shapes, "fused")
+    for name in known.leaves:
+        if "/nu/" in name:
+            assert off(unknown.read(name), known.read(name)) < TOLERANCE, name
+    kernel = next(n for n in tree.shapes if n.endswith("wo/kernel"))
+    at, slot = tree.rows[kernel].spec.axes.index("embed"), f"{STATE}0/mu/{kernel}"
+    first, second = np.split(unknown.read(slot), 2, axis=at)
+    mlp = tree.rows[kernel].spec.axes.index("mlp")
+    assert not np.split(first, 2, axis=mlp)[1].any()
+    assert not np.split(second, 2, axis=mlp)[0].any()
+    assert np.array_equal(
+        np.split(first, 2, axis=mlp)[0], np.split(np.split(known.read(slot), 2, axis=at)[0], 2, axis=mlp)[0]
+    )
+    assert unknown.read(f"{STATE}0/count") == 7
+
+
+@pytest.mark.parametrize("fixture", ["t5_1_1", "t5_1_0", "scalable_1_1"])
+def test_what_t5x_wrote_is_carried_and_verified(written, tmp_path, fixture):
+    a, b = (str(written / fixture / f"seed{i}/legacy/checkpoint_20") for i in (0, 1))
+    for at, paths in (("self", [a, a]), ("two", [a, b]), ("three", [a, b, a])):
+        for optimizer in ("carry", "asymmetric"):
+            fused = fuse(paths, tmp_path / f"{at}-{optimizer}", optimizer=optimizer)
+            tree = recognize(fused.shapes, "fused")
+            assert find_state(fused.shapes, tree, "fused").kind == "adafactor"
+            assert verify(str(tmp_path / f"{at}-{optimizer}"), settings=Settings(("files", "weights"))).passed
+
+
+def test_asymmetric_state_is_the_first_copys_alone(written, tmp_path):
+    a = str(written / "t5_1_1/seed0/legacy/checkpoint_20")
+    carried, first = (fuse([a, a], tmp_path / o, optimizer=o) for o in ("carry", "asymmetric"))
+    slot = f"{STATE}encoder/layers_0/mlp/wi_0/kernel/v"
+    n, m = open_checkpoint(a).shapes[slot]
+    assert np.array_equal(first.read(slot)[:n, :m], carried.read(slot)[:n, :m])
+    assert not first.read(slot)[n:].any()
+    assert not first.read(slot)[:, m:].any()
+
+
+def test_sources_with_states_that_do_not_fit_together_are_refused(tmp_path):
+    one = source(tmp_path / "a", "t5-1.1", OPTIMIZERS["adafactor"])
+    other = source(tmp_path / "b", "t5-1.1", OPTIMIZERS["adam"], seed=1)
+    with pytest.raises(Incompatible, match="do not fit together") as error:
+        plan_fusion([one, other], Options())
+    assert "reset" in error.value.hint
+    plan_fusion([one, other], Options(optimizer="reset"))
