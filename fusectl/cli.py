@@ -106,6 +106,10 @@ Force = Annotated[bool, typer.Option("--force", help="Replace an existing output
 Resume = Annotated[
     bool, typer.Option("--resume", help="Go on with what an interrupted run of the same command has left.")
 ]
+LrTable = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", help="Write the learning rates that continue the trajectory, as JSON for optax."),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing; --equalize measures.")]
 Verify = Annotated[
     bool, typer.Option("--verify", help="Prove the checkpoint before it appears; if that fails, it does not.")
@@ -150,6 +154,7 @@ def fuse(
     noise_scale: NoiseScale = None,
     seed: Seed = 0,
     optimizer: Optimizer = "carry",
+    lr_table: LrTable = None,
     format: FormatName = None,
     arch: Arch = None,
     drop: Drop = [],  # noqa: B006
@@ -190,7 +195,7 @@ def fuse(
             how = Equalize(equalize_by, tokens, budget_bytes, jobs, progress) if equalize else None
             plan, opened = plan_fusion(sources, options, weights=shares, equalize=how)
         writing = _Writing(output, force, jobs, dry_run, allow_nonfinite, verify, report, max_memory, sync, resume)
-        _write(screen, plan, opened, writing)
+        _write(screen, plan, opened, writing._replace(lr_table=lr_table))
 
 
 @app.command(
@@ -205,6 +210,7 @@ def self_fuse(
     noise_scale: NoiseScale = None,
     seed: Seed = 0,
     optimizer: Optimizer = "carry",
+    lr_table: LrTable = None,
     format: FormatName = None,
     arch: Arch = None,
     drop: Drop = [],  # noqa: B006
@@ -237,7 +243,7 @@ def self_fuse(
         options = _options(_fill(fill, noise_scale, seed), optimizer, format, arch, drop, dtype, stored, max_memory)
         plan, opened = plan_fusion([_path(source)] * copies, options, command="self-fuse")
         writing = _Writing(output, force, jobs, dry_run, allow_nonfinite, verify, report, max_memory, sync, resume)
-        _write(screen, plan, opened, writing)
+        _write(screen, plan, opened, writing._replace(lr_table=lr_table))
 
 
 @app.command(
@@ -704,12 +710,13 @@ class _Writing(NamedTuple):
     max_memory: str | None
     sync: bool
     resume: bool
+    lr_table: str | None = None
 
 
 def _write(screen: Screen, plan: Plan, opened: Sequence[Any], how: _Writing) -> None:
     """What every writing command ends with: the plan shown, or carried out and the output's path printed."""
-    from fusectl.formats.locate import place
-    from fusectl.surgery import carry_out, check_output, default_output
+    from fusectl.formats.locate import local, place
+    from fusectl.surgery import carry_out, check_output, default_output, write_table
 
     if how.verify and how.allow_nonfinite:
         raise UsageError("--verify proves nothing about NaN and Inf", hint="without --allow-nonfinite or --verify")
@@ -719,11 +726,15 @@ def _write(screen: Screen, plan: Plan, opened: Sequence[Any], how: _Writing) -> 
         )
     if not (how.verify or how.report):
         raise UsageError("--no-report: of a proof that was not asked for", hint="--verify --no-report")
+    if how.lr_table is not None and not plan.rates:
+        raise UsageError("--lr-table: with weights that differ no one rate fits a parameter", hint="equal weights")
     final = default_output(opened, plan) if how.output is None else place(how.output)
     if not how.resume:
         check_output(final, opened, force=how.force)
     for note in plan.notes:
         screen.note(note)
+    if how.lr_table is not None:
+        write_table(plan, local(how.lr_table))
     if how.dry_run:
         screen.plan(plan, final)
         return

@@ -19,11 +19,12 @@ from typing import Any, Protocol, Self
 
 from fusectl.errors import Incompatible, StorageError
 from fusectl.formats.locate import JOURNAL
-from fusectl.formats.objects import Place
+from fusectl.formats.objects import ObjectPath, Place
+from fusectl.formats.servercopy import generations
 from fusectl.formats.staging import Staging, journal_head
 from fusectl.formats.store import walk
 from fusectl.formats.tree import Checkpoint
-from fusectl.formats.upload import Parts
+from fusectl.formats.upload import Parts, Upload
 from fusectl.plan import Plan, summary
 
 
@@ -37,8 +38,10 @@ Index = tuple[int, ...]
 class Journal:
     """The chunks that a staging directory holds, by tensor and place in its grid, each with its CRC-32."""
 
-    def __init__(self, at: Staging, digest: str, *, resume: bool) -> None:
+    def __init__(self, at: Staging | Upload, digest: str, *, names: Sequence[str] = (), resume: bool) -> None:
         """Starts a journal of what the digest tells; with `resume` opens the one that is there.
+
+        `names` are those that will stand in the place that is written to.
 
         Raises Incompatible if that is of something else.
         """
@@ -47,10 +50,11 @@ class Journal:
         self.closed = False
         self._lock = threading.Lock()
         journal = at.home / JOURNAL
-        self._lines: _Lines = _File(journal) if isinstance(journal, Path) else Parts(journal, at.guard)
+        self._lines: _Lines = _File(journal) if isinstance(journal, Path) else Parts(journal)
         self._done = dict(_entries(self._lines.read())) if resume else {}
         if not resume:
-            self._lines.begin(_line({"schema": SCHEMA, "plan": digest}))
+            self._lines.begin(_line({"schema": SCHEMA, "plan": digest, "names": sorted(names)}))
+        at.begun = True
 
     def __enter__(self) -> Self:
         return self
@@ -117,7 +121,12 @@ def _line(entry: object) -> bytes:
 
 def require_same_plan(at: Place, digest: str) -> None:
     """Raises Incompatible unless the journal in `at` is of what the digest tells."""
-    if journal_head(at) != _line({"schema": SCHEMA, "plan": digest}):
+    try:
+        found = json.loads(journal_head(at))
+        same = (found["schema"], found["plan"]) == (SCHEMA, digest)
+    except (ValueError, LookupError, TypeError, RecursionError):
+        same = False
+    if not same:
         raise Incompatible(
             f"{at}: was begun with another plan: other sources, options, or another version",
             hint="without --resume it starts anew",
@@ -130,7 +139,9 @@ def digest_of(plan: Plan, sources: Sequence[Checkpoint], *, allow_nonfinite: boo
     told += [plan.record.version, [source.fingerprint for source in plan.record.sources]]
     told += [repr((output.layout, output.storage)) for output in plan.outputs]
     for index in dict.fromkeys(source.location.index for source in sources):
-        if isinstance(index, Path):
+        if isinstance(index, ObjectPath):
+            told.append(sorted(generations(index).items()))
+        else:
             files = (entry for entry in walk(str(index)) if not entry.is_dir())
             told.append(sorted((file.path, file.stat().st_ino, file.stat().st_mtime_ns) for file in files))
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fusectl.chunks import TOLERATED_EXCESS_BYTES
 from fusectl.errors import Incompatible, NotEnoughSpace
@@ -15,6 +15,7 @@ from fusectl.formats.tree import EmptyNode, Key
 from fusectl.formats.zarr import Storage, np_dtype
 from fusectl.layout import Block, Layout, Region, Term, place_in_grid, shifted, size, tiles_in
 from fusectl.record import Record
+from fusectl.transforms.rates import Rate
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,8 @@ class Plan:
     sparse: bool = False
     links: bool = False
     check_sources: bool = True
+    # The learning rates that continue the trajectory, by parameter.
+    rates: Mapping[str, Rate] = field(default_factory=dict, repr=False)
 
     @property
     def nbytes(self) -> int:

@@ -9,6 +9,7 @@ bytes.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,7 +24,7 @@ from fusectl.formats import Format, fingerprint, format_named, open_checkpoint, 
 from fusectl.formats.locate import is_checkpoint
 from fusectl.formats.objects import ObjectPath, Place
 from fusectl.formats.servercopy import missing_library
-from fusectl.formats.sink import Manner, Sink
+from fusectl.formats.sink import Manner, Sink, names_written
 from fusectl.formats.staging import can_be_resumed, check_space, clear_journal, staged, staging_of, storage_errors
 from fusectl.formats.t5x import kept_in_index
 from fusectl.formats.tree import STEPS, T5X_STEP, Checkpoint, EmptyNode, Key, dict_keys, is_dropped
@@ -38,6 +39,7 @@ from fusectl.sources import Opened, open_source
 from fusectl.transforms.carry import Carry, same_models
 from fusectl.transforms.grow import Fusion, check_fill, filled, fused, line_up
 from fusectl.transforms.optimizer import STATE, OptimizerState, find_state, fresh_slots
+from fusectl.transforms.rates import in_words, rates, table
 
 
 OPTIMIZERS = ("carry", "reset", "drop", "asymmetric")
@@ -131,8 +133,11 @@ def plan_fusion(
         norm=options.norm,
         residual_scales=fusion.residual_scales,
     )
+    found = rates(fusion)
     notes = [*builder.notes, *_notes_on(opened, options, record)]
-    return builder.plan(record, item, notes), [o.checkpoint for o in opened]
+    if optimizer not in {"none", "drop"} and (words := in_words(found)):
+        notes.append(f"at an unchanged rate it moves faster; Adam goes on as before with {words} (--lr-table FILE)")
+    return replace(builder.plan(record, item, notes), rates=found), [o.checkpoint for o in opened]
 
 
 def plan_noise_fill(path: str, options: Options, *, copies: int | None = None) -> tuple[Plan, list[Checkpoint]]:
@@ -230,13 +235,15 @@ def carry_out(
             note(f"what is taken over goes through this machine; with fusectl[{extra}] it is copied by the store")
     work = Work(sources, plan.record.fill, allow_nonfinite, plan.check_sources)
     manner = Manner(plan.sparse, plan.links, plan.commit_bytes)
-    with staged(output, force=force, sync=sync, resume=resume, kept=kept, note=note) as staging:
+    out_format = format_named(plan.format)
+    names = names_written((o.keys for o in plan.outputs), out_format, plan.item)
+    with staged(output, force=force, sync=sync, resume=resume, names=names, kept=kept, note=note) as staging:
         if not resume and isinstance(output, Path):
             check_space(output, plan.nonzero_bytes - plan.passed_bytes * plan.links)
-        with Journal(staging, digest, resume=resume) as journal:
+        with Journal(staging, digest, names=list(names), resume=resume) as journal:
             if resume:
                 note(f"{counted(len(journal), 'chunk')} said to be there; each is read and compared with its checksum")
-            sink = Sink(staging.home, output, format_named(plan.format), plan.item, manner, resumed=resume)
+            sink = Sink(staging.home, output, out_format, plan.item, manner, resumed=resume, guard=staging.guard)
             progress, jobs = progress or Silent(), jobs or default_jobs()
             if any(isinstance(place, ObjectPath) for place in (output, *(s.location.home for s in sources))):
                 jobs = max(jobs, REMOTE_JOBS)
@@ -263,6 +270,12 @@ def default_output(sources: Sequence[Checkpoint], plan: Plan) -> Place:
         plan.record.command, ""
     )
     return home.with_name(f"{stem}{fused_name}{noise}{suffix}")
+
+
+def write_table(plan: Plan, to: Path) -> None:
+    """Writes the learning rates that continue the trajectory as a file of JSON."""
+    with storage_errors(to):
+        to.write_text(json.dumps(table(plan.rates, len(plan.record.weights)), indent=1) + "\n")
 
 
 def is_complete(plan: Plan, output: Place) -> bool:

@@ -17,12 +17,12 @@ from typing import Any
 
 import tensorstore as ts
 
-from fusectl.errors import Corrupt, FusectlError, NotFound, StorageError
+from fusectl.errors import Corrupt, FusectlError, NotFound, StorageError, UsageError
 
 
 # Sorts behind everything that may stand behind a prefix.
 _LAST = "\U0010ffff"
-URL = re.compile(r"(gs|s3)://([^/]+)(?:/(.*))?")
+URL = re.compile(r"((?i:gs|s3))://([^/]*)(?:/(.*))?", re.DOTALL)
 _DRIVERS = {"gs": "gcs", "s3": "s3"}
 # By default it would be minutes until a server that is gone is an error.
 _RETRIES = {"max_retries": 8, "initial_delay": "200ms", "max_delay": "8s"}
@@ -123,12 +123,17 @@ class ObjectPath:
 
     @classmethod
     def parse(cls, url: str) -> ObjectPath | None:
-        """The path that a gs:// or s3:// URL means; None for anything else."""
+        """The path that a gs:// or s3:// URL means; None for anything else. Raises UsageError for a malformed one."""
         found = URL.fullmatch(url)
         if found is None:
             return None
-        scheme, bucket, key = found.group(1), found.group(2), found.group(3) or ""
-        return cls(scheme, bucket, key.strip("/"), _Bucket(scheme, bucket))
+        scheme, bucket, key = found.group(1).lower(), found.group(2), (found.group(3) or "").strip("/")
+        if not bucket:
+            raise UsageError(f"{url}: names no bucket", hint=f"{scheme}://BUCKET/PATH")
+        if not {".", ".."}.isdisjoint(key.split("/")):
+            # Servers resolve them, up to another bucket; who lists does not.
+            raise UsageError(f"{url}: . and .. mean nothing in a bucket")
+        return cls(scheme, bucket, key, _Bucket(scheme, bucket))
 
     def __str__(self) -> str:
         return f"{self.scheme}://{self.bucket}/{self.key}".rstrip("/")
@@ -213,12 +218,10 @@ class ObjectPath:
         else:
             self._objects.write(self.key, value)
 
-    def publish(self) -> None:
-        """Writes what has been held back, in its order: each object before the next one is begun."""
-        while self._objects.held:
-            key = next(iter(self._objects.held))
-            self._objects.write(key, self._objects.held[key])
-            del self._objects.held[key]
+    def publish(self, key: str) -> None:
+        """Writes one of the objects that have been held back."""
+        if self._objects.held is not None:
+            self._objects.write(key, self._objects.held.pop(key))
 
     def remove(self) -> None:
         """Deletes the object, if there is one, and all that is below it."""

@@ -7,12 +7,14 @@ read and written.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
 from fusectl.errors import StorageError
+from fusectl.formats.objects import ObjectPath
 
 
 # Copies one object: from a bucket and a key to a bucket and a key.
@@ -30,19 +32,48 @@ def missing_library(scheme: str) -> str | None:
 
 
 def copier(scheme: str) -> Copy | None:
-    """What copies objects within this kind of store; None if its library is not installed."""
+    """What copies objects within this kind of store; None if its library is not installed, or finds no credentials."""
     if missing_library(scheme):
         return None
-    return _s3() if scheme == "s3" else _gcs()
+    try:
+        return _s3() if scheme == "s3" else _gcs()
+    except Exception:  # noqa: BLE001
+        # These libraries look for settings of their own. tensorstore has found its, and does it without them.
+        return None
+
+
+def generations(at: ObjectPath) -> Mapping[str, str]:
+    """What tells that an object is the one that it was, for all below a place, from the vendor's own listing.
+
+    Without the library what nobody has said before, so that nothing is taken for what it was.
+    """
+    try:
+        if missing_library(at.scheme):
+            return {"": uuid.uuid4().hex}
+        if at.scheme == "s3":
+            pages = _s3_client().get_paginator("list_objects_v2").paginate(Bucket=at.bucket, Prefix=f"{at.key}/")
+            return {
+                each["Key"]: f"{each['ETag']} {each['LastModified']}" for p in pages for each in p.get("Contents", ())
+            }
+        from google.cloud import storage
+
+        blobs = _gcs_client(storage).list_blobs(at.bucket, prefix=f"{at.key}/")
+        return {blob.name: str(blob.generation) for blob in blobs}
+    except Exception:  # noqa: BLE001
+        return {"": uuid.uuid4().hex}
+
+
+def _s3_client() -> Any:
+    import boto3
+
+    return boto3.client("s3", region_name=os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION"))
 
 
 def _s3() -> Copy:
-    import boto3
     from boto3.s3.transfer import TransferConfig
     from botocore.exceptions import BotoCoreError, ClientError
 
-    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    client = boto3.client("s3", region_name=region)
+    client = _s3_client()
     # What is larger than a request can copy goes in parts; copies run side by side already.
     config = TransferConfig(use_threads=False)
 
@@ -91,7 +122,8 @@ def _gcs_client(storage: Any) -> Any:
     """A client of the server that tensorstore talks to."""
     endpoint = os.environ.get("TENSORSTORE_GCS_HTTP_URL")
     if endpoint is None:
-        return storage.Client()
+        # Nothing that is asked of it is about a project.
+        return storage.Client("none")
     from google.auth.credentials import AnonymousCredentials
 
     return storage.Client("none", AnonymousCredentials(), client_options={"api_endpoint": endpoint})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,11 +17,11 @@ import numpy.typing as npt
 from fusectl.errors import Corrupt, StorageError
 from fusectl.formats import Format, format_named
 from fusectl.formats.encoding import ZSTD_LEVEL, BadChunk, Buffer, Encoding, checksum
-from fusectl.formats.locate import COMMITTED, JOURNAL, LEASE, ORBAX_INDEX, STEP_METADATA, T5X_INDEX
+from fusectl.formats.locate import COMMITTED, JOURNAL, ORBAX_INDEX, STEP_METADATA, T5X_INDEX
 from fusectl.formats.objects import Place
 from fusectl.formats.orbax import Form, item_metadata, marker, step_metadata
 from fusectl.formats.staging import remove_any, staged, storage_errors
-from fusectl.formats.store import translate
+from fusectl.formats.store import MANIFEST, translate
 from fusectl.formats.t5x import kept_in_index, new_index
 from fusectl.formats.target import Database, Directories, Objects, Target
 from fusectl.formats.tree import Checkpoint, EmptyNode, Key, Leaf, Location, dict_keys
@@ -74,8 +74,10 @@ class Sink:
         manner: Manner | None = None,
         *,
         resumed: bool = False,
+        guard: Callable[[], None] = lambda: None,
     ) -> None:
         self._home = home
+        self._guard = guard
         self._final = final
         self._resumed = resumed
         self._format = format
@@ -111,7 +113,7 @@ class Sink:
     def create(self, tensors: Iterable[NewTensor]) -> None:
         """Announces tensors, each chunk of which must then be written."""
         tensors = list(tensors)
-        if self._resumed:
+        if self._resumed and isinstance(self._home, Path):
             self._sweep({_base(tensor.keys) for tensor in tensors})
         for tensor in tensors:
             if self._format.name == "t5x" and kept_in_index(tensor.name, tensor.shape):
@@ -126,10 +128,9 @@ class Sink:
 
     def _sweep(self, arrays: set[str]) -> None:
         """Removes what an interrupted run has left beside the arrays and the database: proofs, indexes, strangers."""
-        mine = {self._index, self._home / LEASE}
+        mine = {self._index, self._home / JOURNAL}
         for child in {*self._home.iterdir(), *self._index.iterdir()}:
-            known = child in mine or child.name.startswith(JOURNAL) or child.name in arrays
-            if not known and not self._target.owns(child.name):
+            if child not in mine and child.name not in arrays and not self._target.owns(child.name):
                 remove_any(child)
 
     def expect(self, chunks: Iterable[tuple[Checkpoint, str, tuple[int, ...]]]) -> None:
@@ -267,10 +268,19 @@ class Sink:
         where = f"{self._final}: {name}" if name else str(self._final)
         try:
             with storage_errors(self._final):
+                self._guard()
                 yield
         except ValueError as error:
             # What an interrupted run has left may be damaged, and would be each time.
             raise translate(error, where, Corrupt if self._resumed else StorageError) from error
+
+
+def names_written(keys: Iterable[Sequence[Key]], format: Format, item: str | None) -> set[str]:
+    """The names that a checkpoint of arrays with these keys has in it, but for those that start with fusectl."""
+    if format.name == "t5x":
+        return {T5X_INDEX, *map(_base, keys)}
+    inside = {MANIFEST, "d", ORBAX_INDEX} if format.ocdbt else {ORBAX_INDEX, *map(_base, keys)}
+    return {COMMITTED, STEP_METADATA, *({item} if item else inside)}
 
 
 def _base(keys: Sequence[Key]) -> str:

@@ -15,7 +15,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,23 +24,26 @@ from pathlib import Path
 from fusectl.errors import FusectlError, NotEnoughSpace, OutputExists, StorageError
 from fusectl.formats.locate import JOURNAL, TEMPORARY_SUFFIX
 from fusectl.formats.objects import ObjectPath, Place
-from fusectl.formats.upload import clear_unfinished, uploaded
+from fusectl.formats.upload import Upload, clear_unfinished, uploaded
 
 
 REMOVALS = 200
 FLUSHES_AT_ONCE = 8
 
 
-@dataclass(frozen=True)
-class Staging:
-    """Where to write, and what raises OutputExists when another process has taken that over."""
-
-    home: Place
-    guard: Callable[[], None] = lambda: None
-
-
 def _nothing() -> None:
     pass
+
+
+@dataclass
+class Staging:
+    """Where to write."""
+
+    home: Path
+    # In a bucket, raises OutputExists when another process has taken it over.
+    guard: Callable[[], None] = _nothing
+    # Whether its journal has been begun.
+    begun: bool = False
 
 
 def _silent(_: str) -> None:
@@ -54,10 +57,13 @@ def staged(
     force: bool,
     sync: bool = True,
     resume: bool = False,
+    names: Collection[str] = (),
     kept: Callable[[], None] = _nothing,
     note: Callable[[str], None] = _silent,
-) -> Iterator[Staging]:
+) -> Iterator[Staging | Upload]:
     """A temporary sibling of `final`, which becomes `final` when the body ends; in a bucket `final` itself.
+
+    There `force` and `sync` mean nothing: what exists is never replaced, what is written is stored.
 
     When the body fails it is removed, unless it has a journal and the failure is one that may pass: an interrupt, a
     full disk, storage that refuses; then `kept` is called. With `resume` it begins with what such a run has left. With
@@ -66,8 +72,8 @@ def staged(
     Raises OutputExists when `final` exists and `force` is not given, or when another process is writing it.
     """
     if isinstance(final, ObjectPath):
-        with uploaded(final, resume=resume, kept=kept, note=note) as (home, guard):
-            yield Staging(home, guard)
+        with uploaded(final, resume=resume, names=names, kept=kept, note=note) as upload:
+            yield upload
         return
     if os.path.lexists(final) and not force:
         raise OutputExists(f"{final}: exists", hint="choose another -o, or --force to replace it")

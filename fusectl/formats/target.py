@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -20,7 +21,7 @@ import tensorstore as ts
 from fusectl.errors import Corrupt, FusectlError
 from fusectl.formats.encoding import Buffer
 from fusectl.formats.objects import ObjectPath, Place
-from fusectl.formats.servercopy import copier
+from fusectl.formats.servercopy import Copy, copier
 from fusectl.formats.store import MANIFEST, Extent, Files, copy, directory, link, new_context, new_ocdbt, ocdbt, write
 
 
@@ -129,7 +130,9 @@ class Objects:
     def __init__(self, at: ObjectPath) -> None:
         self._spec = directory(str(at))
         self._store = ts.KvStore.open(self._spec, context=new_context()).result()
-        self._copy = copier(at.scheme)
+        self._scheme = at.scheme
+        self._zeros: dict[tuple[int, bytes], bytes] = {}
+        self._lock = threading.Lock()
 
     def expect(self, chunks: Iterable[tuple[Files, str]]) -> None:
         pass
@@ -138,11 +141,17 @@ class Objects:
         self._store.write(key, _joined(pieces)).result()
 
     def write_zeros(self, key: str, nbytes: int, behind: bytes) -> None:
-        self.write(key, [bytes(nbytes), behind])
+        with self._lock:
+            zeros = self._zeros.setdefault((nbytes, behind), bytes(nbytes) + behind)
+        self.write(key, [zeros])
+
+    @cached_property
+    def _copy(self) -> Copy | None:
+        return copier(self._scheme)
 
     def take(self, key: str, files: Files, name: str) -> bool:
         ours, theirs = self._spec, files.spec
-        if self._copy is not None and theirs["driver"] == ours["driver"]:
+        if theirs["driver"] == ours["driver"] and self._copy is not None:
             self._copy(theirs["bucket"], theirs["path"] + name, ours["bucket"], ours["path"] + key)
         else:
             self.write(key, [files.bytes_of(name)])

@@ -6,7 +6,9 @@
       …                             arrays
       fusectl.json, checkpoint      held back until all of it is there and has been found as planned
 
-Whoever finds a lease watches whether it is renewed. If not, its writer is gone, and the place can be taken.
+Whoever finds a lease watches whether it is renewed. If not, its writer is gone, and the place can be taken. A writer
+that could not renew its own for a while does so before it goes on, and stops where another one has taken the place.
+Only what fusectl has written is ever removed: the journal names it.
 """
 
 from __future__ import annotations
@@ -17,86 +19,159 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 
-from fusectl.errors import Corrupt, NotEnoughSpace, OutputExists, StorageError
-from fusectl.formats.locate import JOURNAL, LEASE, names_in, unfinished
+from fusectl.errors import FusectlError, NotEnoughSpace, OutputExists, StorageError
+from fusectl.formats.locate import COMMITTED, JOURNAL, LEASE, T5X_INDEX, names_in, unfinished
 from fusectl.formats.objects import ObjectPath
 
 
 BEAT_S = 5.0
-# How long a lease is watched, and how often it is looked at.
-PATIENCE_S = 16.0
+# Nothing is written later than this after the lease was renewed. A request is repeated for 28 s at most.
+FENCE_S = 10.0
+# How long a lease is watched, and how often it is looked at: longer than its writer may still be writing.
+PATIENCE_S = 40.0
 LOOK_S = 1.0
 # How much of a journal may be lost with its writer.
 FLUSH_S = 1.0
 _RELEASED = b"{}"
 
 
+@dataclass
+class Upload:
+    """A place in a bucket that is being written to."""
+
+    home: ObjectPath
+    # Raises OutputExists when another process has taken it over.
+    guard: Callable[[], None] = field(repr=False)
+    # Whether its journal has been begun, and there is something to go on with.
+    begun: bool = False
+
+
 @contextmanager
 def uploaded(
-    final: ObjectPath, *, resume: bool, kept: Callable[[], None], note: Callable[[str], None]
-) -> Iterator[tuple[ObjectPath, Callable[[], None]]]:
-    """`final` to be written to, and what raises when another process has taken it over.
+    final: ObjectPath,
+    *,
+    resume: bool,
+    names: Collection[str],
+    kept: Callable[[], None],
+    note: Callable[[str], None],
+) -> Iterator[Upload]:
+    """`final` to be written to; `names` are those that will stand in it.
 
-    Small files are held back until the body ends. When it fails, what is there is removed, or kept as `staged` says.
+    Small files are held back until the body ends. When it fails, what it has written is removed, or kept as `staged`
+    says. Raises OutputExists where something else is, or where another process is writing.
     """
+    require_free(final)
     home = final.anew({})
     lease = Lease(home, note)
+    upload = Upload(home, lease.guard)
+    begun = published = False
     try:
-        require_free(final.anew())
+        own = {*names, *_names_of_journal(final)}
+        _require_only(final, own)
         if not resume:
-            _clear(home)
-        yield home, lease.require
-        lease.renew()
-        home.publish()
-        lease.end()
-        clear_unfinished(final)
+            _clear(home, own)
+        begun = True
+        yield upload
+        _publish(home, lease)
+        published = True
     except BaseException as error:
-        if not lease.lost:
-            _undo(home, lease, error, kept)
+        if begun:
+            _undo(upload, lease, error, own, kept)
+        else:
+            lease.release()
         raise
+    finally:
+        lease.end()
+        if published:
+            with suppress(StorageError):
+                clear_unfinished(final)
 
 
 def require_free(final: ObjectPath) -> None:
-    """Raises OutputExists where there is anything but what an unfinished run has left."""
+    """Raises OutputExists where there is anything but what an unfinished run of fusectl has left."""
+    final = final.anew()
+    hint = "choose another -o, or remove it: a bucket cannot replace a checkpoint in one step"
+    if final.is_file():
+        raise OutputExists(f"{final}: an object", hint=hint)
     names = names_in(final)
     if names and not unfinished(names):
-        hint = "choose another -o, or remove it: a bucket cannot replace a checkpoint in one step"
         raise OutputExists(f"{final}: exists", hint=hint)
+    for parent in final.parents:
+        with suppress(StorageError):
+            if (parent / LEASE).read()[0] is not None:
+                raise OutputExists(f"{final}: lies inside {parent}, which is being written or was not finished")
 
 
-def _undo(home: ObjectPath, lease: Lease, error: BaseException, kept: Callable[[], None]) -> None:
-    """Leaves what can be gone on with, or nothing."""
+def _require_only(final: ObjectPath, own: Collection[str]) -> None:
+    """Raises OutputExists where there is what no run of fusectl has written."""
+    strange = sorted(name for name in names_in(final.anew()) if name not in own and not name.startswith("fusectl"))
+    if strange:
+        more = f" and {len(strange) - 1} more" if strange[1:] else ""
+        raise OutputExists(
+            f"{final}: an unfinished run left it, and {strange[0]}{more}, which it has not written, is there"
+        )
+
+
+def _names_of_journal(final: ObjectPath) -> Collection[str]:
+    """What the run that has left a journal was going to write."""
+    try:
+        return set(map(str, json.loads((final / JOURNAL).read_bytes())["names"]))
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return ()
+
+
+def _publish(home: ObjectPath, lease: Lease) -> None:
+    """Writes what was held back, last what makes a checkpoint of it."""
+    held = home.held or {}
+    last = {(home / name).key for name in (T5X_INDEX, COMMITTED)}
+    for key in sorted(held, key=last.__contains__):
+        lease.renew()
+        home.publish(key)
+    lease.renew()
+
+
+def _undo(upload: Upload, lease: Lease, error: BaseException, own: Collection[str], kept: Callable[[], None]) -> None:
+    """Leaves what can be gone on with, or nothing. What may be another's is not touched."""
     if isinstance(error, StorageError):
         # It would have to answer now. The lease runs out without it.
         lease.end()
-        kept()
+        if upload.begun:
+            kept()
         return
-    with suppress(StorageError):
-        if (not isinstance(error, Exception) or isinstance(error, NotEnoughSpace)) and (home / JOURNAL).read()[0]:
-            lease.end(release=True)
+    with suppress(StorageError, OutputExists):
+        lease.renew()
+        if upload.begun and (not isinstance(error, Exception) or isinstance(error, NotEnoughSpace)):
+            lease.release()
             kept()
         else:
-            _clear(home)
-            lease.end()
-            (home / LEASE).remove()
+            _clear(upload.home, own)
+            clear_unfinished(upload.home)
 
 
-def _clear(home: ObjectPath) -> None:
-    """Removes all but the lease."""
-    for child in home.anew().iterdir():
-        if child.name != LEASE:
+def _clear(home: ObjectPath, own: Collection[str]) -> None:
+    """Removes what fusectl has written there, but for the journal and the lease; what makes a checkpoint first."""
+    last = {T5X_INDEX, COMMITTED}
+    for child in sorted(home.anew().iterdir(), key=lambda child: child.name not in last):
+        mine = child.name in own or child.name.startswith("fusectl")
+        if mine and not child.name.startswith((JOURNAL, LEASE)):
             child.remove()
+    clear_unfinished(home, but_lease=True)
 
 
-def clear_unfinished(final: ObjectPath) -> None:
+def clear_unfinished(final: ObjectPath, *, but_lease: bool = False) -> None:
     """Removes what tells that a checkpoint is not finished: the journal, then the lease."""
-    for child in final.anew().iterdir():
-        if child.name.startswith(JOURNAL):
+    for child in sorted(final.anew().iterdir(), key=str, reverse=True):
+        if child.name.startswith(JOURNAL) or (child.name == LEASE and not but_lease):
             child.remove()
-    (final / LEASE).remove()
+
+
+def _now_s() -> float:
+    """A clock that goes on while a machine sleeps."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 class Lease:
@@ -104,56 +179,67 @@ class Lease:
 
     def __init__(self, at: ObjectPath, note: Callable[[str], None]) -> None:
         """Takes the place; raises OutputExists where another process is writing."""
-        self.lost = False
         self._where = str(at)
         self._object = (at / LEASE).anew()
         self._me = {"holder": uuid.uuid4().hex, "host": socket.gethostname(), "process": os.getpid()}
         self._beats = 0
+        self._lost = False
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self._generation = self._take(note)
+        self._renewed_s = _now_s()
         threading.Thread(target=self._beat, name="fusectl-lease", daemon=True).start()
 
-    def require(self) -> None:
-        """Raises OutputExists if another process has taken the place."""
-        if self.lost:
-            raise OutputExists(f"{self._where}: another process has taken it over")
+    def guard(self) -> None:
+        """Returns if the place is certainly its holder's; raises OutputExists if another process has taken it."""
+        if self._lost or _now_s() - self._renewed_s > FENCE_S:
+            self.renew()
 
     def renew(self) -> None:
         """Says that its holder lives; raises OutputExists if the place was taken."""
         with self._lock:
-            if self._ended.is_set():
-                return
-            generation = self._object.write_if(self._contents(), self._generation)
-            if generation is None:
-                # A store that has answered too late was asked twice, and did it the first time.
-                value, generation = self._object.read()
-                self.lost = _holder(value) != self._me["holder"]
-            self._generation = generation
-        self.require()
+            if not self._lost and not self._ended.is_set():
+                generation = self._object.write_if(self._contents(), self._generation) or self._mine()
+                self._lost = generation is None
+                if generation is not None:
+                    self._generation, self._renewed_s = generation, _now_s()
+            if self._lost:
+                self._ended.set()
+                raise OutputExists(f"{self._where}: another process has taken it over")
 
-    def end(self, *, release: bool = False) -> None:
-        """Renews no longer; with `release` the next one may take the place at once."""
-        self._ended.set()
+    def release(self) -> None:
+        """Lets the next one take the place at once."""
         with self._lock:
-            if release:
-                self._object.write_if(_RELEASED, self._generation)
+            if not self._lost and not self._ended.is_set():
+                self._ended.set()
+                with suppress(StorageError):
+                    self._object.write_if(_RELEASED, self._generation)
+
+    def end(self) -> None:
+        """Renews it no longer."""
+        self._ended.set()
+
+    def _mine(self) -> bytes | None:
+        """The generation of the lease if it is its holder's: a store that answered too late was asked twice."""
+        value, generation = self._object.read()
+        return generation if _holder(value) == self._me["holder"] else None
 
     def _take(self, note: Callable[[str], None]) -> bytes:
         value, generation = self._object.read()
         if value not in {None, _RELEASED}:
             note(f"{self._object}: watching for {PATIENCE_S:.0f} s whether its writer lives")
             generation = self._watch(generation)
-        taken = self._object.write_if(self._contents(), generation)
+        self._object.write_if(self._contents(), generation)
         # Not every store compares and writes in one step.
-        if taken is None or _holder(self._object.read()[0]) != self._me["holder"]:
+        taken = self._mine()
+        if taken is None:
             raise OutputExists(f"{self._where}: another process is writing it")
         return taken
 
     def _watch(self, generation: bytes) -> bytes:
         renewed = False
-        until = time.monotonic() + PATIENCE_S
-        while time.monotonic() < until:
+        until = _now_s() + PATIENCE_S
+        while _now_s() < until:
             time.sleep(LOOK_S)
             value, now = self._object.read()
             if value in {None, _RELEASED}:
@@ -163,12 +249,12 @@ class Lease:
             if renewed:
                 raise OutputExists(f"{self._where}: another process is writing it")
             # Once may be what a writer had sent before it was killed.
-            renewed, generation, until = True, now, time.monotonic() + PATIENCE_S
+            renewed, generation, until = True, now, _now_s() + PATIENCE_S
         return generation
 
     def _beat(self) -> None:
         while not self._ended.wait(BEAT_S):
-            with suppress(StorageError, OutputExists):
+            with suppress(FusectlError):
                 self.renew()
 
     def _contents(self) -> bytes:
@@ -179,21 +265,22 @@ class Lease:
 def _holder(lease: bytes | None) -> object:
     try:
         found = json.loads(lease or b"{}")
-    except ValueError as error:
-        raise Corrupt("a lease that makes no sense") from error
+    except (ValueError, RecursionError):
+        return None
     return found.get("holder") if isinstance(found, dict) else None
 
 
 class Parts:
     """The lines of a journal in a bucket. Objects cannot be appended to: each part holds what came since the last."""
 
-    def __init__(self, journal: ObjectPath, guard: Callable[[], None]) -> None:
+    def __init__(self, journal: ObjectPath) -> None:
         self._journal = journal.anew()
-        self._guard = guard
         before = (p for p in self._journal.parent.iterdir() if p.name.startswith(f"{journal.name}."))
         self._parts = sorted(before, key=str)
         self._lines: list[bytes] = []
-        self._flushed_s = time.monotonic()
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        threading.Thread(target=self._flush_often, name="fusectl-journal", daemon=True).start()
 
     def read(self) -> bytes:
         """All lines that were written before."""
@@ -204,20 +291,27 @@ class Parts:
         self._journal.write_bytes(line)
 
     def append(self, line: bytes) -> None:
-        self._guard()
         self._lines.append(line)
-        if time.monotonic() - self._flushed_s >= FLUSH_S:
-            self._flush()
 
     def close(self, *, failing: bool) -> None:
         """Writes what is left, unless storage is what has failed."""
-        if self._lines and not failing:
+        self._closed.set()
+        if not failing:
+            with suppress(StorageError):
+                self._flush()
+
+    def _flush_often(self) -> None:
+        while not self._closed.wait(FLUSH_S):
+            # What is not noted is done once more; storage that fails is told by what is written.
             with suppress(StorageError):
                 self._flush()
 
     def _flush(self) -> None:
-        part = self._journal.with_name(f"{self._journal.name}.{len(self._parts):06}")
-        part.write_bytes(b"".join(self._lines))
-        self._parts.append(part)
-        self._lines.clear()
-        self._flushed_s = time.monotonic()
+        with self._lock:
+            lines = self._lines[:]
+            if not lines:
+                return
+            part = self._journal.with_name(f"{self._journal.name}.{len(self._parts):06}")
+            part.write_bytes(b"".join(lines))
+            self._parts.append(part)
+            del self._lines[: len(lines)]

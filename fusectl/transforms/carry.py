@@ -107,7 +107,7 @@ class Carry:
         shape = self.fusion.source_shape(parameter, own)
         if moment != "nu":
             if self.models[reads] == own:
-                by = scale if moment == "mu" else self._growth(parameter)
+                by = scale if moment == "mu" else growth(self.fusion, parameter)
                 yield Term(own, self.states[own].slot(parameter, moment), whole(shape), by)
         elif self.models[reads] == own:
             mean = self._mean(own, parameter, kept)
@@ -151,15 +151,15 @@ class Carry:
                 return Mean(source, state.slot(parameter, slot), over)
         raise AssertionError(f"{parameter}: factored in the source and not when fused")
 
-    def _growth(self, parameter: str) -> float:
-        """RMS of the fused parameter over that of a source, as if all sources had one."""
-        row, total = self.fusion.tree.rows[parameter], math.prod(self.fusion.fused_shape(parameter))
-        return math.sqrt(
-            sum(
-                stored_scale(self.fusion, row, i) ** 2 * math.prod(self.fusion.source_shape(parameter, i)) / total
-                for i in range(self.fusion.copies)
-            )
-        )
+
+def growth(fusion: Fusion, parameter: str) -> float:
+    """RMS of a fused parameter over that of a source, as if all sources had one; noise is left out of account."""
+    row, total = fusion.tree.rows[parameter], math.prod(fusion.fused_shape(parameter))
+    squares = (
+        stored_scale(fusion, row, i) ** 2 * math.prod(fusion.source_shape(parameter, i)) / total
+        for i in range(fusion.copies)
+    )
+    return math.sqrt(sum(squares))
 
 
 def same_models(sources: Sequence[object]) -> tuple[int, ...]:

@@ -209,6 +209,52 @@ def test_equal_models_that_nobody_knows_to_be_equal_get_the_same_where_the_momen
     assert unknown.read(f"{STATE}0/count") == 7
 
 
+def stepped(tree, parameters, state, factors, epsilon):
+    """The parameters after one step of Adam from a state, each with its own factor of the learning rate."""
+    (gradient, *_), rate = gradients(tree, parameters), 1e-4
+    count, after = BATCHES + 1, {}
+    for name, g in gradient.items():
+        mu = 0.9 * state[f"{STATE}0/mu/{name}"] + 0.1 * g
+        nu = 0.99 * state[f"{STATE}0/nu/{name}"] + 0.01 * g * g
+        step = (mu / (1 - 0.9**count)) / (np.sqrt(nu / (1 - 0.99**count)) + epsilon[name])
+        after[name] = parameters[name] - rate * factors[name] * step
+    return after
+
+
+def moved(tree, parameters, *args):
+    """How the logits move in such a step."""
+    with jax.enable_x64(True):
+        batch = next(batches())
+        before, after = (np.asarray(network(tree)(p, *batch)) for p in (parameters, stepped(tree, parameters, *args)))
+    return after - before
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("copies", [2, 3])
+def test_with_the_factors_of_the_table_the_logits_move_as_the_sources_would_have(tmp_path, family, copies):
+    path = source(tmp_path / "a", family, OPTIMIZERS["adam"])
+    plan, opened = plan_fusion([path] * copies, Options())
+    fused = fuse([path] * copies, tmp_path / "fused")
+    models = []
+    for model in (opened[0], fused):
+        tree = recognize(model.shapes, "here")
+        parameters = {name: model.read(tree.full(name)) for name in tree.shapes}
+        models.append((tree, parameters, {n: model.read(n) for n in model.leaves if n.startswith(STATE)}))
+    (small, small_values, small_state), (large, values, state) = models
+    one = dict.fromkeys(small.shapes, 1.0)
+    epsilon = dict.fromkeys(small.shapes, 1e-8)
+    scaled = dict.fromkeys(epsilon, 1e-08 / copies)
+
+    wanted = moved(small, small_values, small_state, one, epsilon)
+    factors = {name: rate.adam for name, rate in plan.rates.items()}
+    found = moved(large, values, state, factors, scaled)
+
+    assert np.abs(found - wanted).max() <= 1e-5 * np.abs(wanted).max()
+    # The control: at the old rate it moves about K times as far.
+    plain = moved(large, values, state, one, scaled)
+    assert np.linalg.norm(plain) > 1.4 * np.linalg.norm(wanted)
+
+
 @pytest.mark.parametrize("fixture", ["t5_1_1", "t5_1_0", "scalable_1_1"])
 def test_what_t5x_wrote_is_carried_and_verified(written, tmp_path, fixture):
     a, b = (str(written / fixture / f"seed{i}/legacy/checkpoint_20") for i in (0, 1))
