@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import process
 from models import SIZES, WIDER, checkpoint, state
@@ -98,17 +99,34 @@ def test_a_dry_run_prints_the_plan_for_people(models, fusectl):
     assert re.search(r"target/encoder/layers_0/mlp/wi_0/kernel +36x66 +embed mlp +float32 +12x22 +zstd +100%", out)
 
 
-def test_the_optimizer_is_reset_to_the_fused_shapes_or_dropped(models, fusectl):
-    reset = open_checkpoint(fusectl("fuse", *models, "-q").out.strip())
-    dropped = open_checkpoint(
-        fusectl("fuse", *models, "-q", "--optimizer", "drop", "-o", models[0].parent / "d").out.strip()
+def test_the_optimizer_is_carried_reset_to_the_fused_shapes_or_dropped(models, fusectl):
+    carried, asymmetric, reset, dropped = (
+        open_checkpoint(fusectl("fuse", *models, "-q", "--optimizer", how, "-o", models[0].parent / how).out.strip())
+        for how in ("carry", "asymmetric", "reset", "drop")
     )
 
     slot = "state/param_states/decoder/decoder_norm/scale/v"
+    sources = [open_checkpoint(str(path)).read(slot) for path in models]
+    assert np.array_equal(carried.read(slot), np.concatenate(sources) / 4)
+    assert np.array_equal(asymmetric.read(slot), np.concatenate([sources[0] / 4, 0 * sources[1]]))
     assert reset.shapes[slot] == (24,)
     assert not reset.read(slot).any()
-    assert reset.step == dropped.step == 1000
+    assert carried.step == reset.step == dropped.step == 1000
     assert not any(name.startswith("state/param_states") for name in dropped.leaves)
+
+
+def test_the_learning_rates_that_go_on_are_written_as_labels_and_factors(models, fusectl, tmp_path):
+    done = fusectl("self-fuse", models[0], "-k", 2, "-o", tmp_path / "out", "--lr-table", tmp_path / "rates.json")
+
+    assert (done.code, "kernel x 0.5, head x 0.5" in done.err) == (0, True), done.err
+    table = json.loads((tmp_path / "rates.json").read_text())
+    assert table["labels"]["encoder/layers_0/mlp/wo/kernel"] == "kernel"
+    assert table["labels"]["decoder/logits_dense/kernel"] == "head"
+    assert table["factors"]["kernel"] == {"sgd": 1.0, "adam": 0.5, "adafactor": pytest.approx(0.5**0.5)}
+    assert table["factors"]["head"] == {"sgd": 0.5, "adam": 0.5, "adafactor": 1.0}
+    assert table["factors"]["other"] == {"sgd": 2.0, "adam": 1.0, "adafactor": 1.0}
+    done = fusectl("fuse", *models, "--weights", "0.7,0.3", "--lr-table", tmp_path / "r.json", "-o", tmp_path / "w")
+    assert (done.code, "no one rate fits" in done.err) == (2, True)
 
 
 def test_inspect_tells_what_a_checkpoint_is(models, fusectl):
@@ -267,7 +285,7 @@ KERNEL = "target.encoder.layers_0.mlp.wo.kernel"
         ("fuse {a} {b} --format hdf5", 2, "'hdf5' is not one of"),
         ("fuse {a} {b} --arch t6", 6, "no model family is called 't6'"),
         ("fuse {a} {b} --arch t5-1.0", 6, "does not have the tree of t5-1.0"),
-        ("fuse {a} {b} --optimizer carry", 2, "'carry' is not one of"),
+        ("fuse {a} {b} --optimizer tile", 2, "'tile' is not one of"),
         ("fuse {a} {b} --max-memory lots", 2, "a number of bytes"),
         ("fuse {a} {b} -j 0", 2, "0 is not in the range"),
         ("fuse {a} {b} --dtype int8", 2, "'int8' is not one of"),

@@ -228,7 +228,7 @@ def test_who_has_lost_the_place_stops_and_touches_nothing(sources, place, soon, 
 
 def test_a_lease_whose_writer_is_gone_is_taken(sources, place, soon):
     (place / LEASE).write_bytes(b'{"holder": "gone"}')
-    (place / JOURNAL).write_bytes(b'{"schema": "fusectl/journal/1", "plan": "another"}\n')
+    (place / JOURNAL).write_bytes(b'{"schema": "fusectl/journal/1", "plan": "x", "names": ["target.old"]}\n')
     (place / "target.old/0").write_bytes(b"1234")
 
     notes = write(sources["t5x"], place)
@@ -236,6 +236,136 @@ def test_a_lease_whose_writer_is_gone_is_taken(sources, place, soon):
     assert any("watching" in note for note in notes)
     assert verify(str(place), settings=Settings(("files",))).passed
     assert "target.old/0" not in names(place)
+
+
+def test_nothing_is_removed_that_fusectl_has_not_written(sources, place, soon):
+    (place / LEASE).write_bytes(b'{"holder": "gone"}')
+    (place / "checkpoint_1000/checkpoint").write_bytes(b"of somebody else")
+    for resume in (False, True):
+        with pytest.raises(OutputExists, match="checkpoint_1000, which it has not written"):
+            write(sources["t5x"], place, resume=resume)
+    assert "checkpoint_1000/checkpoint" in names(place)
+    # Nor is anything written below a place where somebody else is writing.
+    (place / LEASE).write_bytes(b'{"holder": "alive"}')
+    with pytest.raises(OutputExists, match="lies inside"):
+        write(sources["t5x"], place / "checkpoint_2000")
+
+
+def test_who_comes_while_another_one_finishes_leaves_what_that_one_has_written(sources, place, soon, monkeypatch):
+    """The lease goes while it is watched: its writer has finished."""
+    write(sources["t5x"], place)
+    finished, index = set(names(place)), (place / T5X_INDEX).read_bytes()
+    (place / LEASE).write_bytes(b'{"holder": "finishing"}')
+    (place / T5X_INDEX).remove()
+    watch = upload.Lease._watch
+
+    def watched(self, generation):
+        (place / T5X_INDEX).write_bytes(index)
+        (place / LEASE).remove()
+        return watch(self, generation)
+
+    monkeypatch.setattr(upload.Lease, "_watch", watched)
+    with pytest.raises(OutputExists):
+        write(sources["t5x"], place)
+    assert finished <= set(names(place))
+    assert verify(str(place), settings=Settings(("files",))).passed
+
+
+def test_a_writer_that_slept_touches_nothing_of_its_successors(sources, place, soon, monkeypatch):
+    """The first one is stopped while it writes; the second one takes over, and finishes; then the first one goes on."""
+    monkeypatch.setattr(upload, "BEAT_S", 60.0)
+    add, asleep = Journal.add, []
+
+    def slow(self, *args):
+        add(self, *args)
+        if len(asleep) == 0:
+            asleep.append(True)
+            monkeypatch.setattr(Journal, "add", add)
+            write(sources["t5x"], place, fill=Fill("gaussian", 0.1, 7))
+            monkeypatch.setattr(upload, "FENCE_S", 0.0)
+
+    monkeypatch.setattr(Journal, "add", slow)
+    with pytest.raises(OutputExists, match="taken it over"):
+        write(sources["t5x"], place, fill=Fill("gaussian", 0.1, 1), jobs=1)
+    assert asleep
+    report = verify(str(place), settings=Settings(("files", "weights")))
+    assert report.passed, report.failures()
+    assert report.record.fill.seed == 7
+    assert not {name for name in names(place) if name.startswith(LEASE)}
+
+
+@pytest.mark.parametrize("moment", ["publish", "clear_unfinished"])
+def test_an_interrupt_at_the_end_loses_nothing(sources, place, monkeypatch, moment):
+    original = getattr(upload, moment, None) or upload._publish
+
+    def interrupted(*args, **kwargs):
+        original(*args, **kwargs)
+        if not kwargs:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(upload, "_publish" if moment == "publish" else moment, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write(sources["t5x"], place)
+    monkeypatch.undo()
+    assert verify(str(place), settings=Settings(("files", "weights"))).passed
+    assert any("complete already" in note for note in write(sources["t5x"], place, resume=True))
+    assert not {name for name in names(place) if name.startswith((JOURNAL, LEASE))}
+
+
+@pytest.mark.parametrize("garbage", [b"\xff\x00", b"[" * 100_000, b"[]", b"7"])
+def test_garbage_in_a_lease_is_another_ones(sources, place, soon, garbage):
+    def spoil(_):
+        (place / LEASE).write_bytes(garbage)
+
+    with pytest.raises(OutputExists, match="taken it over"):
+        write(sources["t5x"], place, check=spoil)
+    assert JOURNAL in names(place)
+
+
+def test_the_proof_stands_before_what_makes_it_a_checkpoint(sources, place, monkeypatch, fusectl):
+    order, original = [], objects._Bucket.write
+
+    def watched(self, key, value, generation=None):
+        order.append(key.rpartition("/")[2])
+        return original(self, key, value, generation)
+
+    monkeypatch.setattr(objects._Bucket, "write", watched)
+    done = fusectl("fuse", *sources["t5x"], "-o", place, "--optimizer", "drop", "--verify")
+    assert done.code == 0, done.err
+    assert order.index("fusectl-verify.json") < order.index(T5X_INDEX)
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("{}/../other/x", ". and .. mean nothing"),
+        ("{}/a/./b", ". and .. mean nothing"),
+        ("s3://", "names no bucket"),
+        ("gs:///x", "names no bucket"),
+    ],
+)
+def test_urls_that_lead_elsewhere_are_refused(sources, s3, fusectl, url, says):
+    done = fusectl("fuse", *sources["t5x"], "-o", url.format(s3.url))
+    assert (done.code, says in done.err) == (2, True), done.err
+    assert fusectl("inspect", url.format(s3.url)).code == 2
+
+
+def test_an_object_is_no_place_for_a_checkpoint(sources, place, fusectl):
+    place.write_bytes(b"mine")
+    done = fusectl("fuse", *sources["t5x"], "-o", str(place).replace("s3:", "S3:"))
+    assert (done.code, "an object" in done.err) == (7, True), done.err
+    assert place.anew().read_bytes() == b"mine"
+
+
+def test_sources_in_a_bucket_that_were_replaced_are_not_mixed(sources, s3, tmp_path, monkeypatch):
+    paths = [s3.put(path, f"replaced/{i}") for i, path in enumerate(sources["t5x"])]
+    with monkeypatch.context() as patch:
+        ends_at(30, KeyboardInterrupt(), patch)
+        with pytest.raises(KeyboardInterrupt):
+            write(paths, tmp_path / "out")
+    s3.put(sources["t5x"][1], "replaced/0")
+    with pytest.raises(Incompatible, match="another plan"):
+        write(paths, tmp_path / "out", resume=True)
 
 
 @pytest.fixture

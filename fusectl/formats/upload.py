@@ -64,12 +64,13 @@ def uploaded(
     Small files are held back until the body ends. When it fails, what it has written is removed, or kept as `staged`
     says. Raises OutputExists where something else is, or where another process is writing.
     """
-    require_free(final)
     home = final.anew({})
     lease = Lease(home, note)
     upload = Upload(home, lease.guard)
     begun = published = False
     try:
+        # Whose lease it was may have finished meanwhile.
+        require_free(final)
         own = {*names, *_names_of_journal(final)}
         _require_only(final, own)
         if not resume:

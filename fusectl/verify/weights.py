@@ -50,9 +50,9 @@ SLAB = 1 << 18
 def check_weights(claim: Claim, *, budget_bytes: int, jobs: int, progress: Progress) -> WeightsResult:
     """Compares every parameter, the optimizer's slots and the step with what the sources and the record say."""
     tensors = [_Tensor(claim, name, row, progress) for name, row in claim.tree.rows.items()]
-    slots = [_Slot(claim, name, progress) for name in claim.fused.leaves if name.startswith(STATE)]
+    slots = [name for name in claim.fused.leaves if name.startswith(STATE)]
     read = sum(claim.fused.leaves[claim.tree.full(name)].nbytes for name in claim.tree.rows)
-    slot_bytes = sum(claim.fused.leaves[slot.name].nbytes for slot in slots)
+    slot_bytes = sum(claim.fused.leaves[name].nbytes for name in slots)
     sources = sum(
         claim.sources[i].leaves[claim.trees[i].full(name)].nbytes
         for i in claim.distinct
@@ -63,12 +63,11 @@ def check_weights(claim: Claim, *, budget_bytes: int, jobs: int, progress: Progr
     run(task for tensor in tensors for task in tensor.comparisons(budget_bytes))
     # Noise is relative to its kernel, all of which has been seen by now.
     run(task for tensor in tensors for task in tensor.measurements())
-    slots, gone = _declared_slots(claim, slots, progress)
-    checked = [slot for slot in slots if claim.record.optimizer in {"reset", *_CARRIED}]
+    checked, unknown = _declared_slots(claim, slots, progress)
     run(task for slot in checked for task in slot.tasks())
     problems = [problem for tensor in tensors for problem in tensor.problems()]
     order = _other_order(claim) if problems else []
-    problems += [*gone, *_state_problems(claim, checked, [slot.name for slot in slots])]
+    problems += [*unknown, *_state_problems(claim, checked, slots)]
     if problems:
         problems = [*claim.changed, *order, *problems]
     noise = [each for tensor in tensors for each in tensor.noise_off()]
@@ -372,13 +371,20 @@ class _CarriedSlot(_Slot):
         return np.asarray(off > np.maximum(unit(found.dtype.name, np.abs(expected)), MEAN_TOLERANCE * np.abs(expected)))
 
 
-def _declared_slots(claim: Claim, slots: list[_Slot], progress: Progress) -> tuple[list[_Slot], list[str]]:
-    """The slots as they are to be compared, and why they cannot be."""
+def _declared_slots(claim: Claim, slots: list[str], progress: Progress) -> tuple[list[_Slot], list[str]]:
+    """The slots that can be compared with what they were declared as, and why the others cannot."""
+    if claim.record.optimizer == "reset":
+        return [_Slot(claim, name, progress) for name in slots], []
     if claim.record.optimizer not in _CARRIED or not slots:
-        return slots, []
+        return [], []
+    try:
+        find_state(claim.fused.shapes, claim.tree, claim.fused.path)
+    except FusectlError:
+        # Told where the state is looked at as a whole.
+        return [], []
     try:
         states = Slots(claim)
-        return [_CarriedSlot(claim, slot.name, progress, states) for slot in slots], []
+        return [_CarriedSlot(claim, name, progress, states) for name in slots], []
     except FusectlError as error:
         return [], [f"the optimizer's state cannot be compared: {error.message}", *error.details]
 

@@ -167,7 +167,10 @@ SLOT = "state/param_states/decoder/decoder_norm/scale/v"
         (lambda v: v.__setitem__("state/more", np.ones(3, np.float32)), "state/more: no part of a fusion"),
         (lambda v: v.__setitem__(SLOT, np.zeros(24, np.float16)), f"{SLOT}: float16, float32 in the first source"),
         (lambda v: v.__setitem__(SCALE, v[SCALE].astype(np.float64)), "float64, float32 in the first source"),
-        (lambda v: v[SLOT].__setitem__(0, 1.0), f"{SLOT}: declared as reset, and not zero"),
+        (
+            lambda v: v[SLOT].__setitem__(0, 1.0),
+            f"{SLOT}: 1 values are not what the sources' state makes, first at [0]",
+        ),
         (lambda v: v.__setitem__(SLOT, np.zeros(5, np.float32)), "decoder_norm/scale/v: shape [5], expected [24]"),
         (lambda v: v.pop(SLOT), "decoder_norm/scale/v: shape none, expected [24]"),
         (lambda v: [v.pop(name) for name in list(v) if "param_states" in name], "the optimizer's slots are gone"),
@@ -181,6 +184,18 @@ def test_a_fault_in_the_training_state_is_found_in_the_weights_only(fusions, tmp
     assert not report.weights.passed
     assert any(says in problem for problem in report.weights.problems), report.weights.problems
     assert report.algebra.passed
+
+
+def test_a_slot_that_was_reset_and_is_not_zero_is_found(tmp_path):
+    paths = [checkpoint(tmp_path / name, seed=i) for i, name in enumerate("ab")]
+    plan, sources = plan_fusion(paths, Options(optimizer="reset"))
+    carry_out(plan, sources, tmp_path / "fused")
+    assert verify(str(tmp_path / "fused"), settings=Settings(("weights",))).passed
+    mutated = rewrite(str(tmp_path / "fused"), lambda v: v[SLOT].__setitem__(0, 1.0), tmp_path)
+
+    report = verify(mutated, settings=Settings(("weights",)))
+
+    assert report.weights.problems == (f"{SLOT}: declared as reset, and not zero",)
 
 
 @pytest.mark.parametrize("family", ["t5-1.1", "t5-1.0"])
