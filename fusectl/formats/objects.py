@@ -100,8 +100,8 @@ class _Bucket:
             found = self._store.read(key).result()
         return (found.value if found.state == "value" else None), found.stamp.generation
 
-    def write(self, key: str, value: bytes, generation: bytes | None = None) -> bytes | None:
-        """Writes an object, of this generation if one is given; the new one, or None if it was another."""
+    def write(self, key: str, value: bytes | None, generation: bytes | None = None) -> bytes | None:
+        """Writes an object, or deletes it, if it is of this generation; the new one, or None if it was another."""
         with self._errors(key):
             return self._store.write(key, value, if_equal=generation).result().generation or None
 
@@ -208,8 +208,8 @@ class ObjectPath:
         """The contents of the object, or None; and its generation, which changes with every write."""
         return self._objects.read(self.key)
 
-    def write_if(self, value: bytes, generation: bytes) -> bytes | None:
-        """Writes the object if it still is of a generation; the new one, or None."""
+    def write_if(self, value: bytes | None, generation: bytes) -> bytes | None:
+        """Writes the object, or deletes it, if it still is of a generation; the new one, or None."""
         return self._objects.write(self.key, value, generation)
 
     def write_bytes(self, value: bytes) -> None:

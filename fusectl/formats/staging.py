@@ -22,9 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fusectl.errors import FusectlError, NotEnoughSpace, OutputExists, StorageError
-from fusectl.formats.locate import JOURNAL, TEMPORARY_SUFFIX
+from fusectl.formats import upload
+from fusectl.formats.locate import JOURNAL, LEASE, TEMPORARY_SUFFIX
 from fusectl.formats.objects import ObjectPath, Place
-from fusectl.formats.upload import Upload, clear_unfinished, uploaded
+from fusectl.formats.upload import Upload
 
 
 REMOVALS = 200
@@ -72,8 +73,8 @@ def staged(
     Raises OutputExists when `final` exists and `force` is not given, or when another process is writing it.
     """
     if isinstance(final, ObjectPath):
-        with uploaded(final, resume=resume, names=names, kept=kept, note=note) as upload:
-            yield upload
+        with upload.uploaded(final, resume=resume, names=names, kept=kept, note=note) as opened:
+            yield opened
         return
     if os.path.lexists(final) and not force:
         raise OutputExists(f"{final}: exists", hint="choose another -o, or --force to replace it")
@@ -125,7 +126,8 @@ def can_be_resumed(final: Place) -> bool:
 def clear_journal(final: Place) -> None:
     """Removes the journal that a run has left whose output had appeared."""
     if isinstance(final, ObjectPath):
-        clear_unfinished(final)
+        upload.clear_journal(final)
+        (final / LEASE).remove()
     else:
         (final / JOURNAL).unlink(missing_ok=True)
 

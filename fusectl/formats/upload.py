@@ -36,7 +36,6 @@ PATIENCE_S = 40.0
 LOOK_S = 1.0
 # How much of a journal may be lost with its writer.
 FLUSH_S = 1.0
-_RELEASED = b"{}"
 
 
 @dataclass
@@ -86,10 +85,11 @@ def uploaded(
             lease.release()
         raise
     finally:
-        lease.end()
         if published:
             with suppress(StorageError):
-                clear_unfinished(final)
+                clear_journal(final)
+                lease.release()
+        lease.end()
 
 
 def require_free(final: ObjectPath) -> None:
@@ -150,7 +150,7 @@ def _undo(upload: Upload, lease: Lease, error: BaseException, own: Collection[st
             kept()
         else:
             _clear(upload.home, own)
-            clear_unfinished(upload.home)
+            lease.release()
 
 
 def _clear(home: ObjectPath, own: Collection[str]) -> None:
@@ -160,13 +160,13 @@ def _clear(home: ObjectPath, own: Collection[str]) -> None:
         mine = child.name in own or child.name.startswith("fusectl")
         if mine and not child.name.startswith((JOURNAL, LEASE)):
             child.remove()
-    clear_unfinished(home, but_lease=True)
+    clear_journal(home)
 
 
-def clear_unfinished(final: ObjectPath, *, but_lease: bool = False) -> None:
-    """Removes what tells that a checkpoint is not finished: the journal, then the lease."""
+def clear_journal(final: ObjectPath) -> None:
+    """Removes the journal, its first line last."""
     for child in sorted(final.anew().iterdir(), key=str, reverse=True):
-        if child.name.startswith(JOURNAL) or (child.name == LEASE and not but_lease):
+        if child.name.startswith(JOURNAL):
             child.remove()
 
 
@@ -209,12 +209,12 @@ class Lease:
                 raise OutputExists(f"{self._where}: another process has taken it over")
 
     def release(self) -> None:
-        """Lets the next one take the place at once."""
+        """Gives the place back: the next one may take it at once."""
         with self._lock:
             if not self._lost and not self._ended.is_set():
                 self._ended.set()
                 with suppress(StorageError):
-                    self._object.write_if(_RELEASED, self._generation)
+                    self._object.write_if(None, self._generation)
 
     def end(self) -> None:
         """Renews it no longer."""
@@ -227,7 +227,7 @@ class Lease:
 
     def _take(self, note: Callable[[str], None]) -> bytes:
         value, generation = self._object.read()
-        if value not in {None, _RELEASED}:
+        if value is not None:
             note(f"{self._object}: watching for {PATIENCE_S:.0f} s whether its writer lives")
             generation = self._watch(generation)
         self._object.write_if(self._contents(), generation)
@@ -243,7 +243,7 @@ class Lease:
         while _now_s() < until:
             time.sleep(LOOK_S)
             value, now = self._object.read()
-            if value in {None, _RELEASED}:
+            if value is None:
                 return now
             if now == generation:
                 continue
