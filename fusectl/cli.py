@@ -727,7 +727,7 @@ def _write(screen: Screen, plan: Plan, opened: Sequence[Any], how: _Writing) -> 
     if not (how.verify or how.report):
         raise UsageError("--no-report: of a proof that was not asked for", hint="--verify --no-report")
     if how.lr_table is not None and not plan.rates:
-        raise UsageError("--lr-table: with weights that differ no one rate fits a parameter", hint="equal weights")
+        raise UsageError("--lr-table: for copies of one model with equal weights; between others no rate fits all")
     final = default_output(opened, plan) if how.output is None else place(how.output)
     if not how.resume:
         check_output(final, opened, force=how.force)

@@ -111,7 +111,7 @@ def execute(
     progress.start("writing", plan.nbytes)
     in_parallel(
         (
-            (output.cost_bytes, partial(one, output, tile))
+            (output.cost_bytes + sink.copies * math.prod(output.chunks) * output.itemsize, partial(one, output, tile))
             # The largest first: none is left to be worked on alone.
             for output in sorted(plan.outputs, key=lambda output: -output.cost_bytes)
             for tile in tiles(output.layout.shape, output.tile)

@@ -133,7 +133,8 @@ def plan_fusion(
         norm=options.norm,
         residual_scales=fusion.residual_scales,
     )
-    found = rates(fusion)
+    # Between different models blocks do not move alike.
+    found = rates(fusion) if record.self_fused else {}
     notes = [*builder.notes, *_notes_on(opened, options, record)]
     if optimizer not in {"none", "drop"} and (words := in_words(found)):
         notes.append(f"at an unchanged rate it moves faster; Adam goes on as before with {words} (--lr-table FILE)")

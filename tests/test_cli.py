@@ -125,8 +125,9 @@ def test_the_learning_rates_that_go_on_are_written_as_labels_and_factors(models,
     assert table["factors"]["kernel"] == {"sgd": 1.0, "adam": 0.5, "adafactor": pytest.approx(0.5**0.5)}
     assert table["factors"]["head"] == {"sgd": 0.5, "adam": 0.5, "adafactor": 1.0}
     assert table["factors"]["other"] == {"sgd": 2.0, "adam": 1.0, "adafactor": 1.0}
-    done = fusectl("fuse", *models, "--weights", "0.7,0.3", "--lr-table", tmp_path / "r.json", "-o", tmp_path / "w")
-    assert (done.code, "no one rate fits" in done.err) == (2, True)
+    for words in (("fuse", *models), ("fuse", models[0], models[0], "--weights", "0.7,0.3")):
+        done = fusectl(*words, "--lr-table", tmp_path / "r.json", "-o", tmp_path / "w")
+        assert (done.code, "no rate fits all" in done.err) == (2, True)
 
 
 def test_inspect_tells_what_a_checkpoint_is(models, fusectl):

@@ -39,6 +39,10 @@ from fusectl.layout import Region, place_in_grid, slices, tiles, whole
 from fusectl.record import FILE_NAME, Record, crc32_of
 
 
+# Put together in one piece, and once more by the client that sends it.
+OBJECT_COPIES = 2
+
+
 @dataclass(frozen=True, slots=True)
 class NewTensor:
     """A tensor to be written."""
@@ -102,6 +106,11 @@ class Sink:
             self._target = Directories(self._index, links=links, resumed=resumed)
         else:
             self._target = Objects(self._index)
+
+    @property
+    def copies(self) -> int:
+        """How often a chunk is in memory beside its values while it is handed over."""
+        return OBJECT_COPIES if isinstance(self._target, Objects) else 0
 
     @property
     def location(self) -> Location:

@@ -1,12 +1,14 @@
 """Carried optimizer state against the state that the fused model gathers itself over the same batches, in float64."""
 
+import json
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
+from models import checkpoint
 
 from fusectl.archs import family_named, recognize, t5_twin
 from fusectl.archs.t5_flax import Transformer
@@ -14,7 +16,7 @@ from fusectl.demo import random_parameters
 from fusectl.errors import Incompatible
 from fusectl.formats import open_checkpoint
 from fusectl.formats.sink import save
-from fusectl.surgery import Options, carry_out, plan_fusion
+from fusectl.surgery import Options, carry_out, plan_fusion, write_table
 from fusectl.transforms.optimizer import STATE, adafactor_slots, factored_axes, find_state
 from fusectl.verify import Settings, verify
 
@@ -253,6 +255,22 @@ def test_with_the_factors_of_the_table_the_logits_move_as_the_sources_would_have
     # The control: at the old rate it moves about K times as far.
     plain = moved(large, values, state, one, scaled)
     assert np.linalg.norm(plain) > 1.4 * np.linalg.norm(wanted)
+
+
+def test_optax_takes_the_table_as_it_is(tmp_path):
+    import optax
+
+    plan, _ = plan_fusion([checkpoint(tmp_path / "a")] * 2, Options())
+    write_table(plan, tmp_path / "rates.json")
+
+    table = json.loads((tmp_path / "rates.json").read_text())
+    rates = {kind: optax.sgd(each["adam"]) for kind, each in table["factors"].items()}
+    optimizer = optax.multi_transform(rates, unflatten_dict(table["labels"], sep="/"))
+    ones = unflatten_dict({name: np.ones(2) for name in table["labels"]}, sep="/")
+    updates, _ = optimizer.update(ones, optimizer.init(ones))
+
+    found = {name: float(-value[0]) for name, value in flatten_dict(updates, sep="/").items()}
+    assert found == pytest.approx({name: rate.adam for name, rate in plan.rates.items()})
 
 
 @pytest.mark.parametrize("fixture", ["t5_1_1", "t5_1_0", "scalable_1_1"])
