@@ -65,7 +65,23 @@ class Target(Protocol):
         """Makes all of it readable."""
 
 
-class Directories:
+class _OneByOne:
+    """What needs nothing to be announced, and is readable as soon as it is written: each chunk is a file of its own."""
+
+    def expect(self, chunks: Iterable[tuple[Files, str]]) -> None:
+        pass
+
+    def keep(self, key: str, origin: tuple[Files, str] | None) -> None:
+        pass
+
+    def owns(self, name: str) -> bool:  # noqa: ARG002
+        return False
+
+    def finish(self) -> None:
+        pass
+
+
+class Directories(_OneByOne):
     """Plain files below a directory."""
 
     def __init__(self, at: Path, *, links: bool, resumed: bool = False) -> None:
@@ -73,9 +89,6 @@ class Directories:
         self._links = links
         self._resumed = resumed
         self._made: set[Path] = set()
-
-    def expect(self, chunks: Iterable[tuple[Files, str]]) -> None:
-        pass
 
     def write(self, key: str, pieces: Iterable[Buffer]) -> None:
         write(pieces, self._path(key))
@@ -103,15 +116,6 @@ class Directories:
         except FileNotFoundError:
             return None
 
-    def keep(self, key: str, origin: tuple[Files, str] | None) -> None:
-        pass
-
-    def owns(self, name: str) -> bool:  # noqa: ARG002
-        return False
-
-    def finish(self) -> None:
-        pass
-
     def _path(self, key: str) -> Path:
         """Where a new file goes."""
         path = self._at / key
@@ -124,7 +128,7 @@ class Directories:
         return path
 
 
-class Objects:
+class Objects(_OneByOne):
     """Objects below a place in a bucket."""
 
     def __init__(self, at: ObjectPath) -> None:
@@ -133,9 +137,6 @@ class Objects:
         self._scheme = at.scheme
         self._zeros: dict[tuple[int, bytes], bytes] = {}
         self._lock = threading.Lock()
-
-    def expect(self, chunks: Iterable[tuple[Files, str]]) -> None:
-        pass
 
     def write(self, key: str, pieces: Iterable[Buffer]) -> None:
         self._store.write(key, _joined(pieces)).result()
@@ -160,15 +161,6 @@ class Objects:
     def written(self, key: str, origin: tuple[Files, str] | None) -> Buffer | None:  # noqa: ARG002
         found = self._store.read(key).result()
         return found.value if found.state == "value" else None
-
-    def keep(self, key: str, origin: tuple[Files, str] | None) -> None:
-        pass
-
-    def owns(self, name: str) -> bool:  # noqa: ARG002
-        return False
-
-    def finish(self) -> None:
-        pass
 
 
 class Database:

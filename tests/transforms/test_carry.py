@@ -284,6 +284,19 @@ def test_what_t5x_wrote_is_carried_and_verified(written, tmp_path, fixture):
             assert verify(str(tmp_path / f"{at}-{optimizer}"), settings=Settings(("files", "weights"))).passed
 
 
+def test_widths_that_differ_and_are_factored_in_one_source_only(tmp_path):
+    """96 x 120 is not factored, 160 x 200 is, and so is their fusion."""
+    sizes = [{**SIZES, "embed": 96, "mlp": 120}, {**SIZES, "embed": 160, "mlp": 200, "heads": 3, "joined_kv": 96}]
+    paths = [checkpoint(tmp_path / str(i), seed=i, sizes=each) for i, each in enumerate(sizes)]
+    fused = fuse(paths, tmp_path / "fused")
+    slot = f"{STATE}encoder/layers_0/mlp/wi_0/kernel/"
+    small, large = (open_checkpoint(path).shapes for path in paths)
+    assert [shapes[f"{slot}v_row"] for shapes in (small, large, fused.shapes)] == [(1,), (160,), (256,)]
+    assert fused.read(f"{slot}v_row").all()
+    report = verify(str(tmp_path / "fused"), settings=Settings(("files", "weights")))
+    assert report.passed, report.failures()
+
+
 def test_asymmetric_state_is_the_first_copys_alone(written, tmp_path):
     a = str(written / "t5_1_1/seed0/legacy/checkpoint_20")
     carried, first = (fuse([a, a], tmp_path / o, optimizer=o) for o in ("carry", "asymmetric"))
