@@ -60,16 +60,18 @@ def test_a_sound_checkpoint_has_no_problems(fused, tmp_path, form):
     assert fsck(checkpoint(tmp_path / "foreign", format=form)).problems == ()
 
 
+@pytest.mark.parametrize("files_tried", [12, pytest.param(200, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("form", FORMATS)
-def test_a_flipped_bit_in_each_file_is_found(fused, tmp_path, form):
+def test_a_flipped_bit_in_each_file_is_found(fused, tmp_path, form, files_tried):
     """In every file that fusectl has written, one at a time, at a random place; the index and the markers, too.
 
     A database's data files also hold nodes of versions that are past, which nobody reads.
     """
     rng = random.Random(form)
     files = sorted(p.relative_to(fused[form]) for p in fused[form].rglob("*") if p.is_file() and p.stat().st_size)
-    chosen = rng.sample(files, min(len(files), 60))
-    chosen += [f for f in files if f.suffix in {".json", ".txt", ".ocdbt"} or f.name[0] == "_"]
+    chosen = rng.sample(files, min(len(files), files_tried))
+    chosen += [f for f in files if f.suffix in {".json", ".txt", ".ocdbt"} and f.name != "zarr.json"]
+    chosen += [f for f in files if f.name[0] == "_"]
     missed = []
     path = copied(fused[form], tmp_path)
     before = values_of(path)
