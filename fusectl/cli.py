@@ -458,6 +458,26 @@ def inspect(
         seen.require_complete()
 
 
+@app.command(
+    short_help="Print what a trainer has to be told.",
+    epilog="Example: fusectl restart-config grown/checkpoint_1000000 > grown.gin",
+)
+def restart_config(
+    source: Source = None,
+    trainer: Annotated[Literal["t5x"], typer.Option(help="The trainer.")] = "t5x",  # noqa: ARG001
+    arch: Arch = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Print the gin bindings with which T5X goes on with a checkpoint: sizes, path, and what is to be restored."""
+    screen = Screen("restart-config", json=json, quiet=quiet, debug=debug)
+    with screen.errors():
+        from fusectl.restart import restart
+
+        screen.restart(restart(_path(source), arch))
+
+
 def _fsck(screen: Screen, path: str, arch: str | None, max_memory: str | None, jobs: int | None) -> None:
     from fusectl.fsck import fsck as run_fsck
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from fusectl.parallel import Progress
     from fusectl.plan import Plan
     from fusectl.record import Fill
+    from fusectl.restart import Restart
     from fusectl.verify import Report
 
 
@@ -138,6 +139,12 @@ class Screen:
             self.note(note)
         if not self._json:
             _print_inspection(self._console(sys.stdout), seen, tree=tree)
+
+    def restart(self, found: Restart) -> None:
+        """Prints what a trainer has to be told."""
+        self._result = found.as_json()
+        if not self._json:
+            print(found.gin(), end="")  # noqa: T201
 
     def fsck(self, found: Fsck) -> None:
         """Prints what is wrong with a checkpoint, all of it, and what nobody could have noticed."""

@@ -20,7 +20,7 @@ from fusectl.formats import FORMATS, open_checkpoint
 from fusectl.formats.sink import save
 
 
-COMMANDS = ["fuse", "self-fuse", "noise-fill", "verify", "diff", "inspect", "demo"]
+COMMANDS = ["fuse", "self-fuse", "noise-fill", "verify", "diff", "inspect", "restart-config", "demo"]
 
 
 @pytest.fixture
