@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
-from fusectl.errors import Corrupt, FusectlError, StorageError, UsageError, VerificationFailed
+from fusectl.errors import Corrupt, FusectlError, OutputExists, StorageError, UsageError, VerificationFailed
 from fusectl.memory import prepare_process
 from fusectl.render import Screen, Terminated
 
@@ -753,8 +753,9 @@ def _write(screen: Screen, plan: Plan, opened: Sequence[Any], how: _Writing) -> 
         check_output(final, opened, force=how.force)
     for note in plan.notes:
         screen.note(note)
-    if how.lr_table is not None:
-        write_table(plan, local(how.lr_table))
+    table = None if how.lr_table is None or how.dry_run else local(how.lr_table)
+    if table is not None and not how.force and table.exists():
+        raise OutputExists(f"{table}: exists", hint="another file, or --force to replace it")
     if how.dry_run:
         screen.plan(plan, final)
         return
@@ -789,4 +790,6 @@ def _write(screen: Screen, plan: Plan, opened: Sequence[Any], how: _Writing) -> 
             note=screen.note,
             kept=lambda: screen.resumable([*_ARGUMENTS, *budget]),
         )
+    if table is not None:
+        write_table(plan, table, force=True)
     screen.written(plan, final)

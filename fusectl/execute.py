@@ -485,8 +485,11 @@ def measure_means(plan: Plan, work: Work, *, jobs: int, progress: Progress) -> d
         # The others, from the sums.
         found[mean] = total.sum(axis=others) / math.prod(leaf.shape[axis] for axis in mean.over)
 
+    def sums_bytes(mean: Mean) -> int:
+        return 8 * math.prod(n for axis, n in enumerate(leaves[mean].shape) if axis not in mean.over[:1])
+
     in_parallel(
-        ((2 * leaf.reading_bytes, partial(measure, mean)) for mean, leaf in leaves.items()),
+        ((2 * leaf.reading_bytes + sums_bytes(mean), partial(measure, mean)) for mean, leaf in leaves.items()),
         budget_bytes=plan.budget_bytes,
         jobs=jobs,
     )

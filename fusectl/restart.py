@@ -120,6 +120,10 @@ def restart_of(checkpoint: Checkpoint, tree: Recognized) -> Restart:
         notes.append("without optimizer state: T5X begins a new one, which needs a warm-up")
         imports.append("from t5x import utils")
         restore = {"fallback_to_scratch": True, "assignment_map": (("state/param_states.*", None),)}
+    if record is not None and record.optimizer in {"reset", "asymmetric"}:
+        notes.append("optimizer state that starts from zeros, in part at least: its first updates need a warm-up")
+    if record is not None and record.self_fused:
+        notes.append("learning rates as before move it faster: fusectl self-fuse --lr-table says by how much")
     if checkpoint.step is not None:
         notes.append(f"step {checkpoint.step:,}: schedules such as rsqrt_decay go on from there")
     return Restart(checkpoint.path, tuple(imports), config, network, restore, macros, tuple(notes))

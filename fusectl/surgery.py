@@ -38,7 +38,7 @@ from fusectl.record import LEFT_OUT, NORMS, Fill, Record, SourceRecord, mean_wei
 from fusectl.sources import Opened, open_source
 from fusectl.transforms.carry import Carry, same_models
 from fusectl.transforms.grow import Fusion, check_fill, filled, fused, line_up
-from fusectl.transforms.optimizer import STATE, OptimizerState, find_state, fresh_slots
+from fusectl.transforms.optimizer import STATE, OptimizerState, factored_axes, find_state, fresh_slots
 from fusectl.transforms.rates import in_words, rates, table
 
 
@@ -46,6 +46,8 @@ OPTIMIZERS = ("carry", "reset", "drop", "asymmetric")
 # Above this, antisymmetric noise loses digits of the kernels that it is taken off from.
 LARGE_NOISE_SCALE = 0.5
 LARGEST_COMMIT_BYTES = 16 << 20
+# Below so many updates moments are far from unbiased: 0.999 to its power is 5e-5.
+MOST_BIASED_COUNT = 10_000
 # Threads, where most of their time is spent on waiting for a server.
 REMOTE_JOBS = 16
 
@@ -116,7 +118,7 @@ def plan_fusion(
         stored = first.checkpoint.leaves[tensors[0]].dtype
         layout = fused(fusion, parameter, options.dtype or stored, options.fill, tensors)
         builder.add(prefix + parameter, layout, like=tensors[0], noise_name=parameter)
-    optimizer = _optimizer(builder, opened, fusion, options)
+    optimizer, kind = _optimizer(builder, opened, fusion, options)
     _step(builder, first, out_format)
     record = Record(
         version=fusectl.__version__,
@@ -136,8 +138,8 @@ def plan_fusion(
     # Between different models blocks do not move alike.
     found = rates(fusion) if record.self_fused else {}
     notes = [*builder.notes, *_notes_on(opened, options, record)]
-    if optimizer not in {"none", "drop"} and (words := in_words(found)):
-        notes.append(f"at an unchanged rate it moves faster; Adam goes on as before with {words} (--lr-table FILE)")
+    if kind is not None and (words := in_words(found, kind)):
+        notes.append(f"at an unchanged rate it moves faster; {kind} goes on as before with {words} (--lr-table FILE)")
     return replace(builder.plan(record, item, notes), rates=found), [o.checkpoint for o in opened]
 
 
@@ -273,10 +275,13 @@ def default_output(sources: Sequence[Checkpoint], plan: Plan) -> Place:
     return home.with_name(f"{stem}{fused_name}{noise}{suffix}")
 
 
-def write_table(plan: Plan, to: Path) -> None:
-    """Writes the learning rates that continue the trajectory as a file of JSON."""
-    with storage_errors(to):
-        to.write_text(json.dumps(table(plan.rates, len(plan.record.weights)), indent=1) + "\n")
+def write_table(plan: Plan, to: Path, *, force: bool = False) -> None:
+    """Writes the learning rates that continue the trajectory as a file of JSON.
+
+    Raises OutputExists for a file that is there already, unless `force` is given.
+    """
+    with storage_errors(to), to.open("w" if force else "x") as file:
+        file.write(json.dumps(table(plan.rates), indent=1) + "\n")
 
 
 def is_complete(plan: Plan, output: Place) -> bool:
@@ -449,14 +454,24 @@ def _refuse_widening(opened: Opened, options: Options) -> None:
         )
 
 
-def _optimizer(builder: _Builder, opened: Sequence[Opened], fusion: Fusion, options: Options) -> str:
-    """Plans the optimizer's slots: carried over, zeros of the right shapes, or none. What was done, in a word."""
+def _optimizer(builder: _Builder, opened: Sequence[Opened], fusion: Fusion, options: Options) -> tuple[str, str | None]:
+    """Plans the optimizer's slots: carried over, zeros of the right shapes, or none.
+
+    What was done, in a word, and which optimizer's slots there are.
+    """
     first = opened[0]
-    has_state = any(name.startswith(STATE) and name not in first.dropped for name in first.checkpoint.leaves)
-    if not has_state or options.optimizer == "drop":
-        if has_state:
+    with_state = [any(n.startswith(STATE) and n not in o.dropped for n in o.checkpoint.leaves) for o in opened]
+    if not any(with_state) or options.optimizer == "drop":
+        if any(with_state):
             builder.notes.append("optimizer: dropped; the trainer begins a new one, whose first updates need a warm-up")
-        return "drop" if has_state else "none"
+        return ("drop" if any(with_state) else "none"), None
+    if not with_state[0] or (options.optimizer != "reset" and not all(with_state)):
+        without = [o.label for o, has in zip(opened, with_state, strict=True) if not has]
+        raise Incompatible(
+            "sources with and without optimizer state",
+            details=[f"none in {label}" for label in dict.fromkeys(without)],
+            hint="--optimizer drop leaves it out, --optimizer reset makes zeros of that of the first source",
+        )
     state = _state_of(first)
     slots: Iterable[tuple[str, tuple[int, ...], tuple[Block, ...], str]]
     if options.optimizer == "reset":
@@ -466,24 +481,29 @@ def _optimizer(builder: _Builder, opened: Sequence[Opened], fusion: Fusion, opti
     else:
         carry = Carry(
             fusion,
-            [state, *map(_state_of, opened[1:])],
-            same_models([o.checkpoint for o in opened]),
+            _one_optimizer([state, *map(_state_of, opened[1:])], opened),
+            same_models([str(o.checkpoint.location.index) for o in opened]),
             only_first=options.optimizer == "asymmetric",
         )
-        _require_one_optimizer(carry.states, opened)
+        builder.notes += _notes_on_state(carry, opened)
         slots = carry.slots()
-        effect = _effect(carry)
+        effect = _effect(carry, options.norm)
     planned = set()
     for name, shape, blocks, like in slots:
         axes = tuple(f"axis{i}" for i in range(len(shape)))
-        builder.add(name, Layout(axes, shape, first.checkpoint.leaves[like].dtype, blocks), like=like)
+        dtype = first.checkpoint.leaves[like].dtype
+        if blocks and dtype == "float16" and state.names_of(name)[1] not in {"m", "mu"}:
+            raise Incompatible(
+                f"{name}: second moments in float16, which come to zero when they are scaled", hint="--optimizer reset"
+            )
+        builder.add(name, Layout(axes, shape, dtype, blocks), like=like)
         planned.add(name)
     if options.optimizer != "reset":
         for name in state.names:
             if name not in planned:
                 builder.copy(name)
     builder.notes.append(f"optimizer: {state.kind}, {len(state.names)} slots {effect}")
-    return options.optimizer
+    return options.optimizer, state.kind
 
 
 def _state_of(opened: Opened) -> OptimizerState:
@@ -491,27 +511,60 @@ def _state_of(opened: Opened) -> OptimizerState:
     return find_state(shapes, opened.tree, opened.label)
 
 
-def _require_one_optimizer(states: Sequence[OptimizerState], opened: Sequence[Opened]) -> None:
-    """Raises Incompatible unless all sources have the state of one optimizer with one set of settings."""
+def _one_optimizer(states: Sequence[OptimizerState], opened: Sequence[Opened]) -> list[OptimizerState]:
+    """The states, each as what the others tell it to be.
+
+    Raises Incompatible unless they are of one optimizer with one set of settings, and of one dtype for each slot.
+    """
+    told = next((s.factored for s in states if not s.may_be_either), True)
+    states = [replace(s, factored=told) if s.may_be_either else s for s in states]
     said = [
         f"{s.kind}{', factored' * s.factored}{', with momentum' * s.momentum} in {o.label}"
         for s, o in zip(states, opened, strict=True)
     ]
-    if len({(s.kind, s.factored, s.momentum) for s in states}) > 1:
-        raise Incompatible(
-            "optimizer states that do not fit together",
-            details=tuple(dict.fromkeys(said)),
-            hint="--optimizer reset makes zeros of them, --optimizer drop leaves them out",
-        )
+    if len({(s.kind, s.factored, s.momentum) for s in states}) == 1:
+        dtypes = [{o.checkpoint.leaves[name].dtype for name in s.names} for s, o in zip(states, opened, strict=True)]
+        said = [f"{', '.join(sorted(found))} in {o.label}" for found, o in zip(dtypes, opened, strict=True)]
+        if all(found == dtypes[0] for found in dtypes):
+            return states
+    raise Incompatible(
+        "optimizer states that do not fit together",
+        details=tuple(dict.fromkeys(said)),
+        hint="--optimizer reset makes zeros of them, --optimizer drop leaves them out",
+    )
 
 
-def _effect(carry: Carry) -> str:
+def _notes_on_state(carry: Carry, opened: Sequence[Opened]) -> list[str]:
+    """What the sources' states do not tell; raises Incompatible where one count of updates cannot stand for all."""
+    notes = []
+    state = carry.states[0]
+    if state.may_be_either and any(
+        factored_axes(carry.fusion.fused_shape(name), carry.fusion.tree.rows[name].spec)
+        for name in carry.fusion.tree.shapes
+    ):
+        notes.append("too small a source to tell whether Adafactor is factored: taken for T5X's default, factored")
+    counters = [[n for n in s.names if s.names_of(n)[0] is None] for s in carry.states]
+    counts = [[int(o.checkpoint.read(n)) for n in names] for names, o in zip(counters, opened, strict=True)]
+    if any(each != counts[0] for each in counts):
+        said = ", ".join(str(max(each, default=0)) for each in counts)
+        if min(min(each, default=0) for each in counts) < MOST_BIASED_COUNT:
+            raise Incompatible(
+                f"the sources have made {said} updates: one count cannot correct the bias of all their moments",
+                hint="--optimizer reset, or train the younger one on",
+            )
+        notes.append(f"the sources have made {said} updates; the output counts on from the first one's")
+    return notes
+
+
+def _effect(carry: Carry, norm: str) -> str:
     """What carrying the state does to the first update, in words."""
     if carry.only_first:
         return "kept for the first copy, zero elsewhere: large first updates there, which set the copies apart"
-    if len(set(carry.models)) == 1:
-        return "carried into every block: the first update is that of a fused model trained so far"
-    return "carried; between different sources second moments are estimated (rank 1), first ones start from 0"
+    if len(set(carry.models)) > 1:
+        return "carried; between different sources second moments are estimated (rank 1), first ones start from 0"
+    if len(set(carry.fusion.weights)) > 1 and norm != "property":
+        return "carried; estimated, since one norm couples copies of different weights"
+    return "carried into every block: the first update is that of a fused model trained so far"
 
 
 def _step(builder: _Builder, first: Opened, out_format: Format) -> None:

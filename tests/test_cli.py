@@ -116,15 +116,23 @@ def test_the_optimizer_is_carried_reset_to_the_fused_shapes_or_dropped(models, f
 
 
 def test_the_learning_rates_that_go_on_are_written_as_labels_and_factors(models, fusectl, tmp_path):
-    done = fusectl("self-fuse", models[0], "-k", 2, "-o", tmp_path / "out", "--lr-table", tmp_path / "rates.json")
+    words = ("self-fuse", models[0], "-k", 2, "-o", tmp_path / "out", "--lr-table", tmp_path / "rates.json")
+    assert fusectl(*words, "--dry-run").code == 0
+    assert not (tmp_path / "rates.json").exists()
+    done = fusectl(*words)
 
-    assert (done.code, "kernel x 0.5, head x 0.5" in done.err) == (0, True), done.err
+    # The source's optimizer is Adafactor.
+    assert (done.code, "adafactor goes on as before with kernel x 0.7071 (" in done.err) == (0, True), done.err
+    assert fusectl(*words[:4], "-o", tmp_path / "other", *words[-2:]).code == 7
     table = json.loads((tmp_path / "rates.json").read_text())
     assert table["labels"]["encoder/layers_0/mlp/wo/kernel"] == "kernel"
     assert table["labels"]["decoder/logits_dense/kernel"] == "head"
-    assert table["factors"]["kernel"] == {"sgd": 1.0, "adam": 0.5, "adafactor": pytest.approx(0.5**0.5)}
-    assert table["factors"]["head"] == {"sgd": 0.5, "adam": 0.5, "adafactor": 1.0}
-    assert table["factors"]["other"] == {"sgd": 2.0, "adam": 1.0, "adafactor": 1.0}
+    root = pytest.approx(0.5**0.5)
+    assert table["factors"] == {
+        "kernel": {"sgd": 1.0, "adam": 0.5, "adafactor": root, "gradient": 0.5},
+        "head": {"sgd": 0.5, "adam": 0.5, "adafactor": 1.0, "gradient": 1.0},
+        "other": {"sgd": 2.0, "adam": 1.0, "adafactor": 1.0, "gradient": 0.5},
+    }
     for words in (("fuse", *models), ("fuse", models[0], models[0], "--weights", "0.7,0.3")):
         done = fusectl(*words, "--lr-table", tmp_path / "r.json", "-o", tmp_path / "w")
         assert (done.code, "no rate fits all" in done.err) == (2, True)

@@ -1,8 +1,10 @@
-"""The optimizer's state of a fused model, as it would have gathered it: no update before the fusion is forgotten.
+"""The optimizer's state of a fused model, from the states of its sources.
 
 The gradient of a fused parameter is the source's, times the weight of the copy whose outputs it feeds, over the factor
 that the source is stored with (`gradient_scale`). Between equal copies it is the same in every block, those that are
-zero included. So, with that factor c and Adam's or Adafactor's moments of each source:
+zero included. That is exact for copies of one model with equal weights, or with a norm each; one norm over copies of
+different weights couples them, and different models together err less than each alone. So, with that factor c and
+Adam's or Adafactor's moments of each source:
 
     first moments      c * mu_i      in every block of equal copies;            0 between different models
     second moments     c^2 * nu_i    in every block of equal copies; between different models i and j the rank-1 mix
@@ -20,6 +22,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from fusectl.errors import Incompatible
 from fusectl.layout import Block, Factor, Mean, Product, Region, Term, whole
 from fusectl.transforms.grow import Fusion, stored_scale
 from fusectl.transforms.optimizer import OptimizerState, adafactor_slots, factored_axes
@@ -42,10 +45,12 @@ class Carry:
     def slots(self) -> Iterator[tuple[str, tuple[int, ...], tuple[Block, ...], str]]:
         """Name, shape and blocks of every slot of the fused model, and the source's slot that it is like.
 
-        Counters are not among them.
+        Counters are not among them. Raises Incompatible for a parameter that does not grow.
         """
         first = self.states[0]
         for parameter, shape in ((name, self.fusion.fused_shape(name)) for name in self.fusion.tree.shapes):
+            if not self.fusion.widths.keys() & set(self.fusion.tree.rows[parameter].spec.axes):
+                raise Incompatible(f"{parameter}: no axis of it grows, and its optimizer state cannot be carried")
             every = tuple(range(len(shape)))
             if first.kind == "adam":
                 for moment in ("mu", "nu"):
@@ -79,7 +84,7 @@ class Carry:
             if self.only_first and (reads or writes):
                 continue
             dropped = [axis for axis in range(len(fused)) if axis not in kept]
-            share = 1.0 if self.only_first else math.prod(len(cell[axis]) / fused[axis] for axis in dropped)
+            share = math.prod(len(cell[axis]) / fused[axis] for axis in dropped)
             terms = blocks.setdefault(tuple(cell[axis] for axis in kept), {})
             for term in self._terms(parameter, moment, kept, reads, writes):
                 key = replace(term, scale=1.0)
@@ -101,9 +106,6 @@ class Carry:
         """What a block consists of, seen along the axes `kept`."""
         own, scale = self.models[writes], self.gradient_scale(parameter, writes)
         squared = scale**2
-        if not self.fusion.widths.keys() & set(self.fusion.tree.rows[parameter].spec.axes):
-            # One tensor for all sources: what they add up to.
-            scale = squared = self.fusion.weights[writes]
         shape = self.fusion.source_shape(parameter, own)
         if moment != "nu":
             if self.models[reads] == own:
@@ -162,7 +164,7 @@ def growth(fusion: Fusion, parameter: str) -> float:
     return math.sqrt(sum(squares))
 
 
-def same_models(sources: Sequence[object]) -> tuple[int, ...]:
-    """For each source the first one that it is."""
-    first: dict[int, int] = {}
-    return tuple(first.setdefault(id(source), i) for i, source in enumerate(sources))
+def same_models(places: Sequence[str]) -> tuple[int, ...]:
+    """For each source, by the place where it lies, the first one that it is."""
+    first: dict[str, int] = {}
+    return tuple(first.setdefault(place, i) for i, place in enumerate(places))

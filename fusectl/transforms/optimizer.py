@@ -11,6 +11,7 @@ Slot shapes are a function of the parameter's shape and axes, never of the sourc
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -43,6 +44,8 @@ class OptimizerState:
     names: tuple[str, ...]
     factored: bool = False
     momentum: bool = False
+    # Whether nothing in it is large enough to tell if it is factored: then T5X's default is assumed.
+    may_be_either: bool = False
 
     def slot(self, parameter: str, what: str) -> str:
         """The full name of a parameter's slot: m, v, v_row or v_col of Adafactor, mu or nu of Adam."""
@@ -77,15 +80,22 @@ def find_state(shapes: Mapping[str, tuple[int, ...]], tree: Recognized, where: s
             for name, shape in slots.items()
             if (found := _OPTAX.fullmatch(name)) and tree.shapes.get(found.group(3)) != shape
         ]
+        times = Counter((found.group(2), found.group(3)) for name in slots if (found := _OPTAX.fullmatch(name)))
+        wrong += [
+            f"{parameter}: {times[moment, parameter] or 'no'} slots {moment}, expected one"
+            for parameter in tree.shapes
+            for moment in ("mu", "nu")
+            if times[moment, parameter] != 1
+        ]
         if not wrong:
             return OptimizerState("adam", names)
         raise _unknown(where, wrong)
     momentum = any(name.endswith("/m") and shape != UNUSED for name, shape in slots.items())
-    for factored in (True, False):
-        wrong = list(_contradictions(slots, tree, factored=factored, momentum=momentum))
-        if not wrong:
-            return OptimizerState("adafactor", names, factored=factored, momentum=momentum)
-    raise _unknown(where, wrong)
+    wrong_by = {f: _contradictions(slots, tree, factored=f, momentum=momentum) for f in (True, False)}
+    fitting = [factored for factored, wrong in wrong_by.items() if not wrong]
+    if not fitting:
+        raise _unknown(where, wrong_by[False])
+    return OptimizerState("adafactor", names, fitting[0], momentum, may_be_either=len(fitting) > 1)
 
 
 def fresh_slots(
@@ -164,5 +174,5 @@ def _unknown(where: str, wrong: list[str]) -> Incompatible:
     return Incompatible(
         f"{where}: optimizer state that does not fit its parameters, or of an optimizer that fusectl does not know",
         details=shorten(wrong, 5),
-        hint="--optimizer drop leaves it out",
+        hint="--optimizer drop leaves it out; mu and nu are taken for Adam's",
     )

@@ -29,6 +29,8 @@ class Rate:
     sgd: float
     adam: float
     adafactor: float
+    # And its gradients, and with them Adam's epsilon.
+    gradient: float
 
 
 def rates(fusion: Fusion) -> Mapping[str, Rate]:
@@ -46,23 +48,22 @@ def _rate(fusion: Fusion, parameter: str) -> Rate:
     kind = "kernel" if reads and writes else "head" if reads else other
     add_up = fusion.copies if reads and writes else 1
     adam = scale / add_up
-    return Rate(kind, scale / fusion.weights[0] * adam, adam, adam / growth(fusion, parameter))
+    gradient = fusion.weights[0] / scale
+    return Rate(kind, adam / gradient, adam, adam / growth(fusion, parameter), gradient)
 
 
-def table(found: Mapping[str, Rate], copies: int) -> dict[str, Any]:
+def table(found: Mapping[str, Rate]) -> dict[str, Any]:
     """The rates as JSON: the factors of each kind, and the kind of each parameter, as labels for optax."""
     kinds = {rate.kind: rate for rate in found.values()}
     return {
         "schema": SCHEMA,
         "factors": {kind: {k: v for k, v in asdict(rate).items() if k != "kind"} for kind, rate in kinds.items()},
-        # Where Adam's epsilon is not negligible, it shrinks with the gradients.
-        "epsilon_factor": 1.0 / copies,
         "labels": {name: rate.kind for name, rate in found.items()},
     }
 
 
-def in_words(found: Mapping[str, Rate]) -> str | None:
-    """The factors for Adam in a line; None where there are none, or nothing changes."""
-    by_kind = {rate.kind: rate.adam for rate in found.values()}
+def in_words(found: Mapping[str, Rate], optimizer: str) -> str | None:
+    """The factors for an optimizer in a line; None where there are none, or nothing changes."""
+    by_kind = {rate.kind: float(getattr(rate, optimizer)) for rate in found.values()}
     changed = [f"{kind} x {factor:.4g}" for kind, factor in by_kind.items() if not math.isclose(factor, 1.0)]
     return ", ".join(changed) or None

@@ -13,12 +13,13 @@ from __future__ import annotations
 import itertools
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from fusectl.formats.tree import is_dropped
 from fusectl.layout import Region, intersect, shifted, slices, tiles, whole
 from fusectl.transforms.optimizer import OptimizerState, factored_axes, find_state
 from fusectl.verify.blocks import Blocks
@@ -36,11 +37,12 @@ class Slots:
         """Raises Incompatible where a source has no state that could have been carried."""
         self._claim = claim
         self._states = [
-            find_state(source.shapes, tree, source.path)
+            find_state(_without(source.shapes, claim.record.drop), tree, source.path)
             for source, tree in zip(claim.sources, claim.trees, strict=True)
         ]
         self.fused: OptimizerState = find_state(claim.fused.shapes, claim.tree, claim.fused.path)
-        self._models = [next(j for j, other in enumerate(claim.sources) if other is s) for s in claim.sources]
+        places = [source.location.index for source in claim.sources]
+        self._models = [places.index(place) for place in places]
         self._means: dict[tuple[int, str, Axes], Array] = {}
         self._lock = threading.Lock()
 
@@ -66,7 +68,7 @@ class Slots:
                 continue
             missing = [axis for axis in range(len(cell)) if axis not in kept]
             shape = self._claim.tree.shapes[parameter]
-            share = 1.0 if first_only else math.prod(len(cell[axis]) / shape[axis] for axis in missing)
+            share = math.prod(len(cell[axis]) / shape[axis] for axis in missing)
             out[at] += (
                 share * self._gradient(parameter, writes) ** 2 * self._second(parameter, reads, writes, kept, inside)
             )
@@ -152,6 +154,10 @@ class Slots:
         fused = math.prod(self._claim.tree.shapes[parameter])
         sizes = [math.prod(tree.shapes[parameter]) for tree in self._claim.trees]
         return math.sqrt(sum(blocks.scale(i) ** 2 * n / fused for i, n in enumerate(sizes)))
+
+
+def _without(shapes: Mapping[str, tuple[int, ...]], drop: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    return {name: shape for name, shape in shapes.items() if not is_dropped(name, drop)}
 
 
 def _kept(state: OptimizerState, shape: tuple[int, ...], spec: Any, slot: str) -> Axes | None:

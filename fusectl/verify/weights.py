@@ -345,7 +345,9 @@ class _CarriedSlot(_Slot):
     def tasks(self) -> Iterator[Task]:
         leaf = self._fused.leaves[self.name]
         for tile in tiles(leaf.shape, leaf.chunks):
-            yield size(tile) * (leaf.itemsize + 4 * np.dtype(np.float64).itemsize), partial(self._compare, tile)
+            # Both sides, their difference and what is allowed in float64, and what a source's chunk takes to be read.
+            held = size(tile) * (leaf.itemsize + 7 * np.dtype(np.float64).itemsize)
+            yield held + leaf.reading_bytes, partial(self._compare, tile)
 
     def says(self) -> str:
         assert self.wrong.first is not None
@@ -368,7 +370,9 @@ class _CarriedSlot(_Slot):
         if self._parameter is None:
             return super()._differ(found, expected)
         off = np.abs(found.astype(np.float64) - expected)
-        return np.asarray(off > np.maximum(unit(found.dtype.name, np.abs(expected)), MEAN_TOLERANCE * np.abs(expected)))
+        allowed = np.maximum(unit(found.dtype.name, np.abs(expected)), MEAN_TOLERANCE * np.abs(expected))
+        # A NaN is not within anything.
+        return np.asarray(~(off <= allowed))
 
 
 def _declared_slots(claim: Claim, slots: list[str], progress: Progress) -> tuple[list[_Slot], list[str]]:

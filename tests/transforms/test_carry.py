@@ -2,13 +2,15 @@
 
 import json
 import math
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.serialization import to_state_dict
 from flax.traverse_util import flatten_dict, unflatten_dict
-from models import checkpoint
+from models import checkpoint, write_record
 
 from fusectl.archs import family_named, recognize, t5_twin
 from fusectl.archs.t5_flax import Transformer
@@ -245,7 +247,7 @@ def test_with_the_factors_of_the_table_the_logits_move_as_the_sources_would_have
     (small, small_values, small_state), (large, values, state) = models
     one = dict.fromkeys(small.shapes, 1.0)
     epsilon = dict.fromkeys(small.shapes, 1e-8)
-    scaled = dict.fromkeys(epsilon, 1e-08 / copies)
+    scaled = {name: 1e-8 * rate.gradient for name, rate in plan.rates.items()}
 
     wanted = moved(small, small_values, small_state, one, epsilon)
     factors = {name: rate.adam for name, rate in plan.rates.items()}
@@ -263,14 +265,40 @@ def test_optax_takes_the_table_as_it_is(tmp_path):
     plan, _ = plan_fusion([checkpoint(tmp_path / "a")] * 2, Options())
     write_table(plan, tmp_path / "rates.json")
 
+    # As in the README.
     table = json.loads((tmp_path / "rates.json").read_text())
-    rates = {kind: optax.sgd(each["adam"]) for kind, each in table["factors"].items()}
-    optimizer = optax.multi_transform(rates, unflatten_dict(table["labels"], sep="/"))
-    ones = unflatten_dict({name: np.ones(2) for name in table["labels"]}, sep="/")
-    updates, _ = optimizer.update(ones, optimizer.init(ones))
+    factors = {kind: optax.scale(each["adam"]) for kind, each in table["factors"].items()}
+    labels = unflatten_dict(table["labels"], sep="/")
+    optimizer = optax.chain(optax.scale_by_adam(), optax.multi_transform(factors, labels), optax.scale(-1.0))
+    ones = unflatten_dict({name: jnp.ones(2) for name in table["labels"]}, sep="/")
+    state = optimizer.init(ones)
+    updates, _ = optimizer.update(ones, state)
 
     found = {name: float(-value[0]) for name, value in flatten_dict(updates, sep="/").items()}
-    assert found == pytest.approx({name: rate.adam for name, rate in plan.rates.items()})
+    assert found == pytest.approx({name: rate.adam for name, rate in plan.rates.items()}, rel=1e-5)
+    kept = flatten_dict(to_state_dict(state), sep="/")
+    assert {"0/count", *(f"0/{moment}/{name}" for moment in ("mu", "nu") for name in table["labels"])} <= kept.keys()
+
+
+def groups_of(tree, groups):
+    """A network like `network`, with a norm per source."""
+    return t5_twin.config_of(tree, groups, "float64", accumulate="float64")
+
+
+@pytest.mark.parametrize("norm", ["rule", "property"])
+def test_copies_of_different_weights_are_exact_with_a_norm_each_only(tmp_path, monkeypatch, norm):
+    path = source(tmp_path / "a", "t5-1.1", OPTIMIZERS["adam"])
+    plan, opened = plan_fusion([path] * 2, Options(norm=norm), weights=(0.8, 0.2))
+    assert any(("estimated" in note) == (norm == "rule") for note in plan.notes if note.startswith("optimizer"))
+    carry_out(plan, opened, tmp_path / "fused")
+    fused = open_checkpoint(str(tmp_path / "fused"))
+    tree = recognize(fused.shapes, "fused")
+    if norm == "property":
+        config = groups_of(tree, fused.record.norm_groups)
+        monkeypatch.setattr(t5_twin, "config_of", lambda *_, **__: config)
+    wanted = OPTIMIZERS["adam"](tree, {name: fused.read(tree.full(name)) for name in tree.shapes})
+    worst = max(off(fused.read(name), wanted[name]) for name in wanted)
+    assert worst < TOLERANCE if norm == "property" else worst > 0.1
 
 
 @pytest.mark.parametrize("fixture", ["t5_1_1", "t5_1_0", "scalable_1_1"])
@@ -297,6 +325,15 @@ def test_widths_that_differ_and_are_factored_in_one_source_only(tmp_path):
     assert report.passed, report.failures()
 
 
+def test_one_model_by_two_paths_is_one_model(written, tmp_path):
+    a = written / "t5_1_1/seed0/legacy/checkpoint_20"
+    paths = [str(a), f"{a}/"]
+    fused, same = fuse(paths, tmp_path / "two"), fuse([str(a)] * 2, tmp_path / "one")
+    slot = f"{STATE}encoder/layers_0/mlp/wi_0/kernel/v"
+    assert np.array_equal(fused.read(slot), same.read(slot))
+    assert verify(str(tmp_path / "two"), settings=Settings(("weights",))).passed
+
+
 def test_asymmetric_state_is_the_first_copys_alone(written, tmp_path):
     a = str(written / "t5_1_1/seed0/legacy/checkpoint_20")
     carried, first = (fuse([a, a], tmp_path / o, optimizer=o) for o in ("carry", "asymmetric"))
@@ -305,6 +342,90 @@ def test_asymmetric_state_is_the_first_copys_alone(written, tmp_path):
     assert np.array_equal(first.read(slot)[:n, :m], carried.read(slot)[:n, :m])
     assert not first.read(slot)[n:].any()
     assert not first.read(slot)[:, m:].any()
+
+
+def changed(at, path, change):
+    """The checkpoint with its values changed."""
+    opened = open_checkpoint(path)
+    values = {name: opened.read(name) for name in opened.leaves}
+    change(values)
+    save(at, values, "t5x")
+    return str(at)
+
+
+KERNEL = "encoder/layers_0/mlp/wo/kernel"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda v: v.pop(f"{STATE}0/nu/{KERNEL}"), "no slots nu, expected one"),
+        (lambda v: v.update({f"{STATE}1/mu/{KERNEL}": v[f"{STATE}0/mu/{KERNEL}"]}), "2 slots mu, expected one"),
+        (lambda v: [v.pop(name) for name in list(v) if "/mu/" in name or "/nu/" in name], "no slots mu"),
+    ],
+)
+def test_a_state_with_slots_too_many_or_too_few_is_refused(tmp_path, change, says):
+    path = changed(tmp_path / "b", source(tmp_path / "a", "t5-1.1", OPTIMIZERS["adam"]), change)
+    with pytest.raises(Incompatible, match="does not fit") as error:
+        plan_fusion([path] * 2, Options())
+    assert any(says in line for line in error.value.details)
+
+
+def test_what_would_be_silently_wrong_is_refused_or_said(tmp_path):
+    a = source(tmp_path / "a", "t5-1.1", OPTIMIZERS["adam"])
+    older = changed(tmp_path / "b", a, lambda v: v.update({f"{STATE}0/count": np.array(10**6, np.int32)}))
+    bare = changed(tmp_path / "c", a, lambda v: [v.pop(name) for name in list(v) if name.startswith(STATE)])
+    half = changed(
+        tmp_path / "d", a, lambda v: v.update({n: x.astype(np.float16) for n, x in v.items() if "/nu/" in n})
+    )
+    for paths, says in (
+        ([a, older], "one count cannot correct"),
+        ([a, bare], "with and without optimizer state"),
+        ([bare, a], "with and without optimizer state"),
+        ([half, half], "second moments in float16"),
+        ([a, half], "do not fit together"),
+    ):
+        with pytest.raises(Incompatible, match=says):
+            plan_fusion(paths, Options())
+    both = changed(tmp_path / "e", older, lambda v: v.update({f"{STATE}0/count": np.array(10**6 + 1, np.int32)}))
+    plan, _ = plan_fusion([older, both], Options())
+    assert any("counts on from the first" in note for note in plan.notes)
+
+
+def test_of_factored_moments_asymmetric_state_keeps_what_they_stand_for(tmp_path):
+    a = source(tmp_path / "a", "t5-1.1", OPTIMIZERS["adafactor"])
+    name = f"{STATE}token_embedder/embedding/"
+    carried, first = (fuse([a, a], tmp_path / how, optimizer=how) for how in ("carry", "asymmetric"))
+
+    def rebuilt(fused):
+        row, column = fused.read(f"{name}v_row"), fused.read(f"{name}v_col")
+        whole = np.outer(row, column) / row.mean()
+        return (whole if whole.shape == fused.shapes["target/token_embedder/embedding"] else whole.T)[
+            :, : SIZES["embed"]
+        ]
+
+    np.testing.assert_allclose(rebuilt(first), rebuilt(carried), rtol=1e-6)
+
+
+def test_verify_finds_nan_in_a_carried_slot_and_minds_what_was_dropped(tmp_path):
+    a = source(tmp_path / "a", "t5-1.1", OPTIMIZERS["adam"])
+    more = {f"{STATE}0/{moment}/extra": np.ones(3) for moment in ("mu", "nu")} | {"target/extra": np.ones(3)}
+    extended = changed(tmp_path / "b", a, lambda v: v.update(more))
+    plan, opened = plan_fusion([extended] * 2, Options(drop=("*extra",)))
+    carry_out(plan, opened, tmp_path / "fused")
+    assert verify(str(tmp_path / "fused"), settings=Settings(("weights",))).passed
+    fuse([a, a], tmp_path / "sound")
+
+    def spoil(values):
+        values[f"{STATE}0/nu/{KERNEL}"][3, 4] = np.nan
+
+    spoilt = changed(tmp_path / "spoilt", str(tmp_path / "sound"), spoil)
+    shutil.copy(tmp_path / "sound/fusectl.json", tmp_path / "spoilt/fusectl.json")
+    record = json.loads((tmp_path / "spoilt/fusectl.json").read_text())
+    write_record(tmp_path / "spoilt", {**record, "tensors": {}, "files": {}})
+    report = verify(spoilt, settings=Settings(("weights",)))
+    assert not report.passed
+    assert any("first at [3, 4]: nan" in problem for problem in report.failures())
 
 
 def test_sources_with_states_that_do_not_fit_together_are_refused(tmp_path):
