@@ -754,7 +754,7 @@ def _write(screen: Screen, plan: Plan, opened: Sequence[Any], how: _Writing) -> 
     for note in plan.notes:
         screen.note(note)
     table = None if how.lr_table is None or how.dry_run else local(how.lr_table)
-    if table is not None and not how.force and table.exists():
+    if table is not None and table.exists() and not (how.force or how.resume):
         raise OutputExists(f"{table}: exists", hint="another file, or --force to replace it")
     if how.dry_run:
         screen.plan(plan, final)
