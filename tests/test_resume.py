@@ -9,18 +9,22 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
-from models import checkpoint, start, state
+import tensorstore as ts
+from models import checkpoint, contents, ends_at, start, state
 
 from fusectl import surgery
 from fusectl.errors import FusectlError, Incompatible, NotEnoughSpace, OutputExists, StorageError
-from fusectl.formats import FORMATS, open_checkpoint, target
+from fusectl.formats import FORMATS, target
 from fusectl.formats.encoding import Encoding
 from fusectl.formats.locate import JOURNAL
 from fusectl.formats.sink import Sink, save
 from fusectl.formats.staging import can_be_resumed, staging_of
+from fusectl.formats.store import new_ocdbt
+from fusectl.formats.target import Database
 from fusectl.journal import Journal
 from fusectl.record import Fill
 from fusectl.surgery import Options, carry_out, plan_fusion
@@ -37,22 +41,10 @@ def sources(tmp_path_factory):
     }
 
 
-def contents(path):
-    opened = open_checkpoint(str(path))
-    return {name: opened.read(name).tobytes() for name in opened.leaves}
-
-
 def interrupted(n, error, monkeypatch, *args, **options):
     """A run that ends when the n-th chunk is noted in its journal."""
-    add, count = Journal.add, iter(range(10**9))
-
-    def failing(self, *args):
-        add(self, *args)
-        if next(count) == n:
-            raise error
-
     with monkeypatch.context() as patch:
-        patch.setattr(Journal, "add", failing)
+        ends_at(n, error, patch)
         with pytest.raises(type(error)):
             write(*args, **options)
 
@@ -158,6 +150,22 @@ def test_a_database_whose_files_did_not_reach_the_disk_is_begun_again(sources, t
 
         assert contents(tmp_path / "out") == contents(tmp_path / "whole")
         shutil.rmtree(tmp_path / "out")
+
+
+def test_a_database_with_a_damaged_history_is_begun_again(tmp_path):
+    """Whoever writes the next version reads it, though nobody else does."""
+    base = f"{tmp_path}/"
+    store = ts.KvStore.open(new_ocdbt(base)).result()
+    for i in range(40):
+        store[f"{i}"] = b"x" * 5000
+    history = ts.ocdbt.dump(ts.KvStore.open(f"file://{base}").result()).result()["version_tree_nodes"]
+    Path(base + history[-1]["location"].split(":")[2]).write_bytes(b"")
+
+    written = Database(tmp_path, links=False, commit_bytes=1, resumed=True)
+    for i in range(20):
+        written.write(f"new{i}", [b"y"])
+
+    assert set(ts.KvStore.open(new_ocdbt(base)).result().list().result()) == {f"new{i}".encode() for i in range(20)}
 
 
 def test_a_source_that_was_written_anew_is_not_gone_on_with(tmp_path, monkeypatch):

@@ -274,6 +274,19 @@ def _walk(root: str, nodes: list[Extent]) -> Iterator[tuple[str, Extent | bytes]
         yield from below(newest["location"], b"")
 
 
+def read_history(root: str) -> None:
+    """Reads the nodes in which an OCDBT database lists its older versions, as whoever writes the next one may have to.
+
+    Raises ValueError for those that cannot be read.
+    """
+    base = ts.KvStore.open(directory(root), context=new_context()).result()
+    nodes = list(ts.ocdbt.dump(base).result()["version_tree_nodes"])
+    while nodes:
+        node = ts.ocdbt.dump(base, nodes.pop()["location"]).result()
+        if node["height"]:
+            nodes += node["entries"]
+
+
 def _extent(root: str, location: str) -> Extent:
     """The extent that `kind:directory:file:offset:length` names, its parts percent-encoded."""
     _, below, file, offset, nbytes = location.split(":")

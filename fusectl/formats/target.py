@@ -22,7 +22,19 @@ from fusectl.errors import Corrupt, FusectlError
 from fusectl.formats.encoding import Buffer
 from fusectl.formats.objects import ObjectPath, Place
 from fusectl.formats.servercopy import Copy, copier
-from fusectl.formats.store import MANIFEST, Extent, Files, copy, directory, link, new_context, new_ocdbt, ocdbt, write
+from fusectl.formats.store import (
+    MANIFEST,
+    Extent,
+    Files,
+    copy,
+    directory,
+    link,
+    new_context,
+    new_ocdbt,
+    ocdbt,
+    read_history,
+    write,
+)
 
 
 # A source's data file is taken over if at least this share of it is needed: with Adam's state reset it is a third.
@@ -282,10 +294,11 @@ def _size(path: str, extents: Iterable[Extent]) -> int:
 
 
 def _is_sound(at: Path) -> bool:
-    """Whether the tree of a database that an interrupted run has left can be read, all of it."""
+    """Whether a database that an interrupted run has left can be read and written on: its tree and its history."""
     try:
+        read_history(str(at))
         return Files(ocdbt(str(at)), str(at)).database is not None
-    except (FusectlError, OSError):
+    except (FusectlError, OSError, ValueError):
         return False
 
 
