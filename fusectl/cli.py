@@ -791,5 +791,5 @@ def _write(screen: Screen, plan: Plan, opened: Sequence[Any], how: _Writing) -> 
             kept=lambda: screen.resumable([*_ARGUMENTS, *budget]),
         )
     if table is not None:
-        write_table(plan, table, force=True)
+        write_table(plan, table)
     screen.written(plan, final)

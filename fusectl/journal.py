@@ -21,10 +21,10 @@ from fusectl.errors import Incompatible, StorageError
 from fusectl.formats.locate import JOURNAL
 from fusectl.formats.objects import ObjectPath, Place
 from fusectl.formats.servercopy import generations
-from fusectl.formats.staging import Staging, journal_head
+from fusectl.formats.staging import journal_head
 from fusectl.formats.store import walk
 from fusectl.formats.tree import Checkpoint
-from fusectl.formats.upload import Parts, Upload
+from fusectl.formats.upload import Parts, Staging
 from fusectl.plan import Plan, summary
 
 
@@ -38,7 +38,7 @@ Index = tuple[int, ...]
 class Journal:
     """The chunks that a staging directory holds, by tensor and place in its grid, each with its CRC-32."""
 
-    def __init__(self, at: Staging | Upload, digest: str, *, names: Sequence[str] = (), resume: bool) -> None:
+    def __init__(self, at: Staging, digest: str, *, names: Sequence[str] = (), resume: bool) -> None:
         """Starts a journal of what the digest tells; with `resume` opens the one that is there.
 
         `names` are those that will stand in the place that is written to.

@@ -38,7 +38,7 @@ from fusectl.record import LEFT_OUT, NORMS, Fill, Record, SourceRecord, mean_wei
 from fusectl.sources import Opened, open_source
 from fusectl.transforms.carry import Carry, same_models
 from fusectl.transforms.grow import Fusion, check_fill, filled, fused, line_up
-from fusectl.transforms.optimizer import STATE, OptimizerState, factored_axes, find_state, fresh_slots
+from fusectl.transforms.optimizer import FIRST_MOMENTS, STATE, OptimizerState, factored_axes, find_state, fresh_slots
 from fusectl.transforms.rates import in_words, rates, table
 
 
@@ -275,13 +275,10 @@ def default_output(sources: Sequence[Checkpoint], plan: Plan) -> Place:
     return home.with_name(f"{stem}{fused_name}{noise}{suffix}")
 
 
-def write_table(plan: Plan, to: Path, *, force: bool = False) -> None:
-    """Writes the learning rates that continue the trajectory as a file of JSON.
-
-    Raises OutputExists for a file that is there already, unless `force` is given.
-    """
-    with storage_errors(to), to.open("w" if force else "x") as file:
-        file.write(json.dumps(table(plan.rates), indent=1) + "\n")
+def write_table(plan: Plan, to: Path) -> None:
+    """Writes the learning rates that continue the trajectory as a file of JSON, over one that is there already."""
+    with storage_errors(to):
+        to.write_text(json.dumps(table(plan.rates), indent=1) + "\n")
 
 
 def is_complete(plan: Plan, output: Place) -> bool:
@@ -473,10 +470,10 @@ def _optimizer(builder: _Builder, opened: Sequence[Opened], fusion: Fusion, opti
             hint="--optimizer drop leaves it out, --optimizer reset makes zeros of that of the first source",
         )
     state = _state_of(first)
-    slots: Iterable[tuple[str, tuple[int, ...], tuple[Block, ...], str]]
+    slots: Iterable[tuple[str, tuple[int, ...], tuple[Block, ...]]]
     if options.optimizer == "reset":
         parameters = {name: fusion.fused_shape(name) for name in first.tree.shapes}
-        slots = ((name, shape, (), name) for name, shape in fresh_slots(state, first.tree, parameters).items())
+        slots = ((name, shape, ()) for name, shape in fresh_slots(state, first.tree, parameters).items())
         effect = "reset to zeros; the step is kept, so the first updates are of full size: warm up"
     else:
         carry = Carry(
@@ -489,14 +486,14 @@ def _optimizer(builder: _Builder, opened: Sequence[Opened], fusion: Fusion, opti
         slots = carry.slots()
         effect = _effect(carry, options.norm)
     planned = set()
-    for name, shape, blocks, like in slots:
+    for name, shape, blocks in slots:
         axes = tuple(f"axis{i}" for i in range(len(shape)))
-        dtype = first.checkpoint.leaves[like].dtype
-        if blocks and dtype == "float16" and state.names_of(name)[1] not in {"m", "mu"}:
+        dtype = first.checkpoint.leaves[name].dtype
+        if blocks and dtype == "float16" and state.names_of(name)[1] not in FIRST_MOMENTS:
             raise Incompatible(
                 f"{name}: second moments in float16, which come to zero when they are scaled", hint="--optimizer reset"
             )
-        builder.add(name, Layout(axes, shape, dtype, blocks), like=like)
+        builder.add(name, Layout(axes, shape, dtype, blocks), like=name)
         planned.add(name)
     if options.optimizer != "reset":
         for name in state.names:

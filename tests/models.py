@@ -10,7 +10,9 @@ from pathlib import Path
 from fusectl.archs import FAMILIES, family_named
 from fusectl.cli import run
 from fusectl.demo import random_t5x_state
+from fusectl.formats import open_checkpoint
 from fusectl.formats.sink import save
+from fusectl.journal import Journal
 from fusectl.record import FILE_NAME, signed
 
 
@@ -47,6 +49,24 @@ def _program(words: list[str], environment: dict[str, str]) -> None:
 def write_record(at: Path, tree) -> None:
     """Writes a changed fusectl.json as if fusectl had written it."""
     (at / FILE_NAME).write_bytes(signed({key: value for key, value in tree.items() if key != "crc32"}))
+
+
+def contents(path) -> dict[str, bytes]:
+    """The bytes of every tensor of a checkpoint."""
+    opened = open_checkpoint(str(path))
+    return {name: opened.read(name).tobytes() for name in opened.leaves}
+
+
+def ends_at(n: int, error: BaseException, monkeypatch) -> None:
+    """Has a run end when the n-th chunk is noted in its journal."""
+    add, count = Journal.add, iter(range(10**9))
+
+    def failing(self, *args):
+        add(self, *args)
+        if next(count) == n:
+            raise error
+
+    monkeypatch.setattr(Journal, "add", failing)
 
 
 def checkpoint(

@@ -11,7 +11,7 @@ import msgpack
 import numpy as np
 import pytest
 import zstandard
-from models import checkpoint, state
+from models import checkpoint, contents, state
 
 from fusectl.formats import FORMATS, open_checkpoint
 from fusectl.formats.encoding import Encoding
@@ -43,11 +43,6 @@ def copied(path, tmp_path):
     return Path(shutil.copytree(path, tmp_path / "copy"))
 
 
-def values_of(path):
-    opened = open_checkpoint(str(path))
-    return {name: opened.read(name).tobytes() for name in opened.leaves}
-
-
 def index_of(path):
     return open_checkpoint(str(path)).location.index
 
@@ -74,7 +69,7 @@ def test_a_flipped_bit_in_each_file_is_found(fused, tmp_path, form, files_tried)
     chosen += [f for f in files if f.name[0] == "_"]
     missed = []
     path = copied(fused[form], tmp_path)
-    before = values_of(path)
+    before = contents(path)
     tree = open_checkpoint(str(path)).files.database
     read = [e for e in (*tree.nodes, *tree.values.values()) if isinstance(e, Extent)] if tree else []
     for file in dict.fromkeys([*chosen, *[f for f in files if f.name == "checkpoint"]]):
@@ -86,7 +81,7 @@ def test_a_flipped_bit_in_each_file_is_found(fused, tmp_path, form, files_tried)
         changed[rng.choice(places) if places else rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
         (path / file).write_bytes(changed)
         # A bit that zstd does not look at changes no value.
-        if not fsck(str(path)).problems and values_of(path) != before:
+        if not fsck(str(path)).problems and contents(path) != before:
             missed.append(str(file))
         (path / file).write_bytes(raw)
     assert not missed

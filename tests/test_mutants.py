@@ -10,10 +10,10 @@ from pathlib import Path
 
 import msgpack
 import pytest
-from models import checkpoint
+from models import checkpoint, contents
 
 from fusectl.cli import run
-from fusectl.formats import FORMATS, open_checkpoint
+from fusectl.formats import FORMATS
 from fusectl.formats.staging import staging_of
 from fusectl.memory import peak_rss_bytes
 from fusectl.record import Fill
@@ -38,11 +38,6 @@ def sound(tmp_path_factory):
         plan, sources = plan_fusion([foreign, foreign], Options(fill=Fill("gaussian", 0.1)))
         made[form] = {"written": carry_out(plan, sources, at / form / "written"), "foreign": Path(foreign)}
     return made
-
-
-def contents(path):
-    opened = open_checkpoint(str(path))
-    return {name: opened.read(name).tobytes() for name in opened.leaves}
 
 
 def flipped(raw, rng):

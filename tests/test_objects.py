@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import servers
 from models import checkpoint as whole_checkpoint
+from models import contents
 
 from fusectl.errors import NotFound, StorageError
 from fusectl.formats import FORMATS, fingerprint, locate, open_checkpoint
@@ -17,11 +18,6 @@ from fusectl.verify import Settings, verify
 def checkpoint(at, **kwargs):
     """A model small enough for servers that answer a few hundred requests a second."""
     return whole_checkpoint(at, **{"layers": {"encoder": 1, "decoder": 1}, **kwargs})
-
-
-def contents(path):
-    opened = open_checkpoint(str(path))
-    return {name: opened.read(name).tobytes() for name in opened.leaves}
 
 
 @pytest.mark.parametrize(

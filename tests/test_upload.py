@@ -8,7 +8,7 @@ import time
 import pytest
 import servers
 from models import checkpoint as whole_checkpoint
-from models import start
+from models import contents, ends_at, start
 
 from fusectl import surgery
 from fusectl.errors import Corrupt, Incompatible, NotFound, OutputExists, VerificationFailed
@@ -59,24 +59,8 @@ def write(paths, out, *, fill=Fill(), **kwargs):
     return notes
 
 
-def contents(path):
-    opened = open_checkpoint(str(path))
-    return {name: opened.read(name).tobytes() for name in opened.leaves}
-
-
 def names(place):
     return place.anew().files()
-
-
-def ends_at(n, error, monkeypatch):
-    add, count = Journal.add, iter(range(10**9))
-
-    def failing(self, *args):
-        add(self, *args)
-        if next(count) == n:
-            raise error
-
-    monkeypatch.setattr(Journal, "add", failing)
 
 
 @pytest.mark.parametrize(

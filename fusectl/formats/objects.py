@@ -37,12 +37,17 @@ def bucket_spec(scheme: str, bucket: str, key: str) -> dict[str, Any]:
             # What the default finds first; while it looks for the others, too, it writes to standard error.
             spec["aws_credentials"] = {"type": "environment"}
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-        region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+        region = aws_region()
         if endpoint:
             spec |= {"endpoint": endpoint.rstrip("/"), "aws_region": region or "us-east-1"}
         elif region:
             spec["aws_region"] = region
     return spec
+
+
+def aws_region() -> str | None:
+    """The region that the environment names."""
+    return os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
 
 
 def store_error(error: Exception, where: str, otherwise: type[FusectlError] = Corrupt) -> FusectlError:

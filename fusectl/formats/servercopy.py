@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from fusectl.errors import StorageError
-from fusectl.formats.objects import ObjectPath
+from fusectl.formats.objects import ObjectPath, aws_region
 
 
 # Copies one object: from a bucket and a key to a bucket and a key.
@@ -66,7 +66,7 @@ def generations(at: ObjectPath) -> Mapping[str, str]:
 def _s3_client() -> Any:
     import boto3
 
-    return boto3.client("s3", region_name=os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION"))
+    return boto3.client("s3", region_name=aws_region())
 
 
 def _s3() -> Copy:

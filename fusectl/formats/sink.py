@@ -123,7 +123,7 @@ class Sink:
         """Announces tensors, each chunk of which must then be written."""
         tensors = list(tensors)
         if self._resumed and isinstance(self._home, Path):
-            self._sweep({_base(tensor.keys) for tensor in tensors})
+            self._sweep(self._home, {_base(tensor.keys) for tensor in tensors})
         for tensor in tensors:
             if self._format.name == "t5x" and kept_in_index(tensor.name, tensor.shape):
                 self._kept[tensor.name] = np.zeros(tensor.shape, np_dtype(tensor.dtype))
@@ -135,10 +135,11 @@ class Sink:
             with self._errors(tensor.name):
                 self._target.write(f"{_base(tensor.keys)}/{METADATA_FILE[self._format.zarr]}", [raw])
 
-    def _sweep(self, arrays: set[str]) -> None:
+    def _sweep(self, home: Path, arrays: set[str]) -> None:
         """Removes what an interrupted run has left beside the arrays and the database: proofs, indexes, strangers."""
-        mine = {self._index, self._home / JOURNAL}
-        for child in {*self._home.iterdir(), *self._index.iterdir()}:
+        index = home / self._item if self._item else home
+        mine = {index, home / JOURNAL}
+        for child in {*home.iterdir(), *index.iterdir()}:
             if child not in mine and child.name not in arrays and not self._target.owns(child.name):
                 remove_any(child)
 

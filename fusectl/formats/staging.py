@@ -18,14 +18,13 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from fusectl.errors import FusectlError, NotEnoughSpace, OutputExists, StorageError
 from fusectl.formats import upload
 from fusectl.formats.locate import JOURNAL, LEASE, TEMPORARY_SUFFIX
 from fusectl.formats.objects import ObjectPath, Place
-from fusectl.formats.upload import Upload
+from fusectl.formats.upload import Staging
 
 
 REMOVALS = 200
@@ -34,17 +33,6 @@ FLUSHES_AT_ONCE = 8
 
 def _nothing() -> None:
     pass
-
-
-@dataclass
-class Staging:
-    """Where to write."""
-
-    home: Path
-    # In a bucket, raises OutputExists when another process has taken it over.
-    guard: Callable[[], None] = _nothing
-    # Whether its journal has been begun.
-    begun: bool = False
 
 
 def _silent(_: str) -> None:
@@ -61,7 +49,7 @@ def staged(
     names: Collection[str] = (),
     kept: Callable[[], None] = _nothing,
     note: Callable[[str], None] = _silent,
-) -> Iterator[Staging | Upload]:
+) -> Iterator[Staging]:
     """A temporary sibling of `final`, which becomes `final` when the body ends; in a bucket `final` itself.
 
     There `force` and `sync` mean nothing: what exists is never replaced, what is written is stored.
@@ -206,11 +194,9 @@ def _empty(at: Path) -> None:
         remove_any(child)
 
 
-def remove_any(at: Place) -> None:
+def remove_any(at: Path) -> None:
     """Removes a file, a link, or a directory with all that is in it."""
-    if isinstance(at, ObjectPath):
-        at.remove()
-    elif at.is_dir() and not at.is_symlink():
+    if at.is_dir() and not at.is_symlink():
         shutil.rmtree(at)
     else:
         at.unlink()

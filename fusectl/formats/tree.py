@@ -61,6 +61,11 @@ def is_dropped(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
+def kept_shapes(shapes: Mapping[str, tuple[int, ...]], patterns: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors that no pattern of those to be left out matches."""
+    return {name: shape for name, shape in shapes.items() if not is_dropped(name, patterns)}
+
+
 @dataclass(frozen=True, slots=True)
 class Leaf:
     """A tensor of a checkpoint. `stored` says how it lies on disk; None for one kept inside the index, as `value`."""

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 
 from fusectl.errors import FusectlError, NotEnoughSpace, OutputExists, StorageError
 from fusectl.formats.locate import COMMITTED, JOURNAL, LEASE, T5X_INDEX, names_in, unfinished
-from fusectl.formats.objects import ObjectPath
+from fusectl.formats.objects import ObjectPath, Place
 
 
 BEAT_S = 5.0
@@ -39,12 +39,12 @@ FLUSH_S = 1.0
 
 
 @dataclass
-class Upload:
-    """A place in a bucket that is being written to."""
+class Staging:
+    """A place that is being written to."""
 
-    home: ObjectPath
-    # Raises OutputExists when another process has taken it over.
-    guard: Callable[[], None] = field(repr=False)
+    home: Place
+    # In a bucket, raises OutputExists when another process has taken it over.
+    guard: Callable[[], None] = field(default=lambda: None, repr=False)
     # Whether its journal has been begun, and there is something to go on with.
     begun: bool = False
 
@@ -57,7 +57,7 @@ def uploaded(
     names: Collection[str],
     kept: Callable[[], None],
     note: Callable[[str], None],
-) -> Iterator[Upload]:
+) -> Iterator[Staging]:
     """`final` to be written to; `names` are those that will stand in it.
 
     Small files are held back until the body ends. When it fails, what it has written is removed, or kept as `staged`
@@ -65,7 +65,7 @@ def uploaded(
     """
     home = final.anew({})
     lease = Lease(home, note)
-    upload = Upload(home, lease.guard)
+    staging = Staging(home, lease.guard)
     begun = published = False
     try:
         # Whose lease it was may have finished meanwhile.
@@ -75,12 +75,12 @@ def uploaded(
         if not resume:
             _clear(home, own)
         begun = True
-        yield upload
+        yield staging
         _publish(home, lease)
         published = True
     except BaseException as error:
         if begun:
-            _undo(upload, lease, error, own, kept)
+            _undo(home, lease, error, own, kept if staging.begun else None)
         else:
             lease.release()
         raise
@@ -135,21 +135,26 @@ def _publish(home: ObjectPath, lease: Lease) -> None:
     lease.renew()
 
 
-def _undo(upload: Upload, lease: Lease, error: BaseException, own: Collection[str], kept: Callable[[], None]) -> None:
-    """Leaves what can be gone on with, or nothing. What may be another's is not touched."""
+def _undo(
+    home: ObjectPath, lease: Lease, error: BaseException, own: Collection[str], kept: Callable[[], None] | None
+) -> None:
+    """Leaves what can be gone on with, if there is a journal, and calls `kept`; else nothing.
+
+    What may be another's is not touched.
+    """
     if isinstance(error, StorageError):
         # It would have to answer now. The lease runs out without it.
         lease.end()
-        if upload.begun:
+        if kept is not None:
             kept()
         return
     with suppress(StorageError, OutputExists):
         lease.renew()
-        if upload.begun and (not isinstance(error, Exception) or isinstance(error, NotEnoughSpace)):
+        if kept is not None and (not isinstance(error, Exception) or isinstance(error, NotEnoughSpace)):
             lease.release()
             kept()
         else:
-            _clear(upload.home, own)
+            _clear(home, own)
             lease.release()
 
 

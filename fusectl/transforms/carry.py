@@ -25,10 +25,7 @@ from dataclasses import dataclass, replace
 from fusectl.errors import Incompatible
 from fusectl.layout import Block, Factor, Mean, Product, Region, Term, whole
 from fusectl.transforms.grow import Fusion, stored_scale
-from fusectl.transforms.optimizer import OptimizerState, adafactor_slots, factored_axes
-
-
-Axes = tuple[int, ...]
+from fusectl.transforms.optimizer import FIRST_MOMENTS, UNUSED, Axes, OptimizerState
 
 
 @dataclass(frozen=True)
@@ -42,41 +39,25 @@ class Carry:
     # Only the first copy's own state: all others start anew, which sets the copies apart.
     only_first: bool = False
 
-    def slots(self) -> Iterator[tuple[str, tuple[int, ...], tuple[Block, ...], str]]:
-        """Name, shape and blocks of every slot of the fused model, and the source's slot that it is like.
+    def slots(self) -> Iterator[tuple[str, tuple[int, ...], tuple[Block, ...]]]:
+        """Name, shape and blocks of every slot of the fused model; its name is the first source's, too.
 
         Counters are not among them. Raises Incompatible for a parameter that does not grow.
         """
         first = self.states[0]
-        for parameter, shape in ((name, self.fusion.fused_shape(name)) for name in self.fusion.tree.shapes):
-            if not self.fusion.widths.keys() & set(self.fusion.tree.rows[parameter].spec.axes):
+        for parameter in self.fusion.tree.shapes:
+            shape, spec = self.fusion.fused_shape(parameter), self.fusion.tree.rows[parameter].spec
+            if not self.fusion.widths.keys() & set(spec.axes):
                 raise Incompatible(f"{parameter}: no axis of it grows, and its optimizer state cannot be carried")
-            every = tuple(range(len(shape)))
-            if first.kind == "adam":
-                for moment in ("mu", "nu"):
-                    name = first.slot(parameter, moment)
-                    yield name, shape, self._blocks(parameter, moment, every), name
-                continue
-            spec = self.fusion.tree.rows[parameter].spec
-            fused = adafactor_slots(shape, spec, factored=first.factored, momentum=first.momentum)
-            dropped = factored_axes(shape, spec) if first.factored else None
-            # The axes of its parameter that each slot has which is in use.
-            kept = {"m": every} if first.momentum else {}
-            if dropped is None:
-                kept["v"] = every
-            else:
-                kept["v_row"], kept["v_col"] = (tuple(a for a in every if a not in axes) for axes in dropped)
-            for slot, own in fused.items():
-                moment = "m" if slot == "m" else "nu"
-                blocks = self._blocks(parameter, moment, kept[slot]) if slot in kept else ()
-                yield first.slot(parameter, slot), own, blocks, first.slot(parameter, slot)
+            for slot in first.moments:
+                kept = first.axes_of(slot, shape, spec)
+                if kept is None:
+                    yield first.slot(parameter, slot), UNUSED, ()
+                else:
+                    own = tuple(shape[axis] for axis in kept)
+                    yield first.slot(parameter, slot), own, self._blocks(parameter, slot, kept)
 
-    def gradient_scale(self, parameter: str, source: int) -> float:
-        """What a source's gradients are multiplied with in the fused model."""
-        row = self.fusion.tree.rows[parameter]
-        return self.fusion.weights[source] / stored_scale(self.fusion, row, source)
-
-    def _blocks(self, parameter: str, moment: str, kept: Axes) -> tuple[Block, ...]:
+    def _blocks(self, parameter: str, slot: str, kept: Axes) -> tuple[Block, ...]:
         """The blocks of a slot that has the axes `kept` of its parameter."""
         fused = self.fusion.fused_shape(parameter)
         blocks: dict[Region, dict[object, Term | Product]] = {}
@@ -86,7 +67,7 @@ class Carry:
             dropped = [axis for axis in range(len(fused)) if axis not in kept]
             share = math.prod(len(cell[axis]) / fused[axis] for axis in dropped)
             terms = blocks.setdefault(tuple(cell[axis] for axis in kept), {})
-            for term in self._terms(parameter, moment, kept, reads, writes):
+            for term in self._terms(parameter, slot, kept, reads, writes):
                 key = replace(term, scale=1.0)
                 before = terms[key].scale if key in terms else 0.0
                 terms[key] = replace(term, scale=before + share * term.scale)
@@ -102,15 +83,15 @@ class Carry:
                     continue
                 yield j, i, self.fusion.cell(parameter, {**dict.fromkeys(reads, j), **dict.fromkeys(writes, i)})
 
-    def _terms(self, parameter: str, moment: str, kept: Axes, reads: int, writes: int) -> Iterator[Term | Product]:
+    def _terms(self, parameter: str, slot: str, kept: Axes, reads: int, writes: int) -> Iterator[Term | Product]:
         """What a block consists of, seen along the axes `kept`."""
-        own, scale = self.models[writes], self.gradient_scale(parameter, writes)
+        own, scale = self.models[writes], gradient_scale(self.fusion, parameter, writes)
         squared = scale**2
         shape = self.fusion.source_shape(parameter, own)
-        if moment != "nu":
+        if slot in FIRST_MOMENTS:
             if self.models[reads] == own:
-                by = scale if moment == "mu" else growth(self.fusion, parameter)
-                yield Term(own, self.states[own].slot(parameter, moment), whole(shape), by)
+                by = scale if slot == "mu" else growth(self.fusion, parameter)
+                yield Term(own, self.states[own].slot(parameter, slot), whole(shape), by)
         elif self.models[reads] == own:
             mean = self._mean(own, parameter, kept)
             if mean.over:
@@ -139,19 +120,15 @@ class Carry:
 
     def _mean(self, source: int, parameter: str, kept: Axes) -> Mean:
         """The mean of a source's second moments over all axes but these."""
-        state, spec = self.states[source], self.fusion.tree.rows[parameter].spec
-        shape = self.fusion.source_shape(parameter, source)
-        every = tuple(range(len(shape)))
-        dropped = factored_axes(shape, spec) if state.kind == "adafactor" and state.factored else None
-        if dropped is None:
-            name = state.slot(parameter, "nu" if state.kind == "adam" else "v")
-            return Mean(source, name, tuple(a for a in every if a not in kept))
-        for slot, axes in zip(("v_row", "v_col"), dropped, strict=True):
-            has = tuple(a for a in every if a not in axes)
-            if set(kept) <= set(has):
-                over = tuple(i for i, axis in enumerate(has) if axis not in kept)
-                return Mean(source, state.slot(parameter, slot), over)
-        raise AssertionError(f"{parameter}: factored in the source and not when fused")
+        state, shape = self.states[source], self.fusion.source_shape(parameter, source)
+        slot, has = state.second_moments(kept, shape, self.fusion.tree.rows[parameter].spec)
+        over = tuple(i for i, axis in enumerate(has) if axis not in kept)
+        return Mean(source, state.slot(parameter, slot), over)
+
+
+def gradient_scale(fusion: Fusion, parameter: str, source: int) -> float:
+    """What a source's gradients are multiplied with in the fused model."""
+    return fusion.weights[source] / stored_scale(fusion, fusion.tree.rows[parameter], source)
 
 
 def growth(fusion: Fusion, parameter: str) -> float:

@@ -23,11 +23,16 @@ from fusectl.errors import Incompatible, shorten
 
 STATE = "state/param_states/"
 UNUSED = (1,)
+ADAM = ("mu", "nu")
+ADAFACTOR = ("m", "v", "v_row", "v_col")
+FIRST_MOMENTS = frozenset({"mu", "m"})
 
 # T5X factors the second moments of a matrix only if both of its dimensions reach this.
 FACTORED_FROM = 128
 ROW = frozenset({"embed"})
 COLUMN = frozenset({"vocab", "mlp", "heads", "kv", "joined_kv"})
+
+Axes = tuple[int, ...]
 
 _OPTAX = re.compile(r"(\d+)/(mu|nu)/(.+)")
 _COUNT = re.compile(r"\d+/count")
@@ -46,6 +51,22 @@ class OptimizerState:
     momentum: bool = False
     # Whether nothing in it is large enough to tell if it is factored: then T5X's default is assumed.
     may_be_either: bool = False
+
+    @property
+    def moments(self) -> tuple[str, ...]:
+        """The slots that each parameter has."""
+        return ADAM if self.kind == "adam" else ADAFACTOR
+
+    def axes_of(self, slot: str, shape: tuple[int, ...], spec: TensorSpec) -> Axes | None:
+        """The axes of a parameter of this shape that a slot has; None for one that is not in use."""
+        if self.kind == "adam":
+            return tuple(range(len(shape)))
+        return adafactor_axes(shape, spec, factored=self.factored, momentum=self.momentum)[slot]
+
+    def second_moments(self, kept: Axes, shape: tuple[int, ...], spec: TensorSpec) -> tuple[str, Axes]:
+        """The slot of second moments that has these axes of a parameter, and all of its axes: perhaps more."""
+        has = {slot: self.axes_of(slot, shape, spec) for slot in self.moments if slot not in FIRST_MOMENTS}
+        return next((slot, axes) for slot, axes in has.items() if axes is not None and set(kept) <= set(axes))
 
     def slot(self, parameter: str, what: str) -> str:
         """The full name of a parameter's slot: m, v, v_row or v_col of Adafactor, mu or nu of Adam."""
@@ -84,7 +105,7 @@ def find_state(shapes: Mapping[str, tuple[int, ...]], tree: Recognized, where: s
         wrong += [
             f"{parameter}: {times[moment, parameter] or 'no'} slots {moment}, expected one"
             for parameter in tree.shapes
-            for moment in ("mu", "nu")
+            for moment in ADAM
             if times[moment, parameter] != 1
         ]
         if not wrong:
@@ -124,14 +145,21 @@ def adafactor_slots(
     >>> adafactor_slots((2048, 768), parse_axes("mlp -> embed"), factored=True, momentum=False)
     {'m': (1,), 'v': (1,), 'v_row': (768,), 'v_col': (2048,)}
     """
-    m = shape if momentum else UNUSED
-    axes = factored_axes(shape, spec) if factored else None
-    if axes is None:
-        return {"m": m, "v": shape, "v_row": UNUSED, "v_col": UNUSED}
-    dropped_by_row, dropped_by_column = axes
-    v_row = tuple(n for axis, n in enumerate(shape) if axis not in dropped_by_row)
-    v_col = tuple(n for axis, n in enumerate(shape) if axis not in dropped_by_column)
-    return {"m": m, "v": UNUSED, "v_row": v_row, "v_col": v_col}
+    axes_of = adafactor_axes(shape, spec, factored=factored, momentum=momentum)
+    return {slot: UNUSED if axes is None else tuple(shape[axis] for axis in axes) for slot, axes in axes_of.items()}
+
+
+def adafactor_axes(
+    shape: tuple[int, ...], spec: TensorSpec, *, factored: bool, momentum: bool
+) -> dict[str, Axes | None]:
+    """The axes of a parameter that each slot of T5X's Adafactor has; None for those that are not in use."""
+    every = tuple(range(len(shape)))
+    m = every if momentum else None
+    dropped = factored_axes(shape, spec) if factored else None
+    if dropped is None:
+        return {"m": m, "v": every, "v_row": None, "v_col": None}
+    v_row, v_col = (tuple(axis for axis in every if axis not in axes) for axes in dropped)
+    return {"m": m, "v": None, "v_row": v_row, "v_col": v_col}
 
 
 def factored_axes(shape: tuple[int, ...], spec: TensorSpec) -> tuple[set[int], set[int]] | None:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fusectl.transforms.carry import growth
+from fusectl.transforms.carry import gradient_scale, growth
 from fusectl.transforms.grow import Fusion, stored_scale
 
 
@@ -48,7 +48,7 @@ def _rate(fusion: Fusion, parameter: str) -> Rate:
     kind = "kernel" if reads and writes else "head" if reads else other
     add_up = fusion.copies if reads and writes else 1
     adam = scale / add_up
-    gradient = fusion.weights[0] / scale
+    gradient = gradient_scale(fusion, parameter, 0)
     return Rate(kind, adam / gradient, adam, adam / growth(fusion, parameter), gradient)
 
 

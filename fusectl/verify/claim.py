@@ -9,7 +9,7 @@ import fusectl
 from fusectl.archs import Recognized, recognize
 from fusectl.errors import Incompatible, NotFound, UsageError
 from fusectl.formats import fingerprint, open_checkpoint
-from fusectl.formats.tree import Checkpoint, is_dropped
+from fusectl.formats.tree import Checkpoint, kept_shapes
 from fusectl.record import DEFAULT_NOISE_SCALE, Fill, Record, SourceRecord, mean_weights, norm_groups
 from fusectl.transforms.grow import require_widths, widths_of
 
@@ -84,7 +84,7 @@ def make_claim(fused: Checkpoint, declared: Declared) -> Claim:
     drop = record.drop if record else ()
     trees = {}
     for path, source in by_path.items():
-        trees[path] = recognize({n: s for n, s in source.shapes.items() if not is_dropped(n, drop)}, path, arch)
+        trees[path] = recognize(kept_shapes(source.shapes, drop), path, arch)
     tree = recognize(fused.shapes, fused.path, arch)
     changed = _changed(sources, record)
     record = _record(fused, record, sources, tuple(trees[p] for p in paths), declared)

@@ -10,37 +10,35 @@ with c_i the weight of i over the factor that it is stored with. A slot without 
 
 from __future__ import annotations
 
-import itertools
 import math
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from fusectl.formats.tree import is_dropped
+from fusectl.formats.tree import kept_shapes
 from fusectl.layout import Region, intersect, shifted, slices, tiles, whole
-from fusectl.transforms.optimizer import OptimizerState, factored_axes, find_state
+from fusectl.transforms.optimizer import FIRST_MOMENTS, Axes, OptimizerState, find_state
 from fusectl.verify.blocks import Blocks
 from fusectl.verify.claim import Claim
 
 
 Array = npt.NDArray[Any]
-Axes = tuple[int, ...]
 
 
 class Slots:
     """The sources' states, and what follows from them for the fused model's."""
 
-    def __init__(self, claim: Claim) -> None:
+    def __init__(self, claim: Claim, fused: OptimizerState) -> None:
         """Raises Incompatible where a source has no state that could have been carried."""
         self._claim = claim
         self._states = [
-            find_state(_without(source.shapes, claim.record.drop), tree, source.path)
+            find_state(kept_shapes(source.shapes, claim.record.drop), tree, source.path)
             for source, tree in zip(claim.sources, claim.trees, strict=True)
         ]
-        self.fused: OptimizerState = find_state(claim.fused.shapes, claim.tree, claim.fused.path)
+        self.fused = fused
         places = [source.location.index for source in claim.sources]
         self._models = [places.index(place) for place in places]
         self._means: dict[tuple[int, str, Axes], Array] = {}
@@ -48,7 +46,7 @@ class Slots:
 
     def kept(self, parameter: str, slot: str) -> Axes | None:
         """The axes of its parameter that a slot has; None for one that is not in use."""
-        return _kept(self.fused, self._claim.tree.shapes[parameter], self._claim.tree.rows[parameter].spec, slot)
+        return self.fused.axes_of(slot, self._claim.tree.shapes[parameter], self._claim.tree.rows[parameter].spec)
 
     def expected(self, parameter: str, slot: str, kept: Axes, region: Region) -> Array:
         """The values of a region of a slot in float64."""
@@ -61,7 +59,7 @@ class Slots:
                 continue
             inside = shifted(part, place, whole(tuple(map(len, place))))
             at = slices(part, region)
-            if slot in {"m", "mu"}:
+            if slot in FIRST_MOMENTS:
                 if self._models[reads] == self._models[writes]:
                     scale = self._growth(parameter) if slot == "m" else self._gradient(parameter, writes)
                     out[at] += scale * self._read(writes, parameter, slot, inside)
@@ -85,8 +83,8 @@ class Slots:
     def _second(self, parameter: str, reads: int, writes: int, kept: Axes, inside: Region) -> Array:
         """The second moments of a block, in a region of the axes that are kept."""
         if self._models[reads] == self._models[writes]:
-            slot = self._slot_with(writes, parameter, kept)
-            if self._has(writes, parameter, slot) == kept:
+            slot, has = self._slot_with(writes, parameter, kept)
+            if has == kept:
                 return self._read(writes, parameter, slot, inside)
             return self._mean(writes, parameter, kept)[slices(inside)]
         spec = self._claim.tree.rows[parameter].spec
@@ -118,9 +116,7 @@ class Slots:
             return self._means[key]
 
     def _averaged(self, source: int, parameter: str, kept: Axes) -> Array:
-        slot = self._slot_with(source, parameter, kept)
-        has = self._has(source, parameter, slot)
-        assert has is not None
+        slot, has = self._slot_with(source, parameter, kept)
         name = self._states[source].slot(parameter, slot)
         leaf = self._claim.sources[source].leaves[name]
         total = np.zeros(tuple(leaf.shape[has.index(a)] for a in kept))
@@ -130,14 +126,9 @@ class Slots:
             total[slices(tuple(tile[has.index(a)] for a in kept)) or ...] += values.sum(axis=over)
         return total / math.prod(leaf.shape[i] for i in over)
 
-    def _slot_with(self, source: int, parameter: str, kept: Axes) -> str:
-        """The slot of a source that has these axes of a parameter, and perhaps more."""
-        found = ((slot, self._has(source, parameter, slot)) for slot in ("v", "nu", "v_row", "v_col"))
-        return next(slot for slot, has in found if has is not None and set(kept) <= set(has))
-
-    def _has(self, source: int, parameter: str, slot: str) -> Axes | None:
+    def _slot_with(self, source: int, parameter: str, kept: Axes) -> tuple[str, Axes]:
         tree = self._claim.trees[source]
-        return _kept(self._states[source], tree.shapes[parameter], tree.rows[parameter].spec, slot)
+        return self._states[source].second_moments(kept, tree.shapes[parameter], tree.rows[parameter].spec)
 
     def _read(self, source: int, parameter: str, slot: str, region: Region) -> Array:
         name = self._states[source].slot(parameter, slot)
@@ -154,22 +145,3 @@ class Slots:
         fused = math.prod(self._claim.tree.shapes[parameter])
         sizes = [math.prod(tree.shapes[parameter]) for tree in self._claim.trees]
         return math.sqrt(sum(blocks.scale(i) ** 2 * n / fused for i, n in enumerate(sizes)))
-
-
-def _without(shapes: Mapping[str, tuple[int, ...]], drop: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    return {name: shape for name, shape in shapes.items() if not is_dropped(name, drop)}
-
-
-def _kept(state: OptimizerState, shape: tuple[int, ...], spec: Any, slot: str) -> Axes | None:
-    """The axes of a parameter of this shape that a slot has; None for one that is not in use."""
-    every = tuple(range(len(shape)))
-    if state.kind == "adam":
-        return every if slot in {"mu", "nu"} else None
-    dropped = factored_axes(shape, spec) if state.factored else None
-    if slot == "m":
-        return every if state.momentum else None
-    if slot == "v":
-        return every if dropped is None else None
-    if dropped is None or slot not in {"v_row", "v_col"}:
-        return None
-    return tuple(itertools.filterfalse(dropped[slot == "v_col"].__contains__, every))

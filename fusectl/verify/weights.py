@@ -382,12 +382,12 @@ def _declared_slots(claim: Claim, slots: list[str], progress: Progress) -> tuple
     if claim.record.optimizer not in _CARRIED or not slots:
         return [], []
     try:
-        find_state(claim.fused.shapes, claim.tree, claim.fused.path)
+        fused = find_state(claim.fused.shapes, claim.tree, claim.fused.path)
     except FusectlError:
         # Told where the state is looked at as a whole.
         return [], []
     try:
-        states = Slots(claim)
+        states = Slots(claim, fused)
         return [_CarriedSlot(claim, name, progress, states) for name in slots], []
     except FusectlError as error:
         return [], [f"the optimizer's state cannot be compared: {error.message}", *error.details]
