@@ -106,6 +106,9 @@ Force = Annotated[bool, typer.Option("--force", help="Replace an existing output
 Resume = Annotated[
     bool, typer.Option("--resume", help="Go on with what an interrupted run of the same command has left.")
 ]
+Step = Annotated[
+    int | None, typer.Option(help="The training step to write, which schedules go by. [default: the first source's]")
+]
 LrTable = Annotated[
     str | None,
     typer.Option(metavar="FILE", help="Write the learning rates that continue the trajectory, as JSON for optax."),
@@ -155,6 +158,7 @@ def fuse(
     seed: Seed = 0,
     optimizer: Optimizer = "carry",
     lr_table: LrTable = None,
+    step: Step = None,
     format: FormatName = None,
     arch: Arch = None,
     drop: Drop = [],  # noqa: B006
@@ -187,7 +191,7 @@ def fuse(
             raise UsageError("--equalize-by and --tokens say how to --equalize", hint="--equalize")
         stored = _Stored(codec, sparse, link, check)
         options = _options(
-            _fill(fill, noise_scale, seed), optimizer, format, arch, drop, dtype, stored, max_memory, norm
+            _fill(fill, noise_scale, seed), optimizer, format, arch, drop, dtype, stored, max_memory, step, norm
         )
         shares = _numbers(weights, "--weights")
         with screen.progress() as progress:
@@ -211,6 +215,7 @@ def self_fuse(
     seed: Seed = 0,
     optimizer: Optimizer = "carry",
     lr_table: LrTable = None,
+    step: Step = None,
     format: FormatName = None,
     arch: Arch = None,
     drop: Drop = [],  # noqa: B006
@@ -240,7 +245,9 @@ def self_fuse(
         if copies < 2:
             raise UsageError(f"--copies {copies}: fusing takes two or more")
         stored = _Stored(codec, sparse, link, check)
-        options = _options(_fill(fill, noise_scale, seed), optimizer, format, arch, drop, dtype, stored, max_memory)
+        options = _options(
+            _fill(fill, noise_scale, seed), optimizer, format, arch, drop, dtype, stored, max_memory, step
+        )
         plan, opened = plan_fusion([_path(source)] * copies, options, command="self-fuse")
         writing = _Writing(output, force, jobs, dry_run, allow_nonfinite, verify, report, max_memory, sync, resume)
         _write(screen, plan, opened, writing._replace(lr_table=lr_table))
@@ -259,6 +266,7 @@ def noise_fill(
     fill: FillKind = "gaussian",
     noise_scale: NoiseScale = None,
     seed: Seed = 0,
+    step: Step = None,
     format: FormatName = None,
     arch: Arch = None,
     drop: Drop = [],  # noqa: B006
@@ -288,8 +296,56 @@ def noise_fill(
         if fill == "zeros":
             raise UsageError("--fill zeros: there are zeros already", hint="--fill gaussian or antisymmetric")
         stored = _Stored(codec, sparse, link, check)
-        options = _options(_fill(fill, noise_scale, seed), "reset", format, arch, drop, dtype, stored, max_memory)
+        options = _options(_fill(fill, noise_scale, seed), "reset", format, arch, drop, dtype, stored, max_memory, step)
         plan, opened = plan_noise_fill(_path(source), options, copies=copies)
+        writing = _Writing(output, force, jobs, dry_run, allow_nonfinite, verify, report, max_memory, sync, resume)
+        _write(screen, plan, opened, writing)
+
+
+@app.command(
+    short_help="Write a checkpoint in another format.",
+    epilog="Example: fusectl convert runs/a/checkpoint_1000000 --format orbax -o runs/b/1000000",
+)
+def convert(
+    source: Source = None,
+    output: Output = None,
+    format: FormatName = None,
+    dtype: Dtype = None,
+    drop_optimizer: Annotated[bool, typer.Option("--drop-optimizer", help="Leave the optimizer's state out.")] = False,
+    scan: Annotated[
+        bool | None, typer.Option("--scan/--unscan", help="Stack the layers along an axis, or each for itself.")
+    ] = None,
+    step: Step = None,
+    arch: Arch = None,
+    drop: Drop = [],  # noqa: B006
+    codec: Codec = "auto",
+    sparse: Sparse = None,
+    link: Link = False,
+    check: Check = True,
+    sync: Sync = True,
+    max_memory: MaxMemory = None,
+    jobs: Jobs = None,
+    force: Force = False,
+    resume: Resume = False,
+    dry_run: DryRun = False,
+    verify: Verify = False,
+    report: WithReport = True,
+    allow_nonfinite: AllowNonfinite = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write a checkpoint in another format or dtype, with its layers stacked or not; every value stays what it is."""
+    screen = Screen("convert", json=json, quiet=quiet, debug=debug)
+    with screen.errors():
+        from fusectl.conversion import plan_conversion
+        from fusectl.record import Fill
+
+        stored = _Stored(codec, sparse, link, check)
+        optimizer = "drop" if drop_optimizer else "carry"
+        options = _options(Fill(), optimizer, format, arch, drop, dtype, stored, max_memory, step)
+        layers = None if scan is None else "scanned" if scan else "unscanned"
+        plan, opened = plan_conversion(_path(source), options, layers)
         writing = _Writing(output, force, jobs, dry_run, allow_nonfinite, verify, report, max_memory, sync, resume)
         _write(screen, plan, opened, writing)
 
@@ -465,6 +521,10 @@ def inspect(
 def restart_config(
     source: Source = None,
     trainer: Annotated[Literal["t5x"], typer.Option(help="The trainer.")] = "t5x",  # noqa: ARG001
+    lr_offset: Annotated[
+        int,
+        typer.Option(help="Steps by which the schedule is ahead; negative ones hold the maximal rate for longer."),
+    ] = 0,
     arch: Arch = None,
     json: Json = False,
     quiet: Quiet = False,
@@ -475,7 +535,7 @@ def restart_config(
     with screen.errors():
         from fusectl.restart import restart
 
-        screen.restart(restart(_path(source), arch))
+        screen.restart(restart(_path(source), arch, lr_offset=lr_offset))
 
 
 def _fsck(screen: Screen, path: str, arch: str | None, max_memory: str | None, jobs: int | None) -> None:
@@ -641,6 +701,7 @@ def _options(
     dtype: str | None,
     stored: _Stored,
     max_memory: str | None,
+    step: int | None,
     norm: str = "rule",
 ) -> Options:
     from fusectl.parallel import default_max_memory_bytes
@@ -655,6 +716,7 @@ def _options(
         dtype=dtype,
         max_memory_bytes=parse_bytes(max_memory, "--max-memory") or default_max_memory_bytes(),
         norm=norm,
+        step=step,
         **stored._asdict(),
     )
 
@@ -793,3 +855,7 @@ def _write(screen: Screen, plan: Plan, opened: Sequence[Any], how: _Writing) -> 
     if table is not None:
         write_table(plan, table)
     screen.written(plan, final)
+    if plan.record.command != "convert":
+        from fusectl.restart import restart
+
+        screen.restart_lines(restart(str(final), plan.record.family))

@@ -4,7 +4,7 @@
  "sources": [{"path": …, "format": …, "step": …, "fingerprint": …, "norm_groups": [512]}, …],
  "weights": [0.5, 0.5], "widths": {"embed": [512, 512], …}, "norm_groups": [512, 512],
  "norm": "rule", "residual_scales": [1.0, 0.98], "fill": {"kind": "gaussian", "noise_scale": 0.1, "seed": 0},
- "optimizer": "reset",
+ "optimizer": "reset", "step": null, "layers": "", "origin": null,
  "tensors": {"target/…": {"shape": […], "dtype": …, "chunks": […], "crc32": ["9ae0daaf", …], "metadata": …}, …},
  "files": {"checkpoint": "5c1f0b2e", …},
  "crc32": "0b77c4de"}
@@ -41,6 +41,8 @@ DEFAULT_NOISE_SCALE = 0.1
 FILLS = ("zeros", "gaussian", "antisymmetric")
 # Which norm the fused model will be trained with: one over the whole width, or one per source (Deep Fusion, section 3).
 NORMS = ("rule", "property")
+# Whether layers are stacked along an axis, or stand each for itself.
+LAYERS = ("scanned", "unscanned")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,19 @@ class Fill:
             raise ValueError(f"no fill is called {self.kind!r}; there are {', '.join(FILLS)}")
         if self.kind != "zeros" and not 0.0 < self.noise_scale < math.inf:
             raise ValueError(f"noise of scale {self.noise_scale}")
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """The tree that was converted into T5X's format, whose index cannot tell it.
+
+    Keys are pairs of a name and its kind (formats/tree.py).
+    """
+
+    item: str | None
+    keys: Mapping[str, tuple[tuple[str, int], ...]]
+    # The keys and the kind of every empty node.
+    empty: tuple[tuple[tuple[tuple[str, int], ...], str], ...]
 
 
 # In place of a chunk's CRC-32: it is all zeros and not on disk; it was taken over unread.
@@ -121,6 +136,12 @@ class Record:
     norm: str = "rule"
     # The constant that each source's residual stream was multiplied with, so that one norm mixes them less.
     residual_scales: tuple[float, ...] = ()
+    # The step that was set; None where it is the first source's.
+    step: int | None = None
+    # How the sources' layers are stored here: one of LAYERS; empty for as they are there.
+    layers: str = ""
+    # Where the tree came from, if its format cannot tell.
+    origin: Origin | None = field(default=None, repr=False)
     tensors: Mapping[str, Checksums] = field(default_factory=dict, repr=False)
     # The CRC-32 of every other file that makes it a checkpoint, by its path in it.
     files: Mapping[str, str] = field(default_factory=dict, repr=False)
@@ -130,9 +151,14 @@ class Record:
             object.__setattr__(self, "residual_scales", (1.0,) * len(self.weights))
 
     @property
+    def fused(self) -> bool:
+        """Whether it is a fusion; a copy of one checkpoint in another format is none."""
+        return len(self.weights) > 1
+
+    @property
     def self_fused(self) -> bool:
-        """Whether all sources are one and the same checkpoint."""
-        return len({(s.path, s.fingerprint) for s in self.sources}) == 1
+        """Whether it is a fusion of one and the same checkpoint."""
+        return self.fused and len({(s.path, s.fingerprint) for s in self.sources}) == 1
 
     def to_json(self) -> bytes:
         """The record as the bytes of its file."""
@@ -164,6 +190,9 @@ class Record:
                 drop=tuple(map(_text, tree.get("drop", ()))),
                 norm=_text(tree.get("norm", "rule")),
                 residual_scales=tuple(map(float, tree.get("residual_scales", ()))),
+                step=None if tree.get("step") is None else int(tree["step"]),
+                layers=_text(tree.get("layers", "")),
+                origin=None if tree.get("origin") is None else _origin(tree["origin"]),
                 tensors={name: _checksums(entry) for name, entry in tree["tensors"].items()},
                 files={_inside(name): _text(crc32) for name, crc32 in tree.get("files", {}).items()},
             )
@@ -174,11 +203,14 @@ class Record:
 
     def _check(self) -> None:
         count = len(self.weights)
-        if count < 2 or len(self.sources) not in {0, count}:
+        if count < 1 or len(self.sources) not in {0, count}:
             raise ValueError(f"{count} weights for {len(self.sources)} sources")
         wrong = [axis for axis, sizes in self.widths.items() if len(sizes) != count or min(sizes) < 1]
-        if wrong or not self.widths:
+        # Of a tree that no table explains no width is known; it can only be the copy of one.
+        if wrong or (not self.widths and count > 1):
             raise ValueError(f"widths of {wrong or 'no axis'}")
+        if self.layers not in {"", *LAYERS}:
+            raise ValueError(f"layers that are {self.layers}")
         if self.norm not in NORMS:
             raise ValueError(f"no norm is called {self.norm!r}")
         if len(self.residual_scales) != count or not all(
@@ -188,7 +220,7 @@ class Record:
         of_sources = tuple(width for source in self.sources for width in source.norm_groups)
         if self.sources and of_sources != self.norm_groups:
             raise ValueError(f"norm groups {list(self.norm_groups)} of sources with {list(of_sources)}")
-        if min(self.norm_groups, default=0) < 1 or sum(self.norm_groups) != sum(self.widths.get("embed", ())):
+        if min(self.norm_groups, default=1) < 1 or sum(self.norm_groups) != sum(self.widths.get("embed", ())):
             raise ValueError(f"norm groups {list(self.norm_groups)} do not sum up to the width")
 
 
@@ -251,6 +283,15 @@ def _source(entry: Mapping[str, Any]) -> SourceRecord:
     groups = tuple(map(int, entry["norm_groups"]))
     step = None if entry["step"] is None else int(entry["step"])
     return SourceRecord(_text(entry["path"]), _text(entry["format"]), step, _text(entry["fingerprint"]), groups)
+
+
+def _origin(entry: Mapping[str, Any]) -> Origin:
+    def keys(found: Any) -> tuple[tuple[str, int], ...]:
+        return tuple((_text(name), int(kind)) for name, kind in found)
+
+    item = None if entry["item"] is None else _text(entry["item"])
+    empty = tuple((keys(node), _text(kind)) for node, kind in entry["empty"])
+    return Origin(item, {_text(name): keys(found) for name, found in entry["keys"].items()}, empty)
 
 
 def _checksums(entry: Mapping[str, Any]) -> Checksums:

@@ -146,6 +146,12 @@ class Screen:
         if not self._json:
             print(found.gin(), end="")  # noqa: T201
 
+    def restart_lines(self, found: Restart) -> None:
+        """Tells what a trainer has to be told, beside the result."""
+        if not self._quiet and not self._json:
+            bindings = [line for line in found.gin().splitlines() if not line.startswith("#")]
+            self._say("\n".join([f"T5X goes on with (more: fusectl restart-config {found.path}):", *bindings]))
+
     def fsck(self, found: Fsck) -> None:
         """Prints what is wrong with a checkpoint, all of it, and what nobody could have noticed."""
         self._result = found.as_json()
@@ -457,7 +463,8 @@ def _print_inspection(console: Console, seen: Inspection, *, tree: bool) -> None
 def _fill(fill: Fill) -> str:
     if fill.kind == "zeros":
         return fill.kind
-    return f"{fill.kind} noise, {fill.noise_scale:g} of each kernel's standard deviation, seed {fill.seed}"
+    seed = "unknown" if fill.seed is None else fill.seed
+    return f"{fill.kind} noise, {fill.noise_scale:g} of each kernel's standard deviation, seed {seed}"
 
 
 def _print_facts(console: Console, facts: Sequence[tuple[str, str]]) -> None:

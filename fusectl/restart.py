@@ -6,11 +6,13 @@ was. Source: t5x/examples/{t5,scalable_t5}/network.py for the config, t5x/utils.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from fusectl.archs import Recognized, recognize
+from fusectl.errors import UsageError
 from fusectl.formats import open_checkpoint
 from fusectl.formats.tree import Checkpoint
 from fusectl.transforms.optimizer import STATE
@@ -31,6 +33,8 @@ class Restart:
     config: str
     network: Mapping[str, Any]
     restore: Mapping[str, Any]
+    # Of the learning rate's schedule.
+    schedule: Mapping[str, Any]
     # The sizes by the names of Flaxformer's macros.
     macros: Mapping[str, Any]
     notes: tuple[str, ...]
@@ -46,6 +50,7 @@ class Restart:
             "config": self.config,
             "network": {name: getattr(value, "name", value) for name, value in self.network.items()},
             "restore": dict(self.restore),
+            "schedule": dict(self.schedule),
             "flaxformer": dict(self.macros),
             "notes": list(self.notes),
             "gin": self.gin(),
@@ -62,17 +67,25 @@ class Restart:
         if self.restore:
             yield "utils.RestoreCheckpointConfig:"
             yield from (f"  {name} = {_value(value)}" for name, value in self.restore.items())
+        if self.schedule:
+            yield "utils.create_learning_rate_scheduler:"
+            yield from (f"  {name} = {_value(value)}" for name, value in self.schedule.items())
         yield "# Flaxformer has macros for the sizes:"
         yield from (f"# {name} = {_value(value)}" for name, value in self.macros.items())
 
 
-def restart(path: str, arch: str | None = None) -> Restart:
-    """The Restart of a checkpoint; raises Incompatible for a tree of no known family."""
+def restart(path: str, arch: str | None = None, *, lr_offset: int = 0) -> Restart:
+    """The Restart of a checkpoint.
+
+    With `lr_offset` the schedule goes on as if so many more steps had been made; fewer if it is negative, which holds
+    the maximal rate for longer (Deep Fusion, section 5.4). Raises Incompatible for a tree of no known family, and
+    UsageError for an offset that leads to before the schedule's first step.
+    """
     checkpoint = open_checkpoint(path)
-    return restart_of(checkpoint, recognize(checkpoint.shapes, checkpoint.path, arch))
+    return restart_of(checkpoint, recognize(checkpoint.shapes, checkpoint.path, arch), lr_offset=lr_offset)
 
 
-def restart_of(checkpoint: Checkpoint, tree: Recognized) -> Restart:
+def restart_of(checkpoint: Checkpoint, tree: Recognized, *, lr_offset: int = 0) -> Restart:
     """The Restart of an opened checkpoint of one of T5's families."""
     sizes, record = tree.sizes, checkpoint.record
     scalable = "kv" in sizes
@@ -96,7 +109,7 @@ def restart_of(checkpoint: Checkpoint, tree: Recognized) -> Restart:
         "NUM_DECODER_LAYERS": network["num_decoder_layers"],
     }
     if scalable:
-        network["scan_layers"] = any("layers" in row.spec.axes for row in tree.rows.values())
+        network["scan_layers"] = tree.scanned
     notes = ["to be included after the gin file of the small model; what is not bound here stays as it was there"]
     imports, config = [f"from t5x.examples.{'scalable_t5' if scalable else 't5'} import network"], "network.T5Config"
     if record is not None and record.norm == "property":
@@ -126,7 +139,28 @@ def restart_of(checkpoint: Checkpoint, tree: Recognized) -> Restart:
         notes.append("learning rates as before move it faster: fusectl self-fuse --lr-table says by how much")
     if checkpoint.step is not None:
         notes.append(f"step {checkpoint.step:,}: schedules such as rsqrt_decay go on from there")
-    return Restart(checkpoint.path, tuple(imports), config, network, restore, macros, tuple(notes))
+    if lr_offset:
+        notes.append(_offset_in_words(checkpoint, lr_offset))
+        imports = [*dict.fromkeys([*imports, "from t5x import utils"])]
+    # T5X takes its offset off.
+    schedule = {"step_offset": -lr_offset} if lr_offset else {}
+    return Restart(checkpoint.path, tuple(imports), config, network, restore, schedule, macros, tuple(notes))
+
+
+def _offset_in_words(checkpoint: Checkpoint, lr_offset: int) -> str:
+    """What an offset of the schedule does to T5X's rsqrt_decay, 1 / sqrt(max(step - step_offset, warmup_steps))."""
+    step = checkpoint.step or 0
+    then = step + lr_offset
+    if then < 0:
+        raise UsageError(
+            f"{checkpoint.path}: --lr-offset {lr_offset}, and the step is {step:,}: before the schedule begins",
+            hint=f"--lr-offset {-step} at most" if step else "without an offset; --step sets the step",
+        )
+    if then == 0 or step == 0:
+        return f"the schedule goes on at step {then:,} of its own"
+    change = math.sqrt(step / then)
+    longer = "; better in the end, worse at first, and it may become unstable" if lr_offset < 0 else ""
+    return f"the schedule goes on at step {then:,} of its own: rsqrt_decay gives {change:.3g} times the rate{longer}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,7 @@ from fusectl.formats.tree import STEPS, T5X_STEP, Checkpoint, EmptyNode, Key, di
 from fusectl.formats.upload import require_free
 from fusectl.formats.zarr import np_dtype
 from fusectl.journal import Journal, digest_of, require_same_plan
-from fusectl.layout import Block, Layout, Term, whole
+from fusectl.layout import Block, Layout, Product, Term, whole
 from fusectl.parallel import Progress, Silent, default_jobs, default_max_memory_bytes
 from fusectl.plan import Output, Plan
 from fusectl.record import LEFT_OUT, NORMS, Fill, Record, SourceRecord, mean_weights
@@ -46,6 +46,8 @@ OPTIMIZERS = ("carry", "reset", "drop", "asymmetric")
 # Above this, antisymmetric noise loses digits of the kernels that it is taken off from.
 LARGE_NOISE_SCALE = 0.5
 LARGEST_COMMIT_BYTES = 16 << 20
+# Trainers keep it in an int32.
+LARGEST_STEP = 2**31 - 1
 # Below so many updates moments are far from unbiased: 0.999 to its power is 5e-5.
 MOST_BIASED_COUNT = 10_000
 # Threads, where most of their time is spent on waiting for a server.
@@ -75,9 +77,13 @@ class Options:
     passthrough: bool = True
     # Which norm the fused model is going to be trained with: the fusion rule's, or the fusion property's.
     norm: str = "rule"
+    # The training step to be written; None for the first source's.
+    step: int | None = None
 
     def __post_init__(self) -> None:
         known = self.optimizer in OPTIMIZERS and self.norm in NORMS and self.codec in CODECS
+        if self.step is not None and not 0 <= self.step <= LARGEST_STEP:
+            raise UsageError(f"--step {self.step}: a training step is from 0 to {LARGEST_STEP:,}")
         if not known or self.max_memory_bytes < 1:
             raise UsageError(
                 f"optimizer {self.optimizer!r}, norm {self.norm!r}, codec {self.codec!r}, "
@@ -111,21 +117,21 @@ def plan_fusion(
     check_fill(fusion, options.fill)
     if equalize is not None:
         fusion = replace(fusion, residual_scales=residual_scales(opened, equalize))
-    out_format, item, prefix = _target(first, options)
-    builder = _Builder(opened, options, out_format)
+    out_format, item, prefix = target_of(first, options)
+    builder = Builder(opened, options, out_format)
     for parameter in first.tree.shapes:
         tensors = [o.full(parameter) for o in opened]
         stored = first.checkpoint.leaves[tensors[0]].dtype
         layout = fused(fusion, parameter, options.dtype or stored, options.fill, tensors)
         builder.add(prefix + parameter, layout, like=tensors[0], noise_name=parameter)
     optimizer, kind = _optimizer(builder, opened, fusion, options)
-    _step(builder, first, out_format)
+    plan_step(builder, first, options, out_format)
     record = Record(
         version=fusectl.__version__,
         command=command,
         family=first.tree.family.name,
         parameters=prefix,
-        sources=tuple(_source_record(o) for o in opened),
+        sources=tuple(source_record(o) for o in opened),
         weights=shares,
         widths=fusion.widths,
         norm_groups=tuple(group for o in opened for group in o.norm_groups),
@@ -134,6 +140,7 @@ def plan_fusion(
         drop=options.drop,
         norm=options.norm,
         residual_scales=fusion.residual_scales,
+        step=options.step,
     )
     # Between different models blocks do not move alike.
     found = rates(fusion) if record.self_fused else {}
@@ -151,7 +158,8 @@ def plan_noise_fill(path: str, options: Options, *, copies: int | None = None) -
     if copies is not None and copies < 2:
         raise UsageError(f"--copies {copies}: a fusion has two or more")
     opened = open_source(path, options.arch, options.drop)
-    record = opened.checkpoint.record or _record_for(opened, copies)
+    own = opened.checkpoint.record
+    record = own if own is not None and own.fused else _record_for(opened, copies)
     if record.fill.kind != "zeros":
         raise Incompatible(
             f"{opened.label}: filled already with {record.fill.kind} noise of scale {record.fill.noise_scale:g}",
@@ -162,14 +170,14 @@ def plan_noise_fill(path: str, options: Options, *, copies: int | None = None) -
     _refuse_widening(opened, options)
     fusion = Fusion(opened.tree, record.weights, record.widths, record.residual_scales)
     check_fill(fusion, options.fill)
-    out_format, item, prefix = _target(opened, options)
-    builder = _Builder([opened], options, out_format)
+    out_format, item, prefix = target_of(opened, options)
+    builder = Builder([opened], options, out_format)
     for parameter in opened.tree.shapes:
         tensor = opened.full(parameter)
         stored = opened.checkpoint.leaves[tensor].dtype
         layout = filled(fusion, parameter, options.dtype or stored, options.fill, tensor)
         builder.add(prefix + parameter, layout, like=tensor, noise_name=parameter)
-    _step(builder, opened, out_format)
+    plan_step(builder, opened, options, out_format)
     for name in opened.checkpoint.leaves:
         if name not in builder.used and name not in opened.dropped:
             builder.copy(name)
@@ -181,6 +189,7 @@ def plan_noise_fill(path: str, options: Options, *, copies: int | None = None) -
         fill=options.fill,
         parameters=prefix,
         optimizer=record.optimizer if kept else "drop",
+        step=record.step if options.step is None else options.step,
         tensors={},
         files={},
     )
@@ -269,9 +278,13 @@ def default_output(sources: Sequence[Checkpoint], plan: Plan) -> Place:
     stem, suffix = (home.stem, ".ckpt") if home.suffix == ".ckpt" else (home.name, "")
     fill = plan.record.fill
     noise = f".{fill.kind}-{fill.noise_scale:g}" if fill.kind != "zeros" else ""
-    fused_name = {"fuse": f".fused-{len(sources)}x", "self-fuse": f".self-fused-{len(sources)}x"}.get(
-        plan.record.command, ""
-    )
+    fused_name = {
+        "fuse": f".fused-{len(sources)}x",
+        "self-fuse": f".self-fused-{len(sources)}x",
+        "convert": ".converted" if plan.format == sources[0].format else f".{plan.format}",
+    }.get(plan.record.command, "")
+    if plan.record.command == "convert":
+        noise = ""
     return home.with_name(f"{stem}{fused_name}{noise}{suffix}")
 
 
@@ -323,7 +336,7 @@ def _real(at: Place) -> PurePath:
     return Path(os.path.realpath(at)) if isinstance(at, Path) else PurePath(at.scheme, at.bucket, at.key)
 
 
-class _Builder:
+class Builder:
     """Collects the outputs of a plan, and which tensors of the sources they use."""
 
     def __init__(self, sources: Sequence[Opened], options: Options, out_format: Format) -> None:
@@ -348,7 +361,15 @@ class _Builder:
         self.used: set[str] = set()
         self.notes: list[str] = []
 
-    def add(self, name: str, layout: Layout, *, like: str | None, noise_name: str | None = None) -> None:
+    def add(
+        self,
+        name: str,
+        layout: Layout,
+        *,
+        like: str | None,
+        noise_name: str | None = None,
+        keys: tuple[Key, ...] | None = None,
+    ) -> None:
         """A tensor of the output; `like` names the tensor of the first source whose keys and chunks it inherits."""
         leaf = self._sources[0].checkpoint.leaves[like] if like else None
         terms = [term for block in layout.blocks for term in block.terms if isinstance(term, Term)]
@@ -360,25 +381,32 @@ class _Builder:
         whole_told = {t: s for t, s in leaves.items() if self._sources[t.source].checkpoint.can_be_taken(t.tensor)}
         storage, passed = storing.choose(layout, whole_told, leaf if terms else None)
         tile, cost = storing.unit(layout, storage, leaves, passed)
-        keys: tuple[Key, ...] = leaf.keys if leaf and leaf.name == name else dict_keys(name)
+        if keys is None:
+            # T5X's trees are dictionaries, and their keys hold no slash.
+            inherits = leaf is not None and leaf.name == name and self._format.name != "t5x"
+            keys = leaf.keys if leaf is not None and inherits else dict_keys(name)
         self.outputs.append(Output(name, keys, layout, storage, passed, tile, cost, noise_name or name))
         self.used |= {term.tensor for term in terms}
 
-    def copy(self, name: str, to: str | None = None) -> None:
-        """A tensor of the first source as it is."""
+    def copy(self, name: str, to: str | None = None, *, keys: tuple[Key, ...] | None = None) -> None:
+        """A tensor of the first source as it is, under the name `to`."""
         leaf = self._sources[0].checkpoint.leaves[name]
         block = Block(whole(leaf.shape), (Term(0, name, whole(leaf.shape)),))
         axes = tuple(f"axis{i}" for i in range(len(leaf.shape)))
-        self.add(to or name, Layout(axes, leaf.shape, leaf.dtype, (block,)), like=name)
+        self.add(to or name, Layout(axes, leaf.shape, leaf.dtype, (block,)), like=name, keys=keys)
 
-    def _empty(self) -> tuple[EmptyNode, ...]:
+    def empty(self) -> tuple[EmptyNode, ...]:
         """The empty nodes that the output keeps: a position of a list must not outlive its dropped neighbours."""
-        if self._format.name == "t5x":
-            return ()
-        nodes = self._sources[0].checkpoint.empty
-        return tuple(node for node in nodes if not is_dropped(node.name, self._options.drop))
+        drop = (*self._options.drop, *([f"{STATE}*"] if self._options.optimizer == "drop" else []))
+        return tuple(node for node in self._sources[0].checkpoint.empty if not is_dropped(node.name, drop))
 
-    def plan(self, record: Record, item: str | None, notes: Sequence[str]) -> Plan:
+    def plan(
+        self,
+        record: Record,
+        item: str | None,
+        notes: Sequence[str],
+        empty: tuple[EmptyNode, ...] | None = None,
+    ) -> Plan:
         """The Plan, checked: every tensor of every source is used or dropped on purpose."""
         unknown = [
             f"{o.label}: {name}"
@@ -394,7 +422,7 @@ class _Builder:
             )
         plan = Plan(
             outputs=tuple(self.outputs),
-            empty=self._empty(),
+            empty=self.empty() if empty is None else empty,
             format=self._format.name,
             item=item,
             record=record,
@@ -411,7 +439,7 @@ class _Builder:
         return plan
 
 
-def _target(first: Opened, options: Options) -> tuple[Format, str | None, str]:
+def target_of(first: Opened, options: Options) -> tuple[Format, str | None, str]:
     """The format of the output, the item that its tree goes into, and the prefix of its parameters."""
     out_format = format_named(options.format or first.checkpoint.format)
     if out_format.name == "t5x":
@@ -451,7 +479,7 @@ def _refuse_widening(opened: Opened, options: Options) -> None:
         )
 
 
-def _optimizer(builder: _Builder, opened: Sequence[Opened], fusion: Fusion, options: Options) -> tuple[str, str | None]:
+def _optimizer(builder: Builder, opened: Sequence[Opened], fusion: Fusion, options: Options) -> tuple[str, str | None]:
     """Plans the optimizer's slots: carried over, zeros of the right shapes, or none.
 
     What was done, in a word, and which optimizer's slots there are.
@@ -564,11 +592,22 @@ def _effect(carry: Carry, norm: str) -> str:
     return "carried into every block: the first update is that of a fused model trained so far"
 
 
-def _step(builder: _Builder, first: Opened, out_format: Format) -> None:
-    """Plans the step under the name that the format's readers look for; T5X needs one in any case."""
+def plan_step(
+    builder: Builder, first: Opened, options: Options, out_format: Format, keys: tuple[Key, ...] | None = None
+) -> None:
+    """Plans the step with these keys, or under the name that the format's readers look for; T5X must have one."""
     stored = next((name for name in STEPS if name in first.checkpoint.leaves and name not in first.dropped), None)
-    if stored is not None:
-        builder.copy(stored, to=T5X_STEP if out_format.name == "t5x" else stored)
+    of_t5x = out_format.name == "t5x" or (stored is None and first.tree.prefix == "target/")
+    name = "/".join(key.name for key in keys) if keys else T5X_STEP if of_t5x else stored or "step"
+    if options.step is not None:
+        # A product of nothing, times the step.
+        block = Block((), (Product((), options.step),))
+        dtype = first.checkpoint.leaves[stored].dtype if stored else "int32"
+        builder.add(name, Layout((), (), dtype, (block,)), like=stored, keys=keys)
+        builder.used |= {stored} if stored else set()
+        builder.notes.append(f"step {options.step:,} instead of {first.checkpoint.step}; the optimizer's counts stay")
+    elif stored is not None:
+        builder.copy(stored, to=name, keys=keys)
     elif out_format.name == "t5x":
         builder.notes.append("the source has no step; T5X gets step 0")
         builder.add(T5X_STEP, Layout((), (), "int32", ()), like=None)
@@ -602,7 +641,7 @@ def _notes_on(opened: Sequence[Opened], options: Options, record: Record) -> lis
     return notes
 
 
-def _source_record(opened: Opened) -> SourceRecord:
+def source_record(opened: Opened) -> SourceRecord:
     checkpoint = opened.checkpoint
     return SourceRecord(
         checkpoint.path, checkpoint.format, checkpoint.step, fingerprint(checkpoint), opened.norm_groups

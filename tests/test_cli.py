@@ -20,7 +20,7 @@ from fusectl.formats import FORMATS, open_checkpoint
 from fusectl.formats.sink import save
 
 
-COMMANDS = ["fuse", "self-fuse", "noise-fill", "verify", "diff", "inspect", "restart-config", "demo"]
+COMMANDS = ["fuse", "self-fuse", "noise-fill", "convert", "verify", "diff", "inspect", "restart-config", "demo"]
 
 
 @pytest.fixture
@@ -55,7 +55,9 @@ def test_standard_output_is_the_path_and_nothing_else(models, fusectl):
 
     assert done.code == 0
     assert done.out == f"{models[0].parent / 'a.fused-2x.ckpt'}\n"
-    assert all(line.startswith("note: ") for line in done.err.splitlines())
+    notes, _, bindings = done.err.partition("T5X goes on with ")
+    assert all(line.startswith("note: ") for line in notes.splitlines())
+    assert "  emb_dim = 24\n" in bindings
     assert "\x1b" not in done.out + done.err
 
 

@@ -21,6 +21,9 @@ from fusectl.errors import Incompatible, shorten
 
 FAMILIES: tuple[Family, ...] = (*T5_FAMILIES,)
 
+# That of a tree which no table explains.
+_NO_FAMILY = Family("", (), frozenset(), lambda _: "no family")
+
 # Where trainers keep the parameters in their trees: T5X, MaxText, Flax, and a bare tree.
 PARAMETER_PREFIXES = ("target/", "params/params/", "params/", "")
 
@@ -53,6 +56,11 @@ class Recognized:
                 depths[stack] = self.shapes[name][row.spec.axes.index("layers")]
         return dict(sorted(depths.items(), reverse=True))
 
+    @property
+    def scanned(self) -> bool:
+        """Whether its layers are stacked along an axis."""
+        return any("layers" in row.spec.axes for row in self.rows.values())
+
     def full(self, parameter: str) -> str:
         """The full name of a parameter in the whole tree."""
         return self.prefix + parameter
@@ -64,6 +72,9 @@ class Recognized:
 
     def _named(self, name: str, row: Row) -> Iterator[tuple[str, int]]:
         return ((a, n) for a, n in zip(row.spec.axes, self.shapes[name], strict=True) if a != "layers")
+
+
+UNKNOWN = Recognized(_NO_FAMILY, "", {}, "", {})
 
 
 def family_named(name: str) -> Family:

@@ -242,7 +242,7 @@ class Sink:
     def _closing_files(self, empty: Iterable[EmptyNode]) -> dict[str, bytes]:
         """The files that make a checkpoint of what has been written, by their path in it, in the order of writing."""
         if self._format.name == "t5x":
-            return {T5X_INDEX: new_index({**self._leaves, **self._kept})}
+            return {T5X_INDEX: new_index({**self._leaves, **self._kept}, empty)}
         form = Form(self._format.zarr, in_ocdbt=self._format.ocdbt, sparse=self._manner.sparse)
         below = f"{self._item}/" if self._item else ""
         files = {

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import posixpath
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import IntEnum
 from typing import Any
 
@@ -24,7 +24,17 @@ from fusectl.errors import Corrupt, FusectlError, Incompatible, NotFound, Storag
 from fusectl.formats.locate import T5X_INDEX
 from fusectl.formats.objects import Place, read_small
 from fusectl.formats.store import Files, directory
-from fusectl.formats.tree import Checkpoint, Leaf, Location, dict_keys, stored_arrays, told
+from fusectl.formats.tree import (
+    EMPTY_DICT,
+    NONE,
+    Checkpoint,
+    EmptyNode,
+    Leaf,
+    Location,
+    dict_keys,
+    stored_arrays,
+    told,
+)
 from fusectl.formats.zarr import ArrayMetadata, np_dtype
 from fusectl.memory import available_bytes
 from fusectl.record import Record
@@ -57,11 +67,14 @@ def open_t5x(
     files = Files(directory(str(location.index)), where)
     leaves: dict[str, Leaf] = {}
     specs: dict[str, Mapping[str, Any]] = {}
+    empty: list[EmptyNode] = []
     for name, value in _flatten(tree):
         if name in leaves or name in specs:
             raise Corrupt(f"{where}: two leaves are called {name}")
         if isinstance(value, np.ndarray):
             leaves[name] = Leaf(name, dict_keys(name), value.shape, value.dtype.name, value=value)
+        elif not value:
+            empty.append(EmptyNode(dict_keys(name), NONE if value is None else EMPTY_DICT))
         else:
             specs[name] = value
     file_of = {name: _directory_of(spec, f"{where}: {name}") for name, spec in specs.items()}
@@ -71,7 +84,9 @@ def open_t5x(
             store = directory(str(location.index / file_of[name]))
             leaves[name] = Leaf(name, dict_keys(name), stored.shape, stored.dtype, stored=stored, store=store)
     # T5X itself gives its arrays no fill value, and stores every chunk.
-    return Checkpoint(location, "t5x", leaves, files=files, file_of=file_of, lenient=True, record=record)
+    return Checkpoint(
+        location, "t5x", leaves, files=files, file_of=file_of, empty=tuple(empty), lenient=True, record=record
+    )
 
 
 def read_index(path: Place) -> dict[str, Any]:
@@ -115,15 +130,17 @@ def read_index(path: Place) -> dict[str, Any]:
     return optimizer
 
 
-def new_index(values: Mapping[str, Leaf | npt.NDArray[Any]]) -> bytes:
-    """A `checkpoint` file for these tensors; numpy arrays are kept in it."""
+def new_index(values: Mapping[str, Leaf | npt.NDArray[Any]], empty: Iterable[EmptyNode] = ()) -> bytes:
+    """A `checkpoint` file for these tensors and empty nodes; numpy arrays are kept in it."""
     tree: dict[str, Any] = {}
-    for name, value in sorted(values.items()):
+    leaves: dict[str, Any] = {name: _spec(v) if isinstance(v, Leaf) else v for name, v in values.items()}
+    nodes: dict[str, Any] = {node.name: None if node.value_type == NONE else {} for node in empty}
+    for name, value in sorted({**nodes, **leaves}.items()):
         *parents, last = name.split("/")
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})
-        node[last] = _spec(value) if isinstance(value, Leaf) else value
+        node[last] = value
     packed: bytes = msgpack.packb({"version": VERSION, "optimizer": tree}, default=_to_ext, strict_types=True)
     return packed
 
@@ -150,11 +167,10 @@ def _spec(leaf: Leaf) -> dict[str, Any]:
 def _flatten(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
         name = f"{prefix}{key}"
-        if isinstance(value, np.ndarray):
+        if isinstance(value, np.ndarray) or value in ({}, None):
             yield name, value
         elif not isinstance(value, Mapping):
-            if value is not None:
-                raise Corrupt(f"{name}: a leaf of type {type(value).__name__} in the index")
+            raise Corrupt(f"{name}: a leaf of type {type(value).__name__} in the index")
         elif _CHUNKED in value:
             yield name, _unchunk(value, name)
         elif "driver" in value and "metadata" in value:

@@ -28,6 +28,8 @@ from fusectl.record import LEFT_OUT, UNREAD, Record, require_crc32
 
 # The kinds of key in Orbax's tree metadata: a position in a sequence, a key of a dictionary.
 SEQUENCE, DICT = 1, 2
+# And of empty node, of which T5X's index can only tell these.
+NONE, EMPTY_DICT = "None", "Dict"
 
 # Where trees keep the training step.
 T5X_STEP = "state/step"

@@ -443,8 +443,10 @@ def _state_problems(claim: Claim, checked: list[_Slot], slots: list[str]) -> Ite
     now, then = (next((c.read(name) for name in STEPS if name in c.leaves), None) for c in (claim.fused, first))
     if then is not None and now is None:
         yield "the step is gone"
-    elif now is not None and then is not None and (now.dtype != then.dtype or now != then):
-        yield f"the step: {now} ({now.dtype}), {then} ({then.dtype}) in the first source"
+    elif now is not None and then is not None:
+        expected = then if claim.record.step is None else claim.record.step
+        if now.dtype != then.dtype or now != expected:
+            yield f"the step: {now} ({now.dtype}), {expected} ({then.dtype}) in the first source, or as it was set"
     known = {*map(claim.tree.full, claim.tree.rows), *slots, *STEPS}
     strange = [name for name in claim.fused.leaves if name not in known and name not in first.leaves]
     yield from (f"{name}: no part of a fusion" for name in strange)

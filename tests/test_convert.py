@@ -1,0 +1,335 @@
+"""fusectl convert: what comes back is what went in, between all formats, kinds of key and layouts of the layers."""
+
+import json
+import warnings
+from pathlib import Path
+
+import msgpack
+import numpy as np
+import pytest
+from models import SIZES, checkpoint, contents, ends_at, state
+
+from fusectl.conversion import plan_conversion
+from fusectl.errors import Incompatible, UsageError
+from fusectl.formats import FORMATS, open_checkpoint
+from fusectl.formats.sink import save
+from fusectl.record import Fill
+from fusectl.surgery import Options, carry_out, plan_fusion, plan_noise_fill
+from fusectl.verify import Settings, verify
+
+
+# Large enough for both layouts of the layers to factor the same kernels: T5X does so from 128 on, or by their axes.
+FACTORED = {**SIZES, "embed": 128, "mlp": 144}
+SCANNED = ["scalable-t5-1.1-scanned", "scalable-t5-1.0-scanned"]
+
+
+def convert(path, out, layers=None, **options):
+    plan, sources = plan_conversion(str(path), Options(**options), layers)
+    carry_out(plan, sources, Path(out))
+    return out
+
+
+def proved(path):
+    """The report of the levels that compare values; they need no JAX."""
+    return verify(path, settings=Settings(levels=("files", "weights")))
+
+
+def tree(path):
+    """All that is known of a checkpoint's tree: the item, and every leaf and empty node by keys and kinds."""
+    opened = open_checkpoint(str(path))
+    leaves = {leaf.keys: (leaf.shape, leaf.dtype) for leaf in opened.leaves.values()}
+    return opened.location.item, leaves, {(node.keys, node.value_type) for node in opened.empty}
+
+
+def odd_tree():
+    """Tuples, lists, None, empty nodes, keys with slashes and dots, scalars, bfloat16: what trainers have in theirs."""
+    rng = np.random.default_rng(5)
+
+    def array(*shape, dtype=np.float32):
+        return rng.normal(size=shape).astype(dtype)
+
+    return {
+        "params": {"params": {"a": array(7, 5), "b.c": array(3), "d/e": {"w": array(4, 4)}}},
+        "opt_state": [{"count": np.array(3, np.int32), "mu": (array(2), array(3))}, None, {}, [], (array(1),)],
+        "step": np.array(9, np.int32),
+    }
+
+
+def written_by_orbax(at, values, name):
+    import orbax.checkpoint as ocp
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        handler = ocp.PyTreeCheckpointHandler(use_ocdbt=FORMATS[name].ocdbt, use_zarr3=FORMATS[name].zarr == 3)
+        with ocp.CheckpointManager(at.parent, item_names=("items",), item_handlers={"items": handler}) as manager:
+            manager.save(int(at.name), args=ocp.args.Composite(items=ocp.args.PyTreeSave(values)))
+    return at
+
+
+def restored(path):
+    import orbax.checkpoint as ocp
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return ocp.PyTreeCheckpointer().restore(path)
+
+
+# All pairs; in the suite itself those of the formats that T5X writes.
+PAIRS = [
+    pytest.param(a, b, marks=() if {a, b} & {"t5x"} or (a, b) == ("orbax", "orbax-zarr2") else pytest.mark.slow)
+    for a in FORMATS
+    for b in FORMATS
+]
+
+
+@pytest.mark.parametrize(("a", "b"), PAIRS)
+def test_there_and_back_is_the_same_to_the_bit(tmp_path, a, b):
+    source = checkpoint(tmp_path / "source", format=a, seed=1, layers={"encoder": 1, "decoder": 1})
+
+    there = convert(source, tmp_path / "there", format=b)
+    back = convert(there, tmp_path / "back", format=a)
+
+    assert open_checkpoint(str(there)).format == b
+    assert contents(there) == contents(source)
+    assert contents(back) == contents(source)
+    assert tree(back) == tree(source)
+
+
+@pytest.mark.parametrize(("a", "b"), [pair for pair in PAIRS if pair.values[0] != "t5x"])
+def test_keys_of_every_kind_come_back(tmp_path, a, b):
+    import jax
+
+    source = written_by_orbax(tmp_path / "source/20", odd_tree(), a)
+
+    there = convert(source, tmp_path / "there", format=b)
+    back = convert(there, tmp_path / "back", format=a)
+
+    assert tree(back) == tree(source)
+    item, leaves, empty = tree(source)
+    assert len(leaves) == 8
+    assert {kind for _, kind in empty} == {"None", "Dict", "List"}
+    one, two = restored(source / item), restored(Path(back) / item)
+    assert jax.tree.structure(one) == jax.tree.structure(two)
+    assert all(map(np.array_equal, jax.tree.leaves(one), jax.tree.leaves(two)))
+
+
+def test_empty_nodes_of_a_t5x_index_are_kept(tmp_path):
+    """Flax refuses to restore optax's chain without them."""
+    source = checkpoint(tmp_path / "a")
+    index = Path(source) / "checkpoint"
+    packed = msgpack.unpackb(index.read_bytes(), strict_map_key=False)
+    packed["optimizer"]["state"]["more"] = {"1": {}, "2": None}
+    index.write_bytes(msgpack.packb(packed))
+
+    for name, made in {
+        "fused": plan_fusion([source, source], Options()),
+        "converted": plan_conversion(source, Options()),
+        "there": plan_conversion(source, Options(format="orbax")),
+    }.items():
+        carry_out(*made, tmp_path / name)
+    convert(tmp_path / "there", tmp_path / "back", format="t5x")
+
+    for name in ("fused", "converted", "back"):
+        found = msgpack.unpackb((tmp_path / name / "checkpoint").read_bytes(), strict_map_key=False)
+        assert found["optimizer"]["state"]["more"] == {"1": {}, "2": None}
+
+
+@pytest.mark.parametrize("format", ["t5x", "orbax"])
+@pytest.mark.parametrize("family", SCANNED)
+def test_layers_are_unstacked_and_stacked_again(tmp_path, family, format):
+    source = checkpoint(tmp_path / "source", family, sizes=FACTORED, format=format)
+
+    apart = convert(source, tmp_path / "apart", "unscanned")
+    back = convert(apart, tmp_path / "back", "scanned")
+
+    assert contents(back) == contents(source)
+    assert tree(back) == tree(source)
+    stacked, layers = open_checkpoint(source), open_checkpoint(str(apart))
+    for prefix, suffix in (("target/", ""), ("state/param_states/", "/v_row"), ("state/param_states/", "/v_col")):
+        # (embed, layers, mlp); the rows are (embed, layers), the columns (layers, mlp).
+        whole = stacked.read(f"{prefix}encoder/encoder/mlp/wo/kernel{suffix}")
+        axis = {"": 1, "/v_row": 0, "/v_col": 1}[suffix]
+        for i in range(3):
+            one = layers.read(f"{prefix}encoder/layers_{i}/mlp/wo/kernel{suffix}")
+            np.testing.assert_array_equal(one, whole.take(i, axis))
+
+
+def adam(family, seed):
+    values = {k: v for k, v in state(family, seed, FACTORED).items() if not k.startswith("state/param_states/")}
+    rng = np.random.default_rng(seed)
+    for name in [name for name in values if name.startswith("target/")]:
+        for moment in ("mu", "nu"):
+            slot = name.replace("target/", f"state/param_states/0/{moment}/")
+            values[slot] = rng.uniform(1e-6, 1e-4, values[name].shape).astype(np.float32)
+    values["state/param_states/0/count"] = np.array(7, np.int32)
+    return values
+
+
+def test_adams_moments_go_along(tmp_path):
+    values = adam("scalable-t5-1.1-scanned", 0)
+    save(tmp_path / "a", values, "t5x")
+
+    apart = convert(tmp_path / "a", tmp_path / "apart", "unscanned")
+    back = convert(apart, tmp_path / "back", "scanned")
+
+    assert contents(back) == contents(tmp_path / "a")
+    mu = values["state/param_states/0/mu/decoder/decoder/mlp/wi_0/kernel"]
+    found = open_checkpoint(str(apart)).read("state/param_states/0/mu/decoder/layers_1/mlp/wi_0/kernel")
+    np.testing.assert_array_equal(found, mu[:, 1])
+    assert proved(str(apart)).passed
+
+
+def test_fusing_and_restacking_commute(tmp_path):
+    """The state that is carried by one order is that of the other."""
+    sources = [checkpoint(tmp_path / f"{i}", SCANNED[0], seed=i, sizes=FACTORED) for i in range(2)]
+    carry_out(*plan_fusion(sources, Options()), tmp_path / "fused")
+    one = convert(tmp_path / "fused", tmp_path / "one", "unscanned")
+
+    apart = [convert(source, f"{source}.apart", "unscanned") for source in sources]
+    carry_out(*plan_fusion(apart, Options()), tmp_path / "two")
+
+    first, second = contents(one), contents(tmp_path / "two")
+    assert first.keys() == second.keys()
+    differ = [name for name in first if first[name] != second[name]]
+    # Means over the layers are no part of it: what is estimated between different models may differ, and only that.
+    assert all("/v" in name for name in differ)
+    assert not [name for name in differ if name.startswith("target/")]
+    assert proved(str(one)).passed
+
+
+@pytest.mark.parametrize("format", ["t5x", "orbax"])
+def test_a_conversion_is_held_against_its_source(tmp_path, format):
+    source = checkpoint(tmp_path / "a", format="t5x")
+    out = convert(source, tmp_path / "out", format=format)
+    assert verify(str(out)).passed
+
+    values = state("t5-1.1", 0)
+    values["target/decoder/layers_1/mlp/wo/kernel"][3, 4] += 1e-3
+    save(Path(source), values, "t5x", force=True)
+
+    report = proved(str(out))
+    assert not report.passed
+    assert any("decoder/layers_1/mlp/wo/kernel" in problem for problem in report.failures())
+
+
+def test_a_fusion_stays_a_fusion(tmp_path):
+    sources = [checkpoint(tmp_path / f"{i}", SCANNED[0], seed=i, sizes=FACTORED) for i in range(2)]
+    carry_out(*plan_fusion(sources, Options(fill=Fill("gaussian", 0.1, 3))), tmp_path / "fused")
+
+    other = convert(tmp_path / "fused", tmp_path / "other", format="orbax", step=77)
+    apart = convert(tmp_path / "fused", tmp_path / "apart", "unscanned")
+    back = convert(apart, tmp_path / "back", "scanned")
+
+    for out in (other, apart, back):
+        record = open_checkpoint(str(out)).record
+        assert (record.command, len(record.weights), record.fill.kind) == ("convert", 2, "gaussian")
+        assert proved(str(out)).passed
+    assert open_checkpoint(str(other)).step == 77
+    assert open_checkpoint(str(apart)).record.layers == "unscanned"
+    assert open_checkpoint(str(back)).record.layers == ""
+
+
+def test_parameters_are_cast_and_nothing_else(tmp_path):
+    source = checkpoint(tmp_path / "a")
+
+    out = convert(source, tmp_path / "out", dtype="bfloat16")
+
+    before, after = open_checkpoint(source), open_checkpoint(str(out))
+    assert {leaf.dtype for name, leaf in after.leaves.items() if name.startswith("target/")} == {"bfloat16"}
+    rest = [name for name in before.leaves if not name.startswith("target/")]
+    values, kept = contents(source), contents(out)
+    assert all(values[name] == kept[name] for name in rest)
+    kernel = "target/encoder/layers_0/mlp/wo/kernel"
+    np.testing.assert_array_equal(after.read(kernel), before.read(kernel).astype(after.read(kernel).dtype))
+    assert proved(str(out)).passed
+
+
+def test_the_optimizer_and_the_step(tmp_path):
+    source = checkpoint(tmp_path / "a")
+
+    out = convert(source, tmp_path / "out", optimizer="drop", step=0)
+
+    opened = open_checkpoint(str(out))
+    assert opened.step == 0
+    assert not [name for name in opened.leaves if name.startswith("state/param_states/")]
+    assert proved(str(out)).passed
+    index = msgpack.unpackb((tmp_path / "out/checkpoint").read_bytes(), strict_map_key=False)
+    assert "param_states" not in index["optimizer"]["state"]
+
+
+def test_the_step_of_a_fusion_is_set(tmp_path, fusectl):
+    source = checkpoint(tmp_path / "a")
+    for words in (["fuse", source, source], ["self-fuse", source]):
+        done = fusectl(*words, "-o", tmp_path / words[0], "--step", "500000")
+        assert done.code == 0
+        assert open_checkpoint(str(tmp_path / words[0])).step == 500_000
+    save(tmp_path / "other", {**state("t5-1.1", 0), "state/step": np.array(5, np.int32)}, "t5x")
+    assert proved(str(tmp_path / "self-fuse")).passed
+    filled = plan_noise_fill(str(tmp_path / "self-fuse"), Options(fill=Fill("gaussian", 0.1, 0)))
+    carry_out(*filled, tmp_path / "filled")
+    assert open_checkpoint(str(tmp_path / "filled")).step == 500_000
+    assert proved(str(tmp_path / "filled")).passed
+
+
+def test_what_cannot_be_converted_is_refused_before_a_byte_is_written(tmp_path, fusectl):
+    minimal, scanned = checkpoint(tmp_path / "a"), checkpoint(tmp_path / "b", SCANNED[0])
+    odd = written_by_orbax(tmp_path / "odd/20", odd_tree(), "orbax")
+    for words, code, says in (
+        ((minimal, "--scan"), 6, "has one layout of its layers only"),
+        ((minimal, "--unscan"), 6, "unscanned already"),
+        ((scanned, "--scan"), 6, "scanned already"),
+        # Of 12 and 22: factored with its layers, and without them not.
+        ((scanned, "--unscan"), 6, "Adafactor factors it in one layout"),
+        ((odd, "--dtype", "bfloat16"), 6, "matches no model family"),
+        ((odd, "--scan"), 6, "matches no model family"),
+        ((minimal, "--step", "-1"), 2, "a training step"),
+        ((minimal, "--step", "3000000000"), 2, "a training step"),
+        ((minimal, "--format", "hdf5"), 2, "hdf5"),
+    ):
+        done = fusectl("convert", *words, "-o", tmp_path / "out")
+        assert (done.code, says in done.err) == (code, True), done.err
+        assert not (tmp_path / "out").exists()
+    assert fusectl("convert", scanned, "--unscan", "--drop-optimizer", "-o", tmp_path / "out").code == 0
+
+
+def test_a_conversion_has_no_zero_blocks_to_fill(tmp_path):
+    out = convert(checkpoint(tmp_path / "a"), tmp_path / "out")
+    with pytest.raises(UsageError, match="no fusectl.json that says how it was fused"):
+        plan_noise_fill(str(out), Options(fill=Fill("gaussian", 0.1, 0)))
+    with pytest.raises(Incompatible):
+        carry_out(*plan_noise_fill(str(out), Options(fill=Fill("gaussian", 0.1, 0)), copies=3), tmp_path / "filled")
+
+
+@pytest.mark.parametrize("layers", [None, "unscanned"])
+def test_an_interrupted_conversion_is_gone_on_with(tmp_path, monkeypatch, layers):
+    source = checkpoint(tmp_path / "a", SCANNED[0], sizes=FACTORED)
+    whole = convert(source, tmp_path / "whole", layers, format="orbax")
+    plan, sources = plan_conversion(source, Options(format="orbax"), layers)
+    with monkeypatch.context() as patch:
+        ends_at(20, KeyboardInterrupt(), patch)
+        with pytest.raises(KeyboardInterrupt):
+            carry_out(plan, sources, tmp_path / "out")
+
+    plan, sources = plan_conversion(source, Options(format="orbax"), layers)
+    carry_out(plan, sources, tmp_path / "out", resume=True)
+
+    assert contents(tmp_path / "out") == contents(whole)
+
+
+def test_chunks_are_taken_over_where_nothing_changes(tmp_path):
+    source = checkpoint(tmp_path / "a")
+
+    plan, _ = plan_conversion(source, Options(format="orbax-zarr2"))
+
+    # What T5X keeps in its index has no chunks to be taken.
+    assert plan.passed_bytes > 0.9 * plan.nbytes
+
+
+def test_the_record_of_a_tree_tells_what_t5x_cannot(tmp_path):
+    source = written_by_orbax(tmp_path / "source/20", odd_tree(), "orbax")
+    convert(source, tmp_path / "out", format="t5x")
+
+    record = json.loads((tmp_path / "out/fusectl.json").read_bytes())
+
+    assert record["origin"]["item"] == "items"
+    assert [["opt_state", 2], ["4", 1], ["0", 1]] in record["origin"]["keys"].values()
