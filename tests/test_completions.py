@@ -39,7 +39,10 @@ def test_the_scripts_are_what_the_program_prints(shell):
 @pytest.mark.parametrize(
     ("words", "offered"),
     [
-        ("fusectl ", ["fuse", "self-fuse", "noise-fill", "verify", "diff", "inspect", "restart-config", "demo"]),
+        (
+            "fusectl ",
+            ["fuse", "self-fuse", "noise-fill", "verify", "diff", "inspect", "plot", "restart-config", "demo"],
+        ),
         ("fusectl self", ["self-fuse"]),
         ("fusectl fuse --fi", ["--fill"]),
         ("fusectl fuse --fill ", list(FILLS)),
