@@ -125,6 +125,8 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard 
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Nothing on standard error but errors.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
+# Options that are followed by several values.
+GATHERED = ("--sources", "--over-time")
 DEFAULT_LEVELS = "files,weights,algebra,native"
 
 
@@ -416,9 +418,9 @@ def verify(
         from fusectl.verify import Declared, Settings, verify_checkpoint, write_report
 
         if plot is not None:
-            from fusectl.verify.page import check_plot
+            from fusectl.picture import require_picture
 
-            check_plot(plot)
+            require_picture(plot, "--plot")
         if noise_scale is not None:
             _require_scale(noise_scale)
         declared = Declared(tuple(sources), _numbers(weights, "--weights"), fill, noise_scale, arch)
@@ -515,6 +517,53 @@ def inspect(
 
 
 @app.command(
+    short_help="Draw a tensor, and how its zero blocks catch up.",
+    epilog="Example: fusectl plot grown/checkpoint_1000 --tensor encoder/layers_0/mlp/wi_0/kernel -o wi.png",
+)
+def plot(
+    tensor: Annotated[str, typer.Option(metavar="NAME", help="The parameter; `target/` may be left out.")],
+    output: Annotated[str, typer.Option("-o", "--output", metavar="FILE", help="The picture, such as out.png.")],
+    source: Source = None,
+    over_time: Annotated[
+        list[str],
+        typer.Option("--over-time", metavar="STEP1 STEP2 ...", help="More checkpoints of the run, to draw the ratio."),
+    ] = [],  # noqa: B006
+    layer: Annotated[int | None, typer.Option(help="Of a tensor that stacks layers, which one.", min=0)] = None,
+    copies: Annotated[
+        int | None, typer.Option("--copies", "-k", help="For a fusion without fusectl.json: its K.")
+    ] = None,
+    arch: Arch = None,
+    max_memory: MaxMemory = None,
+    jobs: Jobs = None,
+    force: Force = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Draw |W| of a kernel with the borders between its sources, and from step to step how its zero blocks catch up."""
+    screen = Screen("plot", json=json, quiet=quiet, debug=debug)
+    with screen.errors():
+        from fusectl.picture import draw_heat_map, new_picture
+
+        file = new_picture(output, force=force)
+        from fusectl.heatmap import measure
+
+        with screen.progress() as progress:
+            found = measure(
+                [_path(source), *over_time],
+                tensor,
+                layer=layer,
+                copies=copies,
+                arch=arch,
+                max_memory_bytes=parse_bytes(max_memory, "--max-memory"),
+                jobs=jobs,
+                progress=progress,
+            )
+        draw_heat_map(found, file)
+        screen.heat_map(found, file)
+
+
+@app.command(
     short_help="Print what a trainer has to be told.",
     epilog="Example: fusectl restart-config grown/checkpoint_1000000 > grown.gin",
 )
@@ -579,7 +628,7 @@ def run(arguments: Sequence[str]) -> int:
     prepare_process()
     _prepare_streams()
     _ARGUMENTS[:] = arguments
-    argv = gather(list(arguments), "--sources")
+    argv = gather(list(arguments), *GATHERED)
     command = next((word for word in argv if not word.startswith("-")), "fusectl")
     screen = Screen(command, json="--json" in argv, quiet=False, debug="--debug" in argv)
     # What nohup, or a shell for its background jobs, has set to be ignored stays ignored.
@@ -657,25 +706,27 @@ def _end_soon(code: int, *, at_once: bool) -> None:
     _TIMERS.append(timer)
 
 
-def gather(argv: list[str], option: str) -> list[str]:
-    """The arguments with `option A B` written as `option A option B`, which is what the parser takes.
+def gather(argv: list[str], *options: str) -> list[str]:
+    """The arguments with `option A B` written as `option A option B`, for each of the options.
+
+    That is what the parser takes.
 
     >>> gather(["verify", "F", "--sources", "A", "B", "--x64"], "--sources")
     ['verify', 'F', '--sources', 'A', '--sources', 'B', '--x64']
     """
     out: list[str] = []
-    gathering = False
+    gathering: str | None = None
     for i, word in enumerate(argv):
-        if word == option:
-            gathering = True
+        if word in options:
+            gathering = word
             if i + 1 == len(argv) or argv[i + 1].startswith("-"):
                 # An empty path is refused where paths are; the parser would take the next option for the value.
                 out.append(f"{word}=")
         elif word.startswith("-"):
-            gathering = False
+            gathering = None
             out.append(word)
         else:
-            out += [option, word] if gathering else [word]
+            out += [gathering, word] if gathering else [word]
     return out
 
 
@@ -684,7 +735,8 @@ def _path(given: str | None) -> str:
     if given is not None:
         return given
     if sys.stdin is None or sys.stdin.isatty():
-        raise UsageError("which checkpoint?", hint="name it, or pipe its path in; with --sources, name it before them")
+        hint = "name it, or pipe its path in; with --sources or --over-time, name it before them"
+        raise UsageError("which checkpoint?", hint=hint)
     line = sys.stdin.readline().strip()
     if not line:
         raise UsageError("no path came through the pipe", hint="did the command before it fail?")

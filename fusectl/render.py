@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from fusectl.diff import Diff
     from fusectl.formats.objects import Place
     from fusectl.fsck import Fsck
+    from fusectl.heatmap import HeatMap
     from fusectl.inspection import Inspection
     from fusectl.parallel import Progress
     from fusectl.plan import Plan
@@ -181,6 +183,14 @@ class Screen:
         self._result = found.as_json()
         if not self._json:
             _print_diff(self._console(sys.stdout), found)
+
+    def heat_map(self, found: HeatMap, file: Path) -> None:
+        """Prints the path of a picture; as JSON also what was measured."""
+        self._result = {"path": str(file), **found.as_json(), "notes": list(found.notes)}
+        for note in found.notes:
+            self.note(note)
+        if not self._json:
+            print(file)  # noqa: T201
 
     def demo(self, rows: Sequence[DemoRow]) -> None:
         """Prints the demo's table."""

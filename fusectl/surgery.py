@@ -37,7 +37,7 @@ from fusectl.plan import Output, Plan
 from fusectl.record import LEFT_OUT, NORMS, Fill, Record, SourceRecord, mean_weights
 from fusectl.sources import Opened, open_source
 from fusectl.transforms.carry import Carry, same_models
-from fusectl.transforms.grow import Fusion, check_fill, filled, fused, line_up
+from fusectl.transforms.grow import Fusion, check_fill, equal_widths, filled, fused, line_up
 from fusectl.transforms.optimizer import FIRST_MOMENTS, STATE, OptimizerState, factored_axes, find_state, fresh_slots
 from fusectl.transforms.rates import in_words, rates, table
 
@@ -654,11 +654,7 @@ def _record_for(opened: Opened, copies: int | None) -> Record:
         raise UsageError(
             f"{opened.label}: no fusectl.json that says how it was fused", hint="--copies K for K equal widths"
         )
-    grown = {axis: n for axis, n in opened.tree.sizes.items() if axis in opened.tree.family.grown}
-    uneven = [f"axis {axis!r}: {n}" for axis, n in grown.items() if n % copies]
-    if uneven:
-        raise Incompatible(f"{opened.label}: widths that {copies} equal models do not have", details=uneven)
-    widths = {axis: (n // copies,) * copies for axis, n in grown.items()}
+    widths = equal_widths(opened.tree, copies, opened.label)
     return Record(
         version=fusectl.__version__,
         command="noise-fill",

@@ -20,7 +20,7 @@ from fusectl.formats import FORMATS, open_checkpoint
 from fusectl.formats.sink import save
 
 
-COMMANDS = ["fuse", "self-fuse", "noise-fill", "convert", "verify", "diff", "inspect", "restart-config", "demo"]
+COMMANDS = ["fuse", "self-fuse", "noise-fill", "convert", "verify", "diff", "inspect", "plot", "restart-config", "demo"]
 
 
 @pytest.fixture
@@ -709,6 +709,8 @@ def test_arguments_after_an_option_are_gathered_until_the_next_option():
         "-q",
     ]
     assert gather(["inspect", "F"], "--sources") == ["inspect", "F"]
+    both = gather(["plot", "--over-time", "A", "B", "-q", "--sources", "C", "D"], "--sources", "--over-time")
+    assert both == ["plot", "--over-time", "A", "--over-time", "B", "-q", "--sources", "C", "--sources", "D"]
 
 
 def test_json_of_a_usage_error_is_one_object(fusectl):

@@ -41,7 +41,18 @@ def test_the_scripts_are_what_the_program_prints(shell):
     [
         (
             "fusectl ",
-            ["fuse", "self-fuse", "noise-fill", "convert", "verify", "diff", "inspect", "restart-config", "demo"],
+            [
+                "fuse",
+                "self-fuse",
+                "noise-fill",
+                "convert",
+                "verify",
+                "diff",
+                "inspect",
+                "plot",
+                "restart-config",
+                "demo",
+            ],
         ),
         ("fusectl self", ["self-fuse"]),
         ("fusectl fuse --fi", ["--fill"]),

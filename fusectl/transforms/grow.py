@@ -92,6 +92,18 @@ def widths_of(sources: Sequence[Recognized]) -> dict[str, tuple[int, ...]]:
     return {axis: tuple(s.sizes[axis] for s in sources) for axis in first.sizes if axis in first.family.grown}
 
 
+def equal_widths(tree: Recognized, copies: int, where: str) -> dict[str, tuple[int, ...]]:
+    """Per grown axis, the sizes of `copies` models of equal widths that a fused tree has room for.
+
+    Raises Incompatible where they do not divide an axis.
+    """
+    grown = {axis: n for axis, n in tree.sizes.items() if axis in tree.family.grown}
+    uneven = [f"axis {axis!r}: {n}" for axis, n in grown.items() if n % copies]
+    if uneven:
+        raise Incompatible(f"{where}: widths that {copies} equal models do not have", details=uneven)
+    return {axis: (n // copies,) * copies for axis, n in grown.items()}
+
+
 def _differences(first: Recognized, other: Recognized, a: str, b: str) -> Iterator[str]:
     if other.family.name != first.family.name:
         yield f"family: {first.family.name} in {a}, {other.family.name} in {b}"

@@ -6,13 +6,8 @@ import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from fusectl.errors import UsageError
 from fusectl.formats.staging import storage_errors
 from fusectl.verify.report import FilesResult, FunctionResult, Report, TraceRow, WeightsResult
-
-
-# What matplotlib draws by itself.
-PICTURES = (".png", ".svg", ".pdf", ".jpg")
 
 
 def page(report: Report) -> str:
@@ -130,20 +125,10 @@ def _has_algebra(trace: Sequence[TraceRow]) -> bool:
     return not math.isnan(trace[0].algebra_deviation)
 
 
-def check_plot(file: Path) -> None:
-    """Raises UsageError where matplotlib is not installed or knows no such format, before anything is computed."""
-    try:
-        import matplotlib  # noqa: F401, ICN001
-    except ImportError as error:
-        raise UsageError("--plot draws with matplotlib", hint="pip install 'fusectl[plot]'") from error
-    if file.suffix.lower() not in PICTURES:
-        raise UsageError(f"--plot {file}: no format of pictures", hint=f"--plot out.png, or {', '.join(PICTURES[1:])}")
-
-
 def draw(trace: Sequence[TraceRow], file: Path) -> None:
     """Draws a trace: the streams' rms, what one norm multiplies each with, and how far the fused model has come.
 
-    The file's suffix chooses the format; see check_plot.
+    The file's suffix chooses the format; see picture.py.
     """
     from matplotlib.figure import Figure
 

@@ -1,0 +1,159 @@
+"""Pictures for people and papers: which formats there are, and the heat map of a grown model's tensor."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fusectl.errors import OutputExists, StorageError, UsageError
+from fusectl.formats.locate import local
+from fusectl.formats.staging import storage_errors
+from fusectl.heatmap import HeatMap, Side
+
+
+# What matplotlib draws by itself.
+PICTURES = (".png", ".svg", ".pdf", ".jpg")
+# The colours reach so far below the largest value: noise of 0.1 of a kernel is one decade below it.
+DECADES = 3
+MOST_COLUMNS = 4
+# From so many sources on their names and borders would cover each other.
+MOST_NAMED = 6
+MOST_TICKS = 10
+
+
+def require_picture(file: Path, option: str) -> None:
+    """Raises UsageError where matplotlib is not installed or knows no such format, before anything is computed."""
+    try:
+        import matplotlib  # noqa: F401, ICN001
+    except ImportError as error:
+        raise UsageError(f"{option} draws with matplotlib", hint="pip install 'fusectl[plot]'") from error
+    if file.suffix.lower() not in PICTURES:
+        raise UsageError(
+            f"{option} {file}: no format of pictures", hint=f"{option} out.png, or {', '.join(PICTURES[1:])}"
+        )
+
+
+def new_picture(path: str, *, force: bool) -> Path:
+    """The file to draw into; raises what require_picture does, OutputExists, and StorageError without a directory."""
+    require_picture(Path(path), "-o")
+    file = local(path)
+    if file.exists() and not (force and file.is_file()):
+        raise OutputExists(f"{file}: exists", hint="another file, or --force to replace it")
+    if not file.parent.is_dir():
+        raise StorageError(f"{file.parent}: no such directory")
+    return file
+
+
+def draw_heat_map(found: HeatMap, file: Path) -> None:
+    """Draws |W| on one scale for all checkpoints, logarithmic, with zeros in white, and how the zero blocks catch up.
+
+    The file's suffix chooses the format; see new_picture. Raises StorageError where it cannot be written.
+    """
+    from matplotlib import colormaps
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+
+    shown = [(heat, heat.mean) for heat in found.heats if heat.mean is not None]
+    over_time, rows = len(found.heats) > 1, -(-len(shown) // MOST_COLUMNS)
+    columns = -(-len(shown) // rows)
+    wide = 2.7 if over_time else 4.2
+    high = wide * float(np.clip(found.inputs.size / found.outputs.size, 0.6, 1.5))
+    figure = Figure(figsize=(wide * columns + 1.5, (high + 0.7) * rows + 0.7 + 2.4 * over_time), layout="constrained")
+    grid = figure.add_gridspec(rows + over_time, columns, height_ratios=[high + 0.7] * rows + [2.2] * over_time)
+    figure.suptitle(found.tensor + ("" if found.layer is None else f", layer {found.layer}"), fontsize=10)
+
+    drawn = np.concatenate([mean[np.isfinite(mean) & (mean > 0)] for _, mean in shown])
+    largest = float(drawn.max(initial=0.0)) or 1.0
+    smallest = max(largest / 10**DECADES, min(float(drawn.min(initial=largest)), largest / 10))
+    norm, colours = LogNorm(smallest, largest), colormaps["viridis_r"].with_extremes(under="white", bad="red")
+    maps = []
+    for i, (heat, mean) in enumerate(shown):
+        axes = figure.add_subplot(grid[divmod(i, columns)])
+        # What is small is drawn as the smallest; zeros lie below it, and what is not finite is masked.
+        values = np.where(mean > 0, np.maximum(mean, smallest), smallest / 2)
+        cells = np.ma.masked_array(values, ~np.isfinite(mean))
+        image = axes.pcolormesh(found.edges[1], found.edges[0], cells, norm=norm, cmap=colours, rasterized=True)
+        step = "" if heat.step is None else f"step {heat.step:,}"
+        axes.set_title(step, fontsize=9, pad=16 if _named(found.inputs, found.outputs) else 6)
+        _frame(axes, found, first=i % columns == 0, last=i + columns >= len(shown))
+        maps.append(axes)
+    each = " x ".join(str(-(-side.size // (len(e) - 1))) for side, e in zip(_sides(found), found.edges, strict=True))
+    label = "|W|" if each == "1 x 1" else f"mean |W| in cells of {each}"
+    label += ", white: 0" if any((mean == 0).any() for _, mean in shown) else ""
+    label += ", red: NaN or Inf" if any(heat.nonfinite for heat, _ in shown) else ""
+    bar = figure.colorbar(image, ax=maps, pad=0.03, fraction=0.06)
+    bar.set_label(label, fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+    if over_time:
+        _draw_ratios(figure.add_subplot(grid[rows, :]), found)
+    picture = io.BytesIO()
+    figure.savefig(picture, format=file.suffix.lower()[1:], dpi=200)
+    with storage_errors(file):
+        file.write_bytes(picture.getvalue())
+
+
+def _sides(found: HeatMap) -> tuple[Side, Side]:
+    return found.inputs, found.outputs
+
+
+def _named(*sides: Side) -> bool:
+    return any(1 < len(side.widths) <= MOST_NAMED for side in sides)
+
+
+def _frame(axes: Any, found: HeatMap, *, first: bool, last: bool) -> None:
+    """Borders, the sources' names along them, and what the axes are, at the edges of the figure only."""
+    axes.invert_yaxis()
+    axes.tick_params(labelsize=7)
+    axes.tick_params(axis="y", labelleft=first)
+    axes.tick_params(axis="x", labelbottom=last)
+    line = {"color": "black", "linewidth": 0.8}
+    for border in found.inputs.borders:
+        axes.axhline(border, **line)
+    for border in found.outputs.borders:
+        axes.axvline(border, **line)
+    for side, axis in zip(_sides(found), (axes.yaxis, axes.xaxis), strict=True):
+        if _named(side):
+            ticks = [0, *side.borders, side.size]
+            axis.set_ticks(ticks, [f"{n:,}" for n in ticks])
+    if first:
+        axes.set_ylabel(_says(found.inputs, "inputs"), fontsize=8)
+    if last:
+        axes.set_xlabel(_says(found.outputs, "outputs"), fontsize=8)
+    names = {"ha": "center", "va": "center", "fontsize": 7, "color": "0.3", "textcoords": "offset points"}
+    for side, along_x in ((found.outputs, True), (found.inputs, False)):
+        for i, (start, width) in enumerate(zip([0, *side.borders], side.widths, strict=True) if _named(side) else ()):
+            middle = (start + width / 2) / side.size
+            at, off = ((middle, 1.0), (0, 7)) if along_x else ((1.0, 1.0 - middle), (7, 0))
+            turned = 0 if along_x else 270
+            axes.annotate(f"source {i}", at, off, xycoords="axes fraction", rotation=turned, **names)
+
+
+def _says(side: Side, what: str) -> str:
+    """A side's axes and sizes: `embed (inputs): 96 + 96 = 192`."""
+    widths = [f"{width:,}" for width in side.widths]
+    summed = f"{len(widths)} x {widths[0]}" if len(widths) > 2 and len(set(widths)) == 1 else " + ".join(widths)
+    if len(widths) > MOST_NAMED and len(set(widths)) > 1:
+        summed = f"{len(widths)} sources"
+    return f"{' x '.join(side.axes)} ({what}): " + (f"{summed} = " if len(widths) > 1 else "") + f"{side.size:,}"
+
+
+def _draw_ratios(axes: Any, found: HeatMap) -> None:
+    """The ratio of the zero blocks to the sources' own, from step to step."""
+    steps = [heat.step for heat in found.heats]
+    ratios = [np.nan if heat.ratio is None else heat.ratio for heat in found.heats]
+    axes.plot(steps, ratios, color="black", marker="o", markersize=3.5, clip_on=False)
+    if len(steps) <= MOST_TICKS:
+        axes.set_xticks(steps, [f"{step:,}" for step in steps])
+        for step, ratio in zip(steps, ratios, strict=True):
+            axes.annotate(f"{ratio:.2g}", (step, ratio), (0, 6), textcoords="offset points", ha="center", fontsize=7)
+    if any(ratio > 0.5 for ratio in ratios):
+        axes.axhline(1.0, color="grey", linewidth=0.8, linestyle=":")
+    axes.set_ylim(0, None)
+    axes.margins(y=0.2)
+    axes.tick_params(labelsize=7)
+    axes.set_xlabel("step", fontsize=8)
+    axes.set_ylabel("rms of zero blocks / of sources", fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
