@@ -1,6 +1,7 @@
 """How the tensors of an output are cut and stored: their chunks, codecs, and the units of work.
 
-Chunks that can be taken over from a source as they are decide; all others follow from the memory budget.
+Chunks that can be taken over from a source as they are decide; all others follow from the memory budget. None is larger
+than what one device of a mesh holds, if there is one.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from fusectl.layout import (
     shifted,
     size,
 )
+from fusectl.mesh import fits
 
 
 CODECS = ("auto", "zstd", "none")
@@ -59,17 +61,27 @@ class Storing:
     passthrough: bool = True
 
     def choose(
-        self, layout: Layout, leaves: Mapping[Term, Leaf], like: Leaf | None
+        self,
+        layout: Layout,
+        leaves: Mapping[Term, Leaf],
+        like: Leaf | None,
+        shard: tuple[int, ...] | None = None,
     ) -> tuple[Storage, frozenset[Block]]:
         """How a tensor is stored, and which blocks then consist of their sources' own chunks.
 
         Of the ways in which the sources are stored it is the one that takes over most bytes unread; if none takes over
-        any, chunks like those of `like`, anew. `leaves` has the source tensor of each term.
+        any, chunks like those of `like`, anew. `leaves` has the source tensor of each term. With `shard`, the shape of
+        what a device holds, it is only such ways and chunks that no two devices' shards share a chunk.
         """
+        shard = layout.shape if shard is None else shard
         noisy = any(isinstance(term, Noise) for block in layout.blocks for term in block.terms)
         # Noise does not compress, and a compressed source has to be decoded for it in any case.
         wanted = ("none" if noisy else None) if self.codec == "auto" else self.codec
-        ways = dict.fromkeys(way for leaf in leaves.values() if (way := self._way(leaf, layout, wanted)) is not None)
+        ways = dict.fromkeys(
+            way
+            for leaf in leaves.values()
+            if (way := self._way(leaf, layout, wanted)) is not None and fits(way.chunks, shard, layout.shape)
+        )
         best = max(
             ((way, self._passed(layout, leaves, way)) for way in ways),
             key=lambda found: sum(size(block.at) for block in found[1]),
@@ -77,7 +89,7 @@ class Storing:
         )
         if best is not None and best[1]:
             return best
-        chunks = choose_chunks(layout, like.chunks if like else None, self.budget_bytes)
+        chunks = choose_chunks(layout, like.chunks if like else None, self.budget_bytes, shard)
         # Trained weights and noise lose a tenth of their size to zstd, and most of the speed of writing and restoring.
         # Zeros that are to be stored are another matter.
         codec = wanted or ("zstd" if layout.covered < math.prod(layout.shape) and not self.sparse else "none")
@@ -170,29 +182,47 @@ def _same_grid(
     )
 
 
-def choose_chunks(layout: Layout, source_chunks: Sequence[int] | None, budget_bytes: int) -> tuple[int, ...]:
-    """The chunk shape of a tensor that is encoded anew: the source's where the blocks' edges allow.
+def choose_chunks(
+    layout: Layout,
+    source_chunks: Sequence[int] | None,
+    budget_bytes: int,
+    shard: Sequence[int] | None = None,
+) -> tuple[int, ...]:
+    """The chunk shape of a tensor that is encoded anew: the source's where the blocks' edges and shards allow.
 
-    Chunks stay below 64 MiB, and small enough for the budget to hold what two threads work on.
+    Chunks stay below 64 MiB, and small enough for the budget to hold what two threads work on. Along an axis that
+    shards cut they divide `shard`, the shape of one.
     """
+    shard = layout.shape if shard is None else shard
     itemsize = np_dtype(layout.dtype).itemsize
     fitting = max(SMALLEST_CHUNK_BYTES, budget_bytes // (2 * CHUNKS_AT_ONCE))
     limit = max(1, min(LARGEST_CHUNK_BYTES, fitting) // itemsize)
     chunks = list(layout.shape if source_chunks is None or len(source_chunks) != len(layout.shape) else source_chunks)
-    for axis, (n, edges) in enumerate(zip(layout.shape, _edges(layout), strict=True)):
-        chunk = max(1, min(chunks[axis], n))
-        common = reduce(math.gcd, edges, n)
+    for axis, (n, s, edges) in enumerate(zip(layout.shape, shard, _edges(layout), strict=True)):
+        chunk = max(1, min(chunks[axis], s))
+        common = reduce(math.gcd, edges, s)
         if common % chunk:
             fitting = max((d for d in _divisors(common) if d <= chunk), default=1)
-            # Slivers of chunks cost more than chunks that straddle two blocks.
-            chunk = fitting if fitting * 4 >= chunk else chunk
+            if fitting * 4 >= chunk:
+                chunk = fitting
+            elif s != n:
+                # Slivers of chunks cost more than chunks that straddle two blocks, but no chunk straddles two shards.
+                # Of a shard whose length is a prime there is nothing between slivers and all of it.
+                fitting = max(d for d in _divisors(s) if d <= chunk)
+                chunk = fitting if fitting * 4 >= chunk else s
         chunks[axis] = chunk
     while math.prod(chunks) > limit:
-        axis = max(range(len(chunks)), key=chunks.__getitem__)
-        smaller = max((d for d in _divisors(chunks[axis]) if d < chunks[axis]), default=1)
-        # A prime has no divisor worth having: then the last chunk is a ragged one.
-        chunks[axis] = smaller if smaller * 4 >= chunks[axis] else math.ceil(chunks[axis] / 2)
+        smaller = [_smaller(chunk, ragged=s == n) for chunk, s, n in zip(chunks, shard, layout.shape, strict=True)]
+        # Slivers are the last resort.
+        axis = max(range(len(chunks)), key=lambda a: (chunks[a] > 1 and smaller[a] * 4 >= chunks[a], chunks[a]))
+        chunks[axis] = smaller[axis]
     return tuple(chunks)
+
+
+def _smaller(chunk: int, *, ragged: bool) -> int:
+    """The next smaller length of a chunk: a divisor, or if there is none worth having and it may be ragged, half."""
+    divisor = max((d for d in _divisors(chunk) if d < chunk), default=1)
+    return divisor if divisor * 4 >= chunk or not ragged else math.ceil(chunk / 2)
 
 
 def _reads(

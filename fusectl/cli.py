@@ -25,6 +25,7 @@ from fusectl.render import Screen, Terminated
 
 if TYPE_CHECKING:
     from fusectl.formats.tree import Checkpoint
+    from fusectl.mesh import Mesh
     from fusectl.plan import Plan
     from fusectl.record import Fill
     from fusectl.surgery import Options
@@ -88,6 +89,14 @@ Sparse = Annotated[
     typer.Option(
         "--sparse/--dense", help="Leave chunks of zeros out, or store them. [default: sparse for t5x, dense for Orbax]"
     ),
+]
+MeshSizes = Annotated[
+    str | None,
+    typer.Option("--mesh", metavar="AXIS=N,...", help="Devices to choose chunks for, such as data=8,model=4."),
+]
+AxisRules = Annotated[
+    str | None,
+    typer.Option(metavar="AXIS=MESH,...", help="With --mesh: such as embed=data. [default: T5X's standard rules]"),
 ]
 Link = Annotated[
     bool, typer.Option("--link", help="Hard links to the sources' files instead of copies: never edit either then.")
@@ -167,6 +176,8 @@ def fuse(
     dtype: Dtype = None,
     codec: Codec = "auto",
     sparse: Sparse = None,
+    mesh: MeshSizes = None,
+    axis_rules: AxisRules = None,
     link: Link = False,
     check: Check = True,
     sync: Sync = True,
@@ -191,7 +202,7 @@ def fuse(
 
         if not equalize and (equalize_by != "trace" or tokens is not None):
             raise UsageError("--equalize-by and --tokens say how to --equalize", hint="--equalize")
-        stored = _Stored(codec, sparse, link, check)
+        stored = _Stored(codec, sparse, link, check, _mesh(mesh, axis_rules))
         options = _options(
             _fill(fill, noise_scale, seed), optimizer, format, arch, drop, dtype, stored, max_memory, step, norm
         )
@@ -224,6 +235,8 @@ def self_fuse(
     dtype: Dtype = None,
     codec: Codec = "auto",
     sparse: Sparse = None,
+    mesh: MeshSizes = None,
+    axis_rules: AxisRules = None,
     link: Link = False,
     check: Check = True,
     sync: Sync = True,
@@ -246,7 +259,7 @@ def self_fuse(
 
         if copies < 2:
             raise UsageError(f"--copies {copies}: fusing takes two or more")
-        stored = _Stored(codec, sparse, link, check)
+        stored = _Stored(codec, sparse, link, check, _mesh(mesh, axis_rules))
         options = _options(
             _fill(fill, noise_scale, seed), optimizer, format, arch, drop, dtype, stored, max_memory, step
         )
@@ -275,6 +288,8 @@ def noise_fill(
     dtype: Dtype = None,
     codec: Codec = "auto",
     sparse: Sparse = None,
+    mesh: MeshSizes = None,
+    axis_rules: AxisRules = None,
     link: Link = False,
     check: Check = True,
     sync: Sync = True,
@@ -297,7 +312,7 @@ def noise_fill(
 
         if fill == "zeros":
             raise UsageError("--fill zeros: there are zeros already", hint="--fill gaussian or antisymmetric")
-        stored = _Stored(codec, sparse, link, check)
+        stored = _Stored(codec, sparse, link, check, _mesh(mesh, axis_rules))
         options = _options(_fill(fill, noise_scale, seed), "reset", format, arch, drop, dtype, stored, max_memory, step)
         plan, opened = plan_noise_fill(_path(source), options, copies=copies)
         writing = _Writing(output, force, jobs, dry_run, allow_nonfinite, verify, report, max_memory, sync, resume)
@@ -322,6 +337,8 @@ def convert(
     drop: Drop = [],  # noqa: B006
     codec: Codec = "auto",
     sparse: Sparse = None,
+    mesh: MeshSizes = None,
+    axis_rules: AxisRules = None,
     link: Link = False,
     check: Check = True,
     sync: Sync = True,
@@ -343,7 +360,7 @@ def convert(
         from fusectl.conversion import plan_conversion
         from fusectl.record import Fill
 
-        stored = _Stored(codec, sparse, link, check)
+        stored = _Stored(codec, sparse, link, check, _mesh(mesh, axis_rules))
         optimizer = "drop" if drop_optimizer else "carry"
         options = _options(Fill(), optimizer, format, arch, drop, dtype, stored, max_memory, step)
         layers = None if scan is None else "scanned" if scan else "unscanned"
@@ -780,6 +797,15 @@ class _Stored(NamedTuple):
     sparse: bool | None
     link: bool
     check: bool
+    mesh: Mesh | None = None
+
+
+def _mesh(sizes: str | None, rules: str | None) -> Mesh | None:
+    from fusectl.mesh import parse_mesh
+
+    if sizes is None and rules is not None:
+        raise UsageError("--axis-rules: of which mesh?", hint="--mesh data=8,model=4")
+    return None if sizes is None else parse_mesh(sizes, rules)
 
 
 def _stay_on_the_cpu() -> None:

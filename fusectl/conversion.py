@@ -19,9 +19,9 @@ from fusectl.plan import Plan
 from fusectl.record import LAYERS, Fill, Origin, Record
 from fusectl.restack import restacked
 from fusectl.sources import Opened, ready, require_chunks
-from fusectl.surgery import Builder, Options, plan_step, source_record, target_of
+from fusectl.surgery import Builder, Options, notes_on_mesh, plan_step, source_record, target_of
 from fusectl.transforms.grow import widths_of
-from fusectl.transforms.optimizer import STATE
+from fusectl.transforms.optimizer import STATE, slot_axes
 
 
 # Where T5X and Flax's training loops keep what --drop-optimizer leaves out.
@@ -46,6 +46,7 @@ def plan_conversion(path: str, options: Options, layers: str | None = None) -> t
         checkpoint = restacked(checkpoint, layers, options.arch, options.drop, cache_bytes=cache_bytes)
         options = replace(options, max_memory_bytes=options.max_memory_bytes - cache_bytes)
     opened = _opened(checkpoint, options)
+    on_mesh = notes_on_mesh(options.mesh, opened.tree, opened.tree.shapes)
     out_format, item, prefix = target_of(opened, options)
     to_t5x = out_format.name == "t5x"
     origin = checkpoint.record.origin if checkpoint.record is not None else None
@@ -62,13 +63,15 @@ def plan_conversion(path: str, options: Options, layers: str | None = None) -> t
         if there is not None:
             keys = _keys(there.keys.get(name))
             to = "/".join(key.name for key in keys) if keys else name
-        if not is_parameter or options.dtype is None:
-            builder.copy(name, to, keys=keys)
-        else:
-            shape = checkpoint.leaves[name].shape
-            block = Block(whole(shape), (Term(0, name, whole(shape)),))
+        leaf = checkpoint.leaves[name]
+        if is_parameter:
             axes = opened.tree.rows[parameter].spec.axes
-            builder.add(to, Layout(axes, shape, options.dtype, (block,)), like=name, keys=keys)
+            block = Block(whole(leaf.shape), (Term(0, name, whole(leaf.shape)),))
+            layout = Layout(axes, leaf.shape, options.dtype or leaf.dtype, (block,))
+            builder.add(to, layout, like=name, keys=keys)
+        else:
+            axes = slot_axes(name, leaf.shape, opened.tree, opened.tree.shapes)
+            builder.copy(name, to, axes=axes, keys=keys)
     if there is not None and T5X_STEP not in there.keys and options.step is None:
         # T5X had to be given one.
         builder.used.add(T5X_STEP)
@@ -81,7 +84,7 @@ def plan_conversion(path: str, options: Options, layers: str | None = None) -> t
     if there is not None:
         item = there.item
         empty = tuple(EmptyNode(keys, kind) for found, kind in there.empty if (keys := _keys(found)))
-    notes = [*checkpoint.location.notes, *builder.notes]
+    notes = [*checkpoint.location.notes, *builder.notes, *on_mesh]
     return builder.plan(record, item, notes, empty), [checkpoint]
 
 

@@ -14,6 +14,7 @@ from fusectl.errors import Incompatible, NotEnoughSpace
 from fusectl.formats.tree import EmptyNode, Key
 from fusectl.formats.zarr import Storage, np_dtype
 from fusectl.layout import Block, Layout, Region, Term, place_in_grid, shifted, size, tiles_in
+from fusectl.mesh import Mesh, bytes_read, fits
 from fusectl.record import Record
 from fusectl.transforms.rates import Rate
 
@@ -87,6 +88,8 @@ class Plan:
     sparse: bool = False
     links: bool = False
     check_sources: bool = True
+    # The devices that are going to restore it: no chunk is needed by two different shards.
+    mesh: Mesh | None = None
     # The learning rates that continue the trajectory, by parameter.
     rates: Mapping[str, Rate] = field(default_factory=dict, repr=False)
 
@@ -117,9 +120,29 @@ class Plan:
             if isinstance(term, Term)
         )
 
+    @property
+    def bytes_per_device(self) -> int | None:
+        """The bytes of the chunks that each device of the mesh needs, uncompressed; None without a mesh.
+
+        A host reads for all its devices, and what they share once: between this and the number of its devices times
+        this.
+        """
+        if self.mesh is None:
+            return None
+        return sum(
+            bytes_read(o.chunks, self.mesh.shard_shape(o.layout.axes, o.layout.shape), o.itemsize) for o in self.outputs
+        )
+
     def check(self) -> None:
         """Raises if the plan contradicts itself, or if a unit of work is larger than the memory budget."""
         problems = [f"{o.name}: {problem}" for o in self.outputs for problem in o.layout.problems()]
+        if self.mesh is not None:
+            problems += [
+                f"{o.name}: chunks {list(o.chunks)} do not fit shards {list(shard)} of {list(o.layout.shape)}"
+                for o in self.outputs
+                for shard in [self.mesh.shard_shape(o.layout.axes, o.layout.shape)]
+                if not fits(o.chunks, shard, o.layout.shape)
+            ]
         names = [output.name for output in self.outputs]
         problems += [f"{name}: planned twice" for name in sorted({n for n in names if names.count(n) > 1})]
         if problems:
@@ -179,6 +202,7 @@ def summary(plan: Plan) -> Mapping[str, object]:
         "passed_bytes": plan.passed_bytes,
         "read_bytes": plan.read_bytes,
         "max_memory_bytes": plan.budget_bytes,
+        "mesh": plan.mesh and {**plan.mesh.as_json(), "bytes_per_device": plan.bytes_per_device},
         "sparse": plan.sparse,
         "link": plan.links,
         "check": plan.check_sources,

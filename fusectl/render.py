@@ -387,6 +387,7 @@ def _print_plan(console: Console, plan: Plan, output: Place) -> None:
         ("tensors", f"{len(plan.outputs):,}, {human(plan.nbytes)}, of which {human(plan.nonzero_bytes)} not zero"),
         ("chunks", _passing(plan)),
         ("zeros", "left out" if plan.sparse else "stored"),
+        *([] if plan.mesh is None else [("mesh", _per_device(plan))]),
         ("memory", f"at most {human(plan.budget_bytes)} in flight"),
     ]
     _print_facts(console, facts)
@@ -419,6 +420,12 @@ def _passing(plan: Plan) -> str:
     share = plan.passed_bytes / max(plan.nonzero_bytes, 1)
     how = ("linked" if plan.links else "copied") + (", checked" if plan.check_sources else ", unread")
     return f"{human(plan.passed_bytes)} ({share:.0%}) taken over as they are, {how}; the rest is encoded anew"
+
+
+def _per_device(plan: Plan) -> str:
+    assert plan.bytes_per_device is not None
+    read = f"{human(plan.bytes_per_device)} of {human(plan.nbytes)}"
+    return f"{plan.mesh}: each device reads {read}; no two different shards share a chunk"
 
 
 def _print_fsck(console: Console, found: Fsck) -> None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 
 import fusectl
+from fusectl.archs import Recognized
 from fusectl.chunks import CODECS, Storing
 from fusectl.equalize import Equalize, residual_scales
 from fusectl.errors import Corrupt, FusectlError, Incompatible, OutputExists, UsageError, counted, shorten
@@ -32,13 +33,23 @@ from fusectl.formats.upload import require_free
 from fusectl.formats.zarr import np_dtype
 from fusectl.journal import Journal, digest_of, require_same_plan
 from fusectl.layout import Block, Layout, Product, Term, whole
+from fusectl.mesh import Mesh
 from fusectl.parallel import Progress, Silent, default_jobs, default_max_memory_bytes
 from fusectl.plan import Output, Plan
 from fusectl.record import LEFT_OUT, NORMS, Fill, Record, SourceRecord, mean_weights
 from fusectl.sources import Opened, open_source
 from fusectl.transforms.carry import Carry, same_models
 from fusectl.transforms.grow import Fusion, check_fill, equal_widths, filled, fused, line_up
-from fusectl.transforms.optimizer import FIRST_MOMENTS, STATE, OptimizerState, factored_axes, find_state, fresh_slots
+from fusectl.transforms.optimizer import (
+    FIRST_MOMENTS,
+    STATE,
+    OptimizerState,
+    factored_axes,
+    find_state,
+    fresh_slots,
+    slot_axes,
+    unnamed,
+)
 from fusectl.transforms.rates import in_words, rates, table
 
 
@@ -75,6 +86,8 @@ class Options:
     check: bool = True
     # Whether chunks may be taken over at all.
     passthrough: bool = True
+    # The devices that are going to restore it; chunks then fit their shards.
+    mesh: Mesh | None = None
     # Which norm the fused model is going to be trained with: the fusion rule's, or the fusion property's.
     norm: str = "rule"
     # The training step to be written; None for the first source's.
@@ -115,6 +128,7 @@ def plan_fusion(
     fusion = line_up([o.tree for o in opened], shares, [o.label for o in opened])
     _require_one_dtype(opened, options)
     check_fill(fusion, options.fill)
+    on_mesh = notes_on_mesh(options.mesh, first.tree, {name: fusion.fused_shape(name) for name in first.tree.shapes})
     if equalize is not None:
         fusion = replace(fusion, residual_scales=residual_scales(opened, equalize))
     out_format, item, prefix = target_of(first, options)
@@ -144,7 +158,7 @@ def plan_fusion(
     )
     # Between different models blocks do not move alike.
     found = rates(fusion) if record.self_fused else {}
-    notes = [*builder.notes, *_notes_on(opened, options, record)]
+    notes = [*builder.notes, *_notes_on(opened, options, record), *on_mesh]
     if kind is not None and (words := in_words(found, kind)):
         notes.append(f"at an unchanged rate it moves faster; {kind} goes on as before with {words} (--lr-table FILE)")
     return replace(builder.plan(record, item, notes), rates=found), [o.checkpoint for o in opened]
@@ -170,6 +184,7 @@ def plan_noise_fill(path: str, options: Options, *, copies: int | None = None) -
     _refuse_widening(opened, options)
     fusion = Fusion(opened.tree, record.weights, record.widths, record.residual_scales)
     check_fill(fusion, options.fill)
+    on_mesh = notes_on_mesh(options.mesh, opened.tree, opened.tree.shapes)
     out_format, item, prefix = target_of(opened, options)
     builder = Builder([opened], options, out_format)
     for parameter in opened.tree.shapes:
@@ -180,7 +195,8 @@ def plan_noise_fill(path: str, options: Options, *, copies: int | None = None) -
     plan_step(builder, opened, options, out_format)
     for name in opened.checkpoint.leaves:
         if name not in builder.used and name not in opened.dropped:
-            builder.copy(name)
+            axes = slot_axes(name, opened.checkpoint.leaves[name].shape, opened.tree, opened.tree.shapes)
+            builder.copy(name, axes=axes)
     kept = any(output.name.startswith(STATE) for output in builder.outputs)
     record = replace(
         record,
@@ -193,7 +209,7 @@ def plan_noise_fill(path: str, options: Options, *, copies: int | None = None) -
         tensors={},
         files={},
     )
-    notes = [*opened.checkpoint.location.notes, *builder.notes, *_notes_on_fill(options.fill)]
+    notes = [*opened.checkpoint.location.notes, *builder.notes, *_notes_on_fill(options.fill), *on_mesh]
     return builder.plan(record, item, notes), [opened.checkpoint]
 
 
@@ -379,7 +395,9 @@ class Builder:
         if self._format.name == "t5x" and kept_in_index(name, layout.shape):
             storing = replace(storing, passthrough=False)
         whole_told = {t: s for t, s in leaves.items() if self._sources[t.source].checkpoint.can_be_taken(t.tensor)}
-        storage, passed = storing.choose(layout, whole_told, leaf if terms else None)
+        mesh = self._options.mesh
+        shard = None if mesh is None else mesh.shard_shape(layout.axes, layout.shape)
+        storage, passed = storing.choose(layout, whole_told, leaf if terms else None, shard)
         tile, cost = storing.unit(layout, storage, leaves, passed)
         if keys is None:
             # T5X's trees are dictionaries, and their keys hold no slash.
@@ -388,12 +406,19 @@ class Builder:
         self.outputs.append(Output(name, keys, layout, storage, passed, tile, cost, noise_name or name))
         self.used |= {term.tensor for term in terms}
 
-    def copy(self, name: str, to: str | None = None, *, keys: tuple[Key, ...] | None = None) -> None:
+    def copy(
+        self,
+        name: str,
+        to: str | None = None,
+        *,
+        axes: tuple[str, ...] | None = None,
+        keys: tuple[Key, ...] | None = None,
+    ) -> None:
         """A tensor of the first source as it is, under the name `to`."""
         leaf = self._sources[0].checkpoint.leaves[name]
         block = Block(whole(leaf.shape), (Term(0, name, whole(leaf.shape)),))
-        axes = tuple(f"axis{i}" for i in range(len(leaf.shape)))
-        self.add(to or name, Layout(axes, leaf.shape, leaf.dtype, (block,)), like=name, keys=keys)
+        layout = Layout(axes or unnamed(leaf.shape), leaf.shape, leaf.dtype, (block,))
+        self.add(to or name, layout, like=name, keys=keys)
 
     def empty(self) -> tuple[EmptyNode, ...]:
         """The empty nodes that the output keeps: a position of a list must not outlive its dropped neighbours."""
@@ -433,6 +458,7 @@ class Builder:
             pending_bytes=self._pending_bytes,
             sparse=self._sparse,
             links=self._options.link,
+            mesh=self._options.mesh,
             check_sources=self._options.check,
         )
         plan.check()
@@ -514,8 +540,9 @@ def _optimizer(builder: Builder, opened: Sequence[Opened], fusion: Fusion, optio
         slots = carry.slots()
         effect = _effect(carry, options.norm)
     planned = set()
+    fused_shapes = {name: fusion.fused_shape(name) for name in first.tree.shapes}
     for name, shape, blocks in slots:
-        axes = tuple(f"axis{i}" for i in range(len(shape)))
+        axes = slot_axes(name, shape, first.tree, fused_shapes)
         dtype = first.checkpoint.leaves[name].dtype
         if blocks and dtype == "float16" and state.names_of(name)[1] not in FIRST_MOMENTS:
             raise Incompatible(
@@ -611,6 +638,21 @@ def plan_step(
     elif out_format.name == "t5x":
         builder.notes.append("the source has no step; T5X gets step 0")
         builder.add(T5X_STEP, Layout((), (), "int32", ()), like=None)
+
+
+def notes_on_mesh(mesh: Mesh | None, tree: Recognized, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """What a mesh does to the parameters of these shapes that JAX allows; raises Incompatible for what it does not."""
+    if mesh is None:
+        return []
+    mesh.require_division((tree.rows[name].spec.axes, shape) for name, shape in shapes.items())
+    sizes = {a: n for name, shape in shapes.items() for a, n in zip(tree.rows[name].spec.axes, shape, strict=True)}
+    joined, heads = sizes.get("joined_kv", 0), sizes.get("heads", 0)
+    if not joined or not heads or joined % heads:
+        return []
+    (share,), head = mesh.shard_shape(("joined_kv",), (joined,)), joined // heads
+    if share % head == 0:
+        return []
+    return [f"mesh {mesh}: a device's {share} of joined_kv are no whole heads of {head}: JAX allows it"]
 
 
 def _notes_on_fill(fill: Fill) -> list[str]:

@@ -136,6 +136,31 @@ def fresh_slots(
     }
 
 
+def slot_axes(
+    name: str, shape: tuple[int, ...], tree: Recognized, parameters: Mapping[str, tuple[int, ...]]
+) -> tuple[str, ...]:
+    """The names of the axes of a slot: its parameter's, if it has that one's whole shape among `parameters`.
+
+    All others have none (`unnamed`): T5X replicates them, v_row and v_col among them (t5x/adafactor.py,
+    `derive_logical_axes`). Slots of optimizers that fusectl does not know are told by their names, too.
+    """
+    parts = name.removeprefix(STATE).split("/")
+    within = ("/".join(parts[i:j]) for i in range(len(parts)) for j in range(len(parts), i, -1))
+    parameter = next((part for part in within if part in parameters), None)
+    if not name.startswith(STATE) or parameter is None or parameters[parameter] != shape:
+        return unnamed(shape)
+    return tree.rows[parameter].spec.axes
+
+
+def unnamed(shape: tuple[int, ...]) -> tuple[str, ...]:
+    """Names for the axes of a tensor of which nothing is known; no rule lays them over a mesh.
+
+    >>> unnamed((2, 3))
+    ('axis0', 'axis1')
+    """
+    return tuple(f"axis{i}" for i in range(len(shape)))
+
+
 def adafactor_slots(
     shape: tuple[int, ...], spec: TensorSpec, *, factored: bool, momentum: bool
 ) -> dict[str, tuple[int, ...]]:
