@@ -2,7 +2,9 @@
 
 The library's verbs, imported on first use so that the command line starts at once:
 
+    Options                                     builder.py
     plan_fusion, plan_noise_fill, carry_out     surgery.py
+    plan_conversion                             conversion.py
     open_checkpoint                             formats/
     verify                                      verify/
 """
@@ -15,8 +17,9 @@ from typing import Any
 __version__ = "0.1.0"
 
 _VERBS = {
-    "Options": "fusectl.surgery",
+    "Options": "fusectl.builder",
     "carry_out": "fusectl.surgery",
+    "plan_conversion": "fusectl.conversion",
     "plan_fusion": "fusectl.surgery",
     "plan_noise_fill": "fusectl.surgery",
     "open_checkpoint": "fusectl.formats",

@@ -24,11 +24,11 @@ from fusectl.render import Screen, Terminated
 
 
 if TYPE_CHECKING:
+    from fusectl.builder import Options
     from fusectl.formats.tree import Checkpoint
     from fusectl.mesh import Mesh
     from fusectl.plan import Plan
     from fusectl.record import Fill
-    from fusectl.surgery import Options
 
 
 app = typer.Typer(
@@ -773,8 +773,8 @@ def _options(
     step: int | None,
     norm: str = "rule",
 ) -> Options:
+    from fusectl.builder import Options
     from fusectl.parallel import default_max_memory_bytes
-    from fusectl.surgery import Options
 
     return Options(
         fill=fill,

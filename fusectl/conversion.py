@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import fusectl
 from fusectl.archs import UNKNOWN
+from fusectl.builder import Builder, Options, notes_on_mesh, plan_step, source_record, target_of
 from fusectl.errors import Incompatible, UsageError
 from fusectl.formats import open_checkpoint
 from fusectl.formats.tree import STEPS, T5X_STEP, Checkpoint, EmptyNode, Key, is_dropped
@@ -19,7 +20,6 @@ from fusectl.plan import Plan
 from fusectl.record import LAYERS, Fill, Origin, Record
 from fusectl.restack import restacked
 from fusectl.sources import Opened, ready, require_chunks
-from fusectl.surgery import Builder, Options, notes_on_mesh, plan_step, source_record, target_of
 from fusectl.transforms.grow import widths_of
 from fusectl.transforms.optimizer import STATE, slot_axes
 

@@ -16,10 +16,11 @@ import numpy.typing as npt
 
 from fusectl.archs import family_named, recognize
 from fusectl.archs.table import Family
+from fusectl.builder import Options
 from fusectl.errors import OutputExists
 from fusectl.formats.sink import save
 from fusectl.record import Fill
-from fusectl.surgery import Options, carry_out, plan_fusion, plan_noise_fill
+from fusectl.surgery import carry_out, plan_fusion, plan_noise_fill
 from fusectl.transforms.optimizer import STATE, OptimizerState, fresh_slots
 from fusectl.verify import Report, verify
 

@@ -11,97 +11,42 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePath
 
 import fusectl
-from fusectl.archs import Recognized
-from fusectl.chunks import CODECS, Storing
+from fusectl.builder import Builder, Options, notes_on_mesh, plan_step, source_record, target_of
 from fusectl.equalize import Equalize, residual_scales
 from fusectl.errors import Corrupt, FusectlError, Incompatible, OutputExists, UsageError, counted, shorten
 from fusectl.execute import Work, execute
-from fusectl.formats import Format, fingerprint, format_named, open_checkpoint, open_location
+from fusectl.formats import format_named, open_checkpoint, open_location
 from fusectl.formats.locate import is_checkpoint
 from fusectl.formats.objects import ObjectPath, Place
 from fusectl.formats.servercopy import missing_library
 from fusectl.formats.sink import Manner, Sink, names_written
 from fusectl.formats.staging import can_be_resumed, check_space, clear_journal, staged, staging_of, storage_errors
-from fusectl.formats.t5x import kept_in_index
-from fusectl.formats.tree import STEPS, T5X_STEP, Checkpoint, EmptyNode, Key, dict_keys, is_dropped
+from fusectl.formats.tree import Checkpoint
 from fusectl.formats.upload import require_free
 from fusectl.formats.zarr import np_dtype
 from fusectl.journal import Journal, digest_of, require_same_plan
-from fusectl.layout import Block, Layout, Product, Term, whole
-from fusectl.mesh import Mesh
-from fusectl.parallel import Progress, Silent, default_jobs, default_max_memory_bytes
-from fusectl.plan import Output, Plan
-from fusectl.record import LEFT_OUT, NORMS, Fill, Record, SourceRecord, mean_weights
+from fusectl.parallel import Progress, Silent, default_jobs
+from fusectl.plan import Plan
+from fusectl.record import LEFT_OUT, Fill, Record, mean_weights
 from fusectl.sources import Opened, open_source
-from fusectl.transforms.carry import Carry, same_models
+from fusectl.state import plan_state
 from fusectl.transforms.grow import Fusion, check_fill, equal_widths, filled, fused, line_up
 from fusectl.transforms.optimizer import (
-    FIRST_MOMENTS,
     STATE,
-    OptimizerState,
-    factored_axes,
-    find_state,
-    fresh_slots,
     slot_axes,
-    unnamed,
 )
 from fusectl.transforms.rates import in_words, rates, table
 
 
-OPTIMIZERS = ("carry", "reset", "drop", "asymmetric")
 # Above this, antisymmetric noise loses digits of the kernels that it is taken off from.
 LARGE_NOISE_SCALE = 0.5
-LARGEST_COMMIT_BYTES = 16 << 20
-# Trainers keep it in an int32.
-LARGEST_STEP = 2**31 - 1
-# Below so many updates moments are far from unbiased: 0.999 to its power is 5e-5.
-MOST_BIASED_COUNT = 10_000
 # Threads, where most of their time is spent on waiting for a server.
 REMOTE_JOBS = 16
-
-
-@dataclass(frozen=True)
-class Options:
-    """What fuse, self-fuse and noise-fill have in common."""
-
-    fill: Fill = field(default_factory=Fill)
-    optimizer: str = "carry"
-    format: str | None = None
-    arch: str | None = None
-    drop: tuple[str, ...] = ()
-    dtype: str | None = None
-    max_memory_bytes: int = field(default_factory=default_max_memory_bytes)
-    # How chunks are compressed: `auto` keeps what the sources have wherever their chunks can be taken over.
-    codec: str = "auto"
-    # Whether chunks of zeros are left out; None where all readers of the format take that for zeros.
-    sparse: bool | None = None
-    # Hard links to the sources' files instead of copies.
-    link: bool = False
-    # Whether chunks that are taken over are read, to notice what is corrupt or not finite.
-    check: bool = True
-    # Whether chunks may be taken over at all.
-    passthrough: bool = True
-    # The devices that are going to restore it; chunks then fit their shards.
-    mesh: Mesh | None = None
-    # Which norm the fused model is going to be trained with: the fusion rule's, or the fusion property's.
-    norm: str = "rule"
-    # The training step to be written; None for the first source's.
-    step: int | None = None
-
-    def __post_init__(self) -> None:
-        known = self.optimizer in OPTIMIZERS and self.norm in NORMS and self.codec in CODECS
-        if self.step is not None and not 0 <= self.step <= LARGEST_STEP:
-            raise UsageError(f"--step {self.step}: a training step is from 0 to {LARGEST_STEP:,}")
-        if not known or self.max_memory_bytes < 1:
-            raise UsageError(
-                f"optimizer {self.optimizer!r}, norm {self.norm!r}, codec {self.codec!r}, "
-                f"{self.max_memory_bytes} bytes of memory"
-            )
 
 
 def plan_fusion(
@@ -138,7 +83,7 @@ def plan_fusion(
         stored = first.checkpoint.leaves[tensors[0]].dtype
         layout = fused(fusion, parameter, options.dtype or stored, options.fill, tensors)
         builder.add(prefix + parameter, layout, like=tensors[0], noise_name=parameter)
-    optimizer, kind = _optimizer(builder, opened, fusion, options)
+    optimizer, kind = plan_state(builder, opened, fusion, options)
     plan_step(builder, first, options, out_format)
     record = Record(
         version=fusectl.__version__,
@@ -352,128 +297,6 @@ def _real(at: Place) -> PurePath:
     return Path(os.path.realpath(at)) if isinstance(at, Path) else PurePath(at.scheme, at.bucket, at.key)
 
 
-class Builder:
-    """Collects the outputs of a plan, and which tensors of the sources they use."""
-
-    def __init__(self, sources: Sequence[Opened], options: Options, out_format: Format) -> None:
-        self._sources = sources
-        self._options = options
-        self._format = out_format
-        self._sparse = out_format.reads_left_out if options.sparse is None else options.sparse
-        self._commit_bytes = min(LARGEST_COMMIT_BYTES, options.max_memory_bytes // 8)
-        # Two commits under way, each of which holds its bytes twice.
-        self._pending_bytes = 4 * self._commit_bytes if out_format.ocdbt else 0
-        self._storing = Storing(
-            zarr=out_format.zarr,
-            codec=options.codec,
-            budget_bytes=options.max_memory_bytes - self._pending_bytes,
-            ocdbt=out_format.ocdbt,
-            sparse=self._sparse,
-            # With noise most of a source's data files would be of no use to the output.
-            refers=all(format_named(o.checkpoint.format).ocdbt for o in sources) and options.fill.kind == "zeros",
-            passthrough=options.passthrough,
-        )
-        self.outputs: list[Output] = []
-        self.used: set[str] = set()
-        self.notes: list[str] = []
-
-    def add(
-        self,
-        name: str,
-        layout: Layout,
-        *,
-        like: str | None,
-        noise_name: str | None = None,
-        keys: tuple[Key, ...] | None = None,
-    ) -> None:
-        """A tensor of the output; `like` names the tensor of the first source whose keys and chunks it inherits."""
-        leaf = self._sources[0].checkpoint.leaves[like] if like else None
-        terms = [term for block in layout.blocks for term in block.terms if isinstance(term, Term)]
-        leaves = {term: self._sources[term.source].checkpoint.leaves[term.tensor] for term in terms}
-        # A slot that is reset may have nothing in common with the source's but its name.
-        storing = self._storing
-        if self._format.name == "t5x" and kept_in_index(name, layout.shape):
-            storing = replace(storing, passthrough=False)
-        whole_told = {t: s for t, s in leaves.items() if self._sources[t.source].checkpoint.can_be_taken(t.tensor)}
-        mesh = self._options.mesh
-        shard = None if mesh is None else mesh.shard_shape(layout.axes, layout.shape)
-        storage, passed = storing.choose(layout, whole_told, leaf if terms else None, shard)
-        tile, cost = storing.unit(layout, storage, leaves, passed)
-        if keys is None:
-            # T5X's trees are dictionaries, and their keys hold no slash.
-            inherits = leaf is not None and leaf.name == name and self._format.name != "t5x"
-            keys = leaf.keys if leaf is not None and inherits else dict_keys(name)
-        self.outputs.append(Output(name, keys, layout, storage, passed, tile, cost, noise_name or name))
-        self.used |= {term.tensor for term in terms}
-
-    def copy(
-        self,
-        name: str,
-        to: str | None = None,
-        *,
-        axes: tuple[str, ...] | None = None,
-        keys: tuple[Key, ...] | None = None,
-    ) -> None:
-        """A tensor of the first source as it is, under the name `to`."""
-        leaf = self._sources[0].checkpoint.leaves[name]
-        block = Block(whole(leaf.shape), (Term(0, name, whole(leaf.shape)),))
-        layout = Layout(axes or unnamed(leaf.shape), leaf.shape, leaf.dtype, (block,))
-        self.add(to or name, layout, like=name, keys=keys)
-
-    def empty(self) -> tuple[EmptyNode, ...]:
-        """The empty nodes that the output keeps: a position of a list must not outlive its dropped neighbours."""
-        drop = (*self._options.drop, *([f"{STATE}*"] if self._options.optimizer == "drop" else []))
-        return tuple(node for node in self._sources[0].checkpoint.empty if not is_dropped(node.name, drop))
-
-    def plan(
-        self,
-        record: Record,
-        item: str | None,
-        notes: Sequence[str],
-        empty: tuple[EmptyNode, ...] | None = None,
-    ) -> Plan:
-        """The Plan, checked: every tensor of every source is used or dropped on purpose."""
-        unknown = [
-            f"{o.label}: {name}"
-            for o in dict.fromkeys(self._sources)
-            for name in o.checkpoint.leaves
-            if name not in self.used and name not in o.dropped and not name.startswith(STATE) and name not in STEPS
-        ]
-        if unknown:
-            raise Incompatible(
-                f"{len(unknown)} tensors that fusectl does not know what to do with",
-                details=shorten(unknown, 5),
-                hint="--drop PATTERN leaves them out",
-            )
-        plan = Plan(
-            outputs=tuple(self.outputs),
-            empty=self.empty() if empty is None else empty,
-            format=self._format.name,
-            item=item,
-            record=record,
-            dropped=tuple(dict.fromkeys(name for o in self._sources for name in o.dropped)),
-            notes=tuple(notes),
-            budget_bytes=self._options.max_memory_bytes,
-            commit_bytes=self._commit_bytes,
-            pending_bytes=self._pending_bytes,
-            sparse=self._sparse,
-            links=self._options.link,
-            mesh=self._options.mesh,
-            check_sources=self._options.check,
-        )
-        plan.check()
-        return plan
-
-
-def target_of(first: Opened, options: Options) -> tuple[Format, str | None, str]:
-    """The format of the output, the item that its tree goes into, and the prefix of its parameters."""
-    out_format = format_named(options.format or first.checkpoint.format)
-    if out_format.name == "t5x":
-        return out_format, None, "target/"
-    item = "state" if first.checkpoint.format == "t5x" else first.checkpoint.location.item
-    return out_format, item, first.tree.prefix
-
-
 def _require_one_dtype(opened: Sequence[Opened], options: Options) -> None:
     """Raises Incompatible when a source would be cast without anybody having asked for it."""
     if options.dtype is not None:
@@ -505,156 +328,6 @@ def _refuse_widening(opened: Opened, options: Options) -> None:
         )
 
 
-def _optimizer(builder: Builder, opened: Sequence[Opened], fusion: Fusion, options: Options) -> tuple[str, str | None]:
-    """Plans the optimizer's slots: carried over, zeros of the right shapes, or none.
-
-    What was done, in a word, and which optimizer's slots there are.
-    """
-    first = opened[0]
-    with_state = [any(n.startswith(STATE) and n not in o.dropped for n in o.checkpoint.leaves) for o in opened]
-    if not any(with_state) or options.optimizer == "drop":
-        if any(with_state):
-            builder.notes.append("optimizer: dropped; the trainer begins a new one, whose first updates need a warm-up")
-        return ("drop" if any(with_state) else "none"), None
-    if not with_state[0] or (options.optimizer != "reset" and not all(with_state)):
-        without = [o.label for o, has in zip(opened, with_state, strict=True) if not has]
-        raise Incompatible(
-            "sources with and without optimizer state",
-            details=[f"none in {label}" for label in dict.fromkeys(without)],
-            hint="--optimizer drop leaves it out, --optimizer reset makes zeros of that of the first source",
-        )
-    state = _state_of(first)
-    slots: Iterable[tuple[str, tuple[int, ...], tuple[Block, ...]]]
-    if options.optimizer == "reset":
-        parameters = {name: fusion.fused_shape(name) for name in first.tree.shapes}
-        slots = ((name, shape, ()) for name, shape in fresh_slots(state, first.tree, parameters).items())
-        effect = "reset to zeros; the step is kept, so the first updates are of full size: warm up"
-    else:
-        carry = Carry(
-            fusion,
-            _one_optimizer([state, *map(_state_of, opened[1:])], opened),
-            same_models([str(o.checkpoint.location.index) for o in opened]),
-            only_first=options.optimizer == "asymmetric",
-        )
-        builder.notes += _notes_on_state(carry, opened)
-        slots = carry.slots()
-        effect = _effect(carry, options.norm)
-    planned = set()
-    fused_shapes = {name: fusion.fused_shape(name) for name in first.tree.shapes}
-    for name, shape, blocks in slots:
-        axes = slot_axes(name, shape, first.tree, fused_shapes)
-        dtype = first.checkpoint.leaves[name].dtype
-        if blocks and dtype == "float16" and state.names_of(name)[1] not in FIRST_MOMENTS:
-            raise Incompatible(
-                f"{name}: second moments in float16, which come to zero when they are scaled", hint="--optimizer reset"
-            )
-        builder.add(name, Layout(axes, shape, dtype, blocks), like=name)
-        planned.add(name)
-    if options.optimizer != "reset":
-        for name in state.names:
-            if name not in planned:
-                builder.copy(name)
-    builder.notes.append(f"optimizer: {state.kind}, {len(state.names)} slots {effect}")
-    return options.optimizer, state.kind
-
-
-def _state_of(opened: Opened) -> OptimizerState:
-    shapes = {n: s for n, s in opened.checkpoint.shapes.items() if n not in opened.dropped}
-    return find_state(shapes, opened.tree, opened.label)
-
-
-def _one_optimizer(states: Sequence[OptimizerState], opened: Sequence[Opened]) -> list[OptimizerState]:
-    """The states, each as what the others tell it to be.
-
-    Raises Incompatible unless they are of one optimizer with one set of settings, and of one dtype for each slot.
-    """
-    told = next((s.factored for s in states if not s.may_be_either), True)
-    states = [replace(s, factored=told) if s.may_be_either else s for s in states]
-    said = [
-        f"{s.kind}{', factored' * s.factored}{', with momentum' * s.momentum} in {o.label}"
-        for s, o in zip(states, opened, strict=True)
-    ]
-    if len({(s.kind, s.factored, s.momentum) for s in states}) == 1:
-        dtypes = [{o.checkpoint.leaves[name].dtype for name in s.names} for s, o in zip(states, opened, strict=True)]
-        said = [f"{', '.join(sorted(found))} in {o.label}" for found, o in zip(dtypes, opened, strict=True)]
-        if all(found == dtypes[0] for found in dtypes):
-            return states
-    raise Incompatible(
-        "optimizer states that do not fit together",
-        details=tuple(dict.fromkeys(said)),
-        hint="--optimizer reset makes zeros of them, --optimizer drop leaves them out",
-    )
-
-
-def _notes_on_state(carry: Carry, opened: Sequence[Opened]) -> list[str]:
-    """What the sources' states do not tell; raises Incompatible where one count of updates cannot stand for all."""
-    notes = []
-    state = carry.states[0]
-    if state.may_be_either and any(
-        factored_axes(carry.fusion.fused_shape(name), carry.fusion.tree.rows[name].spec)
-        for name in carry.fusion.tree.shapes
-    ):
-        notes.append("too small a source to tell whether Adafactor is factored: taken for T5X's default, factored")
-    counters = [[n for n in s.names if s.names_of(n)[0] is None] for s in carry.states]
-    counts = [[int(o.checkpoint.read(n)) for n in names] for names, o in zip(counters, opened, strict=True)]
-    if any(each != counts[0] for each in counts):
-        said = ", ".join(str(max(each, default=0)) for each in counts)
-        if min(min(each, default=0) for each in counts) < MOST_BIASED_COUNT:
-            raise Incompatible(
-                f"the sources have made {said} updates: one count cannot correct the bias of all their moments",
-                hint="--optimizer reset, or train the younger one on",
-            )
-        notes.append(f"the sources have made {said} updates; the output counts on from the first one's")
-    return notes
-
-
-def _effect(carry: Carry, norm: str) -> str:
-    """What carrying the state does to the first update, in words."""
-    if carry.only_first:
-        return "kept for the first copy, zero elsewhere: large first updates there, which set the copies apart"
-    if len(set(carry.models)) > 1:
-        return "carried; between different sources second moments are estimated (rank 1), first ones start from 0"
-    if len(set(carry.fusion.weights)) > 1 and norm != "property":
-        return "carried; estimated, since one norm couples copies of different weights"
-    return "carried into every block: the first update is that of a fused model trained so far"
-
-
-def plan_step(
-    builder: Builder, first: Opened, options: Options, out_format: Format, keys: tuple[Key, ...] | None = None
-) -> None:
-    """Plans the step with these keys, or under the name that the format's readers look for; T5X must have one."""
-    stored = next((name for name in STEPS if name in first.checkpoint.leaves and name not in first.dropped), None)
-    of_t5x = out_format.name == "t5x" or (stored is None and first.tree.prefix == "target/")
-    name = "/".join(key.name for key in keys) if keys else T5X_STEP if of_t5x else stored or "step"
-    if options.step is not None:
-        # A product of nothing, times the step.
-        block = Block((), (Product((), options.step),))
-        dtype = first.checkpoint.leaves[stored].dtype if stored else "int32"
-        builder.add(name, Layout((), (), dtype, (block,)), like=stored, keys=keys)
-        builder.used |= {stored} if stored else set()
-        builder.notes.append(f"step {options.step:,} instead of {first.checkpoint.step}; the optimizer's counts stay")
-    elif stored is not None:
-        builder.copy(stored, to=name, keys=keys)
-    elif out_format.name == "t5x":
-        builder.notes.append("the source has no step; T5X gets step 0")
-        builder.add(T5X_STEP, Layout((), (), "int32", ()), like=None)
-
-
-def notes_on_mesh(mesh: Mesh | None, tree: Recognized, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """What a mesh does to the parameters of these shapes that JAX allows; raises Incompatible for what it does not."""
-    if mesh is None:
-        return []
-    mesh.require_division((tree.rows[name].spec.axes, shape) for name, shape in shapes.items())
-    sizes = {a: n for name, shape in shapes.items() for a, n in zip(tree.rows[name].spec.axes, shape, strict=True)}
-    joined, heads = sizes.get("joined_kv", 0), sizes.get("heads", 0)
-    if not joined or not heads or joined % heads:
-        return []
-    (share,), head = mesh.shard_shape(("joined_kv",), (joined,)), joined // heads
-    if share % head == 0:
-        return []
-    return [f"mesh {mesh}: a device's {share} of joined_kv are no whole heads of {head}: JAX allows it"]
-
-
 def _notes_on_fill(fill: Fill) -> list[str]:
     if fill.kind == "antisymmetric" and fill.noise_scale > LARGE_NOISE_SCALE:
         return ["so much noise cancels only up to rounding, which grows with every layer: verify says how far"]
@@ -681,13 +354,6 @@ def _notes_on(opened: Sequence[Opened], options: Options, record: Record) -> lis
         scales = ", ".join(f"{scale:.6g}" for scale in record.residual_scales)
         notes.append(f"the sources' residual streams are multiplied with {scales}")
     return notes
-
-
-def source_record(opened: Opened) -> SourceRecord:
-    checkpoint = opened.checkpoint
-    return SourceRecord(
-        checkpoint.path, checkpoint.format, checkpoint.step, fingerprint(checkpoint), opened.norm_groups
-    )
 
 
 def _record_for(opened: Opened, copies: int | None) -> Record:

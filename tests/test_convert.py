@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from models import SIZES, checkpoint, contents, ends_at, state
 
+from fusectl.builder import Options
 from fusectl.conversion import plan_conversion
 from fusectl.errors import Incompatible, UsageError
 from fusectl.formats import FORMATS, open_checkpoint
 from fusectl.formats.sink import save
 from fusectl.record import Fill
-from fusectl.surgery import Options, carry_out, plan_fusion, plan_noise_fill
+from fusectl.surgery import carry_out, plan_fusion, plan_noise_fill
 from fusectl.verify import Settings, verify
 
 

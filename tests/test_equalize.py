@@ -7,12 +7,13 @@ import pytest
 from models import checkpoint, state, write_record
 
 from fusectl.archs import recognize
+from fusectl.builder import Options
 from fusectl.equalize import Equalize
 from fusectl.errors import Corrupt, Incompatible, UsageError
 from fusectl.formats import open_checkpoint
 from fusectl.formats.sink import save
 from fusectl.record import FILE_NAME, Fill
-from fusectl.surgery import Options, carry_out, plan_fusion, plan_noise_fill
+from fusectl.surgery import carry_out, plan_fusion, plan_noise_fill
 from fusectl.verify import Settings, verify
 
 

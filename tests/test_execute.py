@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from models import SIZES, WIDER, checkpoint, state
 
 from fusectl import execute, plan
+from fusectl.builder import Options
 from fusectl.errors import Corrupt, NotEnoughSpace
 from fusectl.formats import FORMATS, open_checkpoint
 from fusectl.formats.sink import save
 from fusectl.record import Fill
-from fusectl.surgery import Options, carry_out, plan_fusion
+from fusectl.surgery import carry_out, plan_fusion
 
 
 def fuse(paths, output, jobs=2, **options):

@@ -13,6 +13,7 @@ import pytest
 import zstandard
 from models import checkpoint, contents, state
 
+from fusectl.builder import Options
 from fusectl.formats import FORMATS, open_checkpoint
 from fusectl.formats.encoding import Encoding
 from fusectl.formats.sink import save
@@ -20,7 +21,7 @@ from fusectl.formats.store import Extent
 from fusectl.fsck import fsck
 from fusectl.memory import peak_rss_bytes
 from fusectl.record import FILE_NAME, Fill
-from fusectl.surgery import Options, carry_out, plan_fusion
+from fusectl.surgery import carry_out, plan_fusion
 
 
 KERNEL = "target.decoder.layers_1.mlp.wo.kernel"

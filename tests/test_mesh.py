@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from models import FAMILY_NAMES, SIZES, WIDER, checkpoint, contents, state
 
 from fusectl.archs import family_named, recognize
+from fusectl.builder import Options
 from fusectl.chunks import SMALLEST_CHUNK_BYTES, choose_chunks
 from fusectl.errors import Incompatible, UsageError
 from fusectl.formats import open_checkpoint
@@ -21,7 +22,7 @@ from fusectl.layout import Block, Layout, Term
 from fusectl.mesh import STANDARD_RULES, Mesh, fits, parse_mesh
 from fusectl.plan import summary
 from fusectl.record import Fill
-from fusectl.surgery import Options, carry_out, plan_fusion, plan_noise_fill
+from fusectl.surgery import carry_out, plan_fusion, plan_noise_fill
 from fusectl.transforms.optimizer import slot_axes
 
 

@@ -7,11 +7,12 @@ import servers
 from models import checkpoint as whole_checkpoint
 from models import contents
 
+from fusectl.builder import Options
 from fusectl.errors import NotFound, StorageError
 from fusectl.formats import FORMATS, fingerprint, locate, open_checkpoint
 from fusectl.fsck import fsck
 from fusectl.record import Fill
-from fusectl.surgery import Options, carry_out, plan_fusion
+from fusectl.surgery import carry_out, plan_fusion
 from fusectl.verify import Settings, verify
 
 

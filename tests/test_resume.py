@@ -16,7 +16,8 @@ import pytest
 import tensorstore as ts
 from models import checkpoint, contents, ends_at, start, state
 
-from fusectl import surgery
+from fusectl import builder
+from fusectl.builder import Options
 from fusectl.errors import FusectlError, Incompatible, NotEnoughSpace, OutputExists, StorageError
 from fusectl.formats import FORMATS, target
 from fusectl.formats.encoding import Encoding
@@ -27,7 +28,7 @@ from fusectl.formats.store import new_ocdbt
 from fusectl.formats.target import Database
 from fusectl.journal import Journal
 from fusectl.record import Fill
-from fusectl.surgery import Options, carry_out, plan_fusion
+from fusectl.surgery import carry_out, plan_fusion
 
 
 NOISES = {kind: Fill(kind, 0.1) for kind in ("gaussian", "antisymmetric")}
@@ -79,7 +80,7 @@ def write(paths, out, fill=Fill(), *, resume=False, **options):
 )
 def test_an_interrupted_run_is_gone_on_with(sources, tmp_path, monkeypatch, form, kind, error):
     # Many commits of a database, which keeps nodes of its own for more than sixteen versions.
-    monkeypatch.setattr(surgery, "LARGEST_COMMIT_BYTES", 4096)
+    monkeypatch.setattr(builder, "LARGEST_COMMIT_BYTES", 4096)
     fill = NOISES.get(kind, Fill())
     paths = sources[form] if kind == "zeros" else sources[form][:1] * 2
     write(paths, tmp_path / "whole", fill)
@@ -139,7 +140,7 @@ def test_links_that_were_left_are_never_written_into(sources, tmp_path, monkeypa
 
 
 def test_a_database_whose_files_did_not_reach_the_disk_is_begun_again(sources, tmp_path, monkeypatch):
-    monkeypatch.setattr(surgery, "LARGEST_COMMIT_BYTES", 4096)
+    monkeypatch.setattr(builder, "LARGEST_COMMIT_BYTES", 4096)
     write(sources["orbax"], tmp_path / "whole", NOISES["gaussian"])
     for share in (1, 2):
         interrupted(150, KeyboardInterrupt(), monkeypatch, sources["orbax"], tmp_path / "out", NOISES["gaussian"])

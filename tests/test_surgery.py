@@ -10,6 +10,7 @@ import pytest
 from models import LAYERS, SIZES, checkpoint, state, write_record
 
 from fusectl.archs import family_named
+from fusectl.builder import Options
 from fusectl.chunks import Storing, choose_chunks
 from fusectl.demo import random_parameters
 from fusectl.errors import Corrupt, Incompatible, OutputExists, UsageError
@@ -20,7 +21,7 @@ from fusectl.formats.tree import Leaf
 from fusectl.formats.zarr import new_storage
 from fusectl.layout import Block, Layout, Term, whole
 from fusectl.record import FILE_NAME, Fill, Record
-from fusectl.surgery import Options, carry_out, plan_fusion, plan_noise_fill
+from fusectl.surgery import carry_out, plan_fusion, plan_noise_fill
 
 
 def parameters(seed, **changes):

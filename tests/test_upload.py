@@ -10,7 +10,8 @@ import servers
 from models import checkpoint as whole_checkpoint
 from models import contents, ends_at, start
 
-from fusectl import surgery
+from fusectl import builder
+from fusectl.builder import Options
 from fusectl.errors import Corrupt, Incompatible, NotFound, OutputExists, VerificationFailed
 from fusectl.formats import FORMATS, locate, objects, open_checkpoint, servercopy, target, upload
 from fusectl.formats.locate import COMMITTED, JOURNAL, LEASE, T5X_INDEX
@@ -20,7 +21,7 @@ from fusectl.formats.store import Files
 from fusectl.fsck import fsck
 from fusectl.journal import Journal
 from fusectl.record import Fill
-from fusectl.surgery import Options, carry_out, plan_fusion
+from fusectl.surgery import carry_out, plan_fusion
 from fusectl.verify import Settings, verify
 
 
@@ -119,7 +120,7 @@ def test_what_makes_it_a_checkpoint_is_written_last(sources, bucket, place, monk
 
 @pytest.mark.parametrize("form", ["t5x", "orbax"])
 def test_an_interrupted_upload_is_gone_on_with(sources, place, tmp_path, monkeypatch, form):
-    monkeypatch.setattr(surgery, "LARGEST_COMMIT_BYTES", 4096)
+    monkeypatch.setattr(builder, "LARGEST_COMMIT_BYTES", 4096)
     fill = Fill("gaussian", 0.1)
     write(sources[form], tmp_path / "here", fill=fill)
     kept = []

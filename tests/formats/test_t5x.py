@@ -6,12 +6,13 @@ import pytest
 import tensorstore as ts
 from models import state
 
+from fusectl.builder import Options
 from fusectl.errors import Corrupt, Incompatible, NotFound
 from fusectl.formats import open_checkpoint
 from fusectl.formats.encoding import Encoding
 from fusectl.formats.sink import save
 from fusectl.formats.t5x import _to_ext, kept_in_index
-from fusectl.surgery import Options, carry_out, plan_fusion
+from fusectl.surgery import carry_out, plan_fusion
 
 
 @pytest.fixture

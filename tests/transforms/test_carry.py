@@ -14,11 +14,12 @@ from models import checkpoint, write_record
 
 from fusectl.archs import family_named, recognize, t5_twin
 from fusectl.archs.t5_flax import Transformer
+from fusectl.builder import Options
 from fusectl.demo import random_parameters
 from fusectl.errors import Incompatible
 from fusectl.formats import open_checkpoint
 from fusectl.formats.sink import save
-from fusectl.surgery import Options, carry_out, plan_fusion, write_table
+from fusectl.surgery import carry_out, plan_fusion, write_table
 from fusectl.transforms.optimizer import STATE, adafactor_slots, factored_axes, find_state
 from fusectl.verify import Settings, verify
 

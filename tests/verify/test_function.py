@@ -10,12 +10,13 @@ from models import WIDER, checkpoint, state
 
 from fusectl.archs import recognize, t5_twin
 from fusectl.archs.twin import Part, Step
+from fusectl.builder import Options
 from fusectl.errors import NotEnoughSpace
 from fusectl.formats import open_checkpoint
 from fusectl.formats.sink import save
 from fusectl.forward import read_part
 from fusectl.record import Fill
-from fusectl.surgery import Options, carry_out, plan_fusion, plan_noise_fill
+from fusectl.surgery import carry_out, plan_fusion, plan_noise_fill
 from fusectl.tokens import Tokens
 from fusectl.verify import Declared, Settings, verify
 from fusectl.verify.logits import LogitsComparison

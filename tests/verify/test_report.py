@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from models import checkpoint
 
+from fusectl.builder import Options
 from fusectl.formats import fingerprint, open_checkpoint
-from fusectl.surgery import Options, carry_out, plan_fusion
+from fusectl.surgery import carry_out, plan_fusion
 from fusectl.verify import Settings, verify, write_report
 from fusectl.verify.page import draw, page
 from fusectl.verify.report import FILE_NAME, PAGE_NAME

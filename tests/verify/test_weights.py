@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from models import checkpoint
 
+from fusectl.builder import Options
 from fusectl.formats import open_checkpoint
 from fusectl.formats.sink import save
 from fusectl.record import FILE_NAME, Fill
-from fusectl.surgery import Options, carry_out, plan_fusion
+from fusectl.surgery import carry_out, plan_fusion
 from fusectl.verify import Settings, verify, weights
 
 

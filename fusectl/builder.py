@@ -1,0 +1,233 @@
+"""What plans are made with: the options, and the Builder that collects an output's tensors and cuts each of them up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from fusectl.archs import Recognized
+from fusectl.chunks import CODECS, Storing
+from fusectl.errors import Incompatible, UsageError, shorten
+from fusectl.formats import Format, fingerprint, format_named
+from fusectl.formats.t5x import kept_in_index
+from fusectl.formats.tree import STEPS, T5X_STEP, EmptyNode, Key, dict_keys, is_dropped
+from fusectl.layout import Block, Layout, Product, Term, whole
+from fusectl.mesh import Mesh
+from fusectl.parallel import default_max_memory_bytes
+from fusectl.plan import Output, Plan
+from fusectl.record import NORMS, Fill, Record, SourceRecord
+from fusectl.sources import Opened
+from fusectl.transforms.optimizer import (
+    STATE,
+    unnamed,
+)
+
+
+OPTIMIZERS = ("carry", "reset", "drop", "asymmetric")
+LARGEST_COMMIT_BYTES = 16 << 20
+# Trainers keep it in an int32.
+LARGEST_STEP = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Options:
+    """What fuse, self-fuse and noise-fill have in common."""
+
+    fill: Fill = field(default_factory=Fill)
+    optimizer: str = "carry"
+    format: str | None = None
+    arch: str | None = None
+    drop: tuple[str, ...] = ()
+    dtype: str | None = None
+    max_memory_bytes: int = field(default_factory=default_max_memory_bytes)
+    # How chunks are compressed: `auto` keeps what the sources have wherever their chunks can be taken over.
+    codec: str = "auto"
+    # Whether chunks of zeros are left out; None where all readers of the format take that for zeros.
+    sparse: bool | None = None
+    # Hard links to the sources' files instead of copies.
+    link: bool = False
+    # Whether chunks that are taken over are read, to notice what is corrupt or not finite.
+    check: bool = True
+    # Whether chunks may be taken over at all.
+    passthrough: bool = True
+    # The devices that are going to restore it; chunks then fit their shards.
+    mesh: Mesh | None = None
+    # Which norm the fused model is going to be trained with: the fusion rule's, or the fusion property's.
+    norm: str = "rule"
+    # The training step to be written; None for the first source's.
+    step: int | None = None
+
+    def __post_init__(self) -> None:
+        known = self.optimizer in OPTIMIZERS and self.norm in NORMS and self.codec in CODECS
+        if self.step is not None and not 0 <= self.step <= LARGEST_STEP:
+            raise UsageError(f"--step {self.step}: a training step is from 0 to {LARGEST_STEP:,}")
+        if not known or self.max_memory_bytes < 1:
+            raise UsageError(
+                f"optimizer {self.optimizer!r}, norm {self.norm!r}, codec {self.codec!r}, "
+                f"{self.max_memory_bytes} bytes of memory"
+            )
+
+
+class Builder:
+    """Collects the outputs of a plan, and which tensors of the sources they use."""
+
+    def __init__(self, sources: Sequence[Opened], options: Options, out_format: Format) -> None:
+        self._sources = sources
+        self._options = options
+        self._format = out_format
+        self._sparse = out_format.reads_left_out if options.sparse is None else options.sparse
+        self._commit_bytes = min(LARGEST_COMMIT_BYTES, options.max_memory_bytes // 8)
+        # Two commits under way, each of which holds its bytes twice.
+        self._pending_bytes = 4 * self._commit_bytes if out_format.ocdbt else 0
+        self._storing = Storing(
+            zarr=out_format.zarr,
+            codec=options.codec,
+            budget_bytes=options.max_memory_bytes - self._pending_bytes,
+            ocdbt=out_format.ocdbt,
+            sparse=self._sparse,
+            # With noise most of a source's data files would be of no use to the output.
+            refers=all(format_named(o.checkpoint.format).ocdbt for o in sources) and options.fill.kind == "zeros",
+            passthrough=options.passthrough,
+        )
+        self.outputs: list[Output] = []
+        self.used: set[str] = set()
+        self.notes: list[str] = []
+
+    def add(
+        self,
+        name: str,
+        layout: Layout,
+        *,
+        like: str | None,
+        noise_name: str | None = None,
+        keys: tuple[Key, ...] | None = None,
+    ) -> None:
+        """A tensor of the output; `like` names the tensor of the first source whose keys and chunks it inherits."""
+        leaf = self._sources[0].checkpoint.leaves[like] if like else None
+        terms = [term for block in layout.blocks for term in block.terms if isinstance(term, Term)]
+        leaves = {term: self._sources[term.source].checkpoint.leaves[term.tensor] for term in terms}
+        # A slot that is reset may have nothing in common with the source's but its name.
+        storing = self._storing
+        if self._format.name == "t5x" and kept_in_index(name, layout.shape):
+            storing = replace(storing, passthrough=False)
+        whole_told = {t: s for t, s in leaves.items() if self._sources[t.source].checkpoint.can_be_taken(t.tensor)}
+        mesh = self._options.mesh
+        shard = None if mesh is None else mesh.shard_shape(layout.axes, layout.shape)
+        storage, passed = storing.choose(layout, whole_told, leaf if terms else None, shard)
+        tile, cost = storing.unit(layout, storage, leaves, passed)
+        if keys is None:
+            # T5X's trees are dictionaries, and their keys hold no slash.
+            inherits = leaf is not None and leaf.name == name and self._format.name != "t5x"
+            keys = leaf.keys if leaf is not None and inherits else dict_keys(name)
+        self.outputs.append(Output(name, keys, layout, storage, passed, tile, cost, noise_name or name))
+        self.used |= {term.tensor for term in terms}
+
+    def copy(
+        self,
+        name: str,
+        to: str | None = None,
+        *,
+        axes: tuple[str, ...] | None = None,
+        keys: tuple[Key, ...] | None = None,
+    ) -> None:
+        """A tensor of the first source as it is, under the name `to`."""
+        leaf = self._sources[0].checkpoint.leaves[name]
+        block = Block(whole(leaf.shape), (Term(0, name, whole(leaf.shape)),))
+        layout = Layout(axes or unnamed(leaf.shape), leaf.shape, leaf.dtype, (block,))
+        self.add(to or name, layout, like=name, keys=keys)
+
+    def empty(self) -> tuple[EmptyNode, ...]:
+        """The empty nodes that the output keeps: a position of a list must not outlive its dropped neighbours."""
+        drop = (*self._options.drop, *([f"{STATE}*"] if self._options.optimizer == "drop" else []))
+        return tuple(node for node in self._sources[0].checkpoint.empty if not is_dropped(node.name, drop))
+
+    def plan(
+        self,
+        record: Record,
+        item: str | None,
+        notes: Sequence[str],
+        empty: tuple[EmptyNode, ...] | None = None,
+    ) -> Plan:
+        """The Plan, checked: every tensor of every source is used or dropped on purpose."""
+        unknown = [
+            f"{o.label}: {name}"
+            for o in dict.fromkeys(self._sources)
+            for name in o.checkpoint.leaves
+            if name not in self.used and name not in o.dropped and not name.startswith(STATE) and name not in STEPS
+        ]
+        if unknown:
+            raise Incompatible(
+                f"{len(unknown)} tensors that fusectl does not know what to do with",
+                details=shorten(unknown, 5),
+                hint="--drop PATTERN leaves them out",
+            )
+        plan = Plan(
+            outputs=tuple(self.outputs),
+            empty=self.empty() if empty is None else empty,
+            format=self._format.name,
+            item=item,
+            record=record,
+            dropped=tuple(dict.fromkeys(name for o in self._sources for name in o.dropped)),
+            notes=tuple(notes),
+            budget_bytes=self._options.max_memory_bytes,
+            commit_bytes=self._commit_bytes,
+            pending_bytes=self._pending_bytes,
+            sparse=self._sparse,
+            links=self._options.link,
+            mesh=self._options.mesh,
+            check_sources=self._options.check,
+        )
+        plan.check()
+        return plan
+
+
+def target_of(first: Opened, options: Options) -> tuple[Format, str | None, str]:
+    """The format of the output, the item that its tree goes into, and the prefix of its parameters."""
+    out_format = format_named(options.format or first.checkpoint.format)
+    if out_format.name == "t5x":
+        return out_format, None, "target/"
+    item = "state" if first.checkpoint.format == "t5x" else first.checkpoint.location.item
+    return out_format, item, first.tree.prefix
+
+
+def plan_step(
+    builder: Builder, first: Opened, options: Options, out_format: Format, keys: tuple[Key, ...] | None = None
+) -> None:
+    """Plans the step with these keys, or under the name that the format's readers look for; T5X must have one."""
+    stored = next((name for name in STEPS if name in first.checkpoint.leaves and name not in first.dropped), None)
+    of_t5x = out_format.name == "t5x" or (stored is None and first.tree.prefix == "target/")
+    name = "/".join(key.name for key in keys) if keys else T5X_STEP if of_t5x else stored or "step"
+    if options.step is not None:
+        # A product of nothing, times the step.
+        block = Block((), (Product((), options.step),))
+        dtype = first.checkpoint.leaves[stored].dtype if stored else "int32"
+        builder.add(name, Layout((), (), dtype, (block,)), like=stored, keys=keys)
+        builder.used |= {stored} if stored else set()
+        builder.notes.append(f"step {options.step:,} instead of {first.checkpoint.step}; the optimizer's counts stay")
+    elif stored is not None:
+        builder.copy(stored, to=name, keys=keys)
+    elif out_format.name == "t5x":
+        builder.notes.append("the source has no step; T5X gets step 0")
+        builder.add(T5X_STEP, Layout((), (), "int32", ()), like=None)
+
+
+def notes_on_mesh(mesh: Mesh | None, tree: Recognized, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """What a mesh does to the parameters of these shapes that JAX allows; raises Incompatible for what it does not."""
+    if mesh is None:
+        return []
+    mesh.require_division((tree.rows[name].spec.axes, shape) for name, shape in shapes.items())
+    sizes = {a: n for name, shape in shapes.items() for a, n in zip(tree.rows[name].spec.axes, shape, strict=True)}
+    joined, heads = sizes.get("joined_kv", 0), sizes.get("heads", 0)
+    if not joined or not heads or joined % heads:
+        return []
+    (share,), head = mesh.shard_shape(("joined_kv",), (joined,)), joined // heads
+    if share % head == 0:
+        return []
+    return [f"mesh {mesh}: a device's {share} of joined_kv are no whole heads of {head}: JAX allows it"]
+
+
+def source_record(opened: Opened) -> SourceRecord:
+    checkpoint = opened.checkpoint
+    return SourceRecord(
+        checkpoint.path, checkpoint.format, checkpoint.step, fingerprint(checkpoint), opened.norm_groups
+    )
