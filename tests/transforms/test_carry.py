@@ -3,10 +3,12 @@
 import json
 import math
 import shutil
+import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from flax.serialization import to_state_dict
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -15,9 +17,10 @@ from models import checkpoint, write_record
 from fusectl.archs import family_named, recognize, t5_twin
 from fusectl.archs.t5_flax import Transformer
 from fusectl.builder import Options
+from fusectl.conversion import plan_conversion
 from fusectl.demo import random_parameters
 from fusectl.errors import Incompatible
-from fusectl.formats import open_checkpoint
+from fusectl.formats import FORMATS, open_checkpoint
 from fusectl.formats.sink import save
 from fusectl.surgery import carry_out, plan_fusion, write_table
 from fusectl.transforms.optimizer import STATE, adafactor_slots, factored_axes, find_state
@@ -39,9 +42,9 @@ def batches():
         yield encoder, np.pad(targets[:, :-1], ((0, 0), (1, 0))), targets
 
 
-def network(tree):
-    """The logits of a tree's network as a function of its parameters by name, in float64; one norm over all."""
-    config = t5_twin.config_of(tree, (tree.sizes["embed"],), "float64", accumulate="float64")
+def network(tree, groups=()):
+    """The logits of a tree as a function of its parameters by name, in float64; one norm, or one for each group."""
+    config = t5_twin.config_of(tree, groups or (tree.sizes["embed"],), "float64", accumulate="float64")
 
     def logits(parameters, encoder, decoder, targets):
         flat = {}
@@ -212,6 +215,50 @@ def test_equal_models_that_nobody_knows_to_be_equal_get_the_same_where_the_momen
         np.split(first, 2, axis=mlp)[0], np.split(np.split(known.read(slot), 2, axis=at)[0], 2, axis=mlp)[0]
     )
     assert unknown.read(f"{STATE}0/count") == 7
+
+
+def restored(path):
+    """What a trainer restores, by name: through unmodified Orbax where it can read it."""
+    opened = open_checkpoint(str(path))
+    if opened.format == "t5x":
+        return {name: opened.read(name) for name in opened.leaves}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return flatten_dict(ocp.PyTreeCheckpointer().restore(opened.location.index), sep="/")
+
+
+def first_loss(path, groups=()):
+    """The mean cross entropy of the first batch after a restart."""
+    values = {name.removeprefix("target/"): v for name, v in restored(path).items() if name.startswith("target/")}
+    tree = recognize({f"target/{name}": v.shape for name, v in values.items()}, str(path))
+    with jax.enable_x64(True):
+        batch = next(batches())
+        logits = network(tree, groups)({name: jnp.asarray(v, jnp.float64) for name, v in values.items()}, *batch)
+        log = jax.nn.log_softmax(logits)
+        return float(-jnp.take_along_axis(log, batch[-1][..., None], -1).mean()), np.asarray(logits)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_first_loss_after_a_restart_is_the_one_before_the_growth(tmp_path, format):
+    """Fused and written in another format, by what a trainer restores; state and step are those before conversion."""
+    sources = [checkpoint(tmp_path / name, seed=seed, sizes=SIZES, layers=LAYERS) for seed, name in enumerate("ab")]
+    fuse([sources[0]] * 2, tmp_path / "self")
+    fuse(sources, tmp_path / "two", norm="property")
+    for name in ("self", "two"):
+        carry_out(*plan_conversion(str(tmp_path / name), Options(format=format)), tmp_path / f"{name}.out")
+
+    losses, logits = zip(*map(first_loss, sources))
+    log = jax.nn.log_softmax(sum(logits) / 2)
+    ensemble = float(-np.take_along_axis(np.asarray(log), next(batches())[-1][..., None], -1).mean())
+
+    assert first_loss(tmp_path / "self.out")[0] == pytest.approx(losses[0], rel=TOLERANCE)
+    assert first_loss(tmp_path / "two.out", (SIZES["embed"],) * 2)[0] == pytest.approx(ensemble, rel=1e-6)
+    # The control: one norm over both is another model.
+    assert first_loss(tmp_path / "two.out")[0] != pytest.approx(ensemble, rel=1e-3)
+    for name in ("self", "two"):
+        before, after = restored(tmp_path / name), restored(tmp_path / f"{name}.out")
+        assert before.keys() == after.keys()
+        assert all(np.array_equal(before[key], after[key]) for key in before)
 
 
 def stepped(tree, parameters, state, factors, epsilon):
