@@ -120,7 +120,9 @@ Step = Annotated[
 ]
 LrTable = Annotated[
     str | None,
-    typer.Option(metavar="FILE", help="Write the learning rates that continue the trajectory, as JSON for optax."),
+    typer.Option(
+        metavar="FILE", help="Write the learning rates that continue the trajectory: as JSON, or as optimizers in *.py."
+    ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing; --equalize measures.")]
 Verify = Annotated[

@@ -40,7 +40,7 @@ from fusectl.transforms.optimizer import (
     STATE,
     slot_axes,
 )
-from fusectl.transforms.rates import in_words, rates, table
+from fusectl.transforms.rates import in_words, module, rates, table
 
 
 # Above this, antisymmetric noise loses digits of the kernels that it is taken off from.
@@ -250,9 +250,13 @@ def default_output(sources: Sequence[Checkpoint], plan: Plan) -> Place:
 
 
 def write_table(plan: Plan, to: Path) -> None:
-    """Writes the learning rates that continue the trajectory as a file of JSON, over one that is there already."""
+    """Writes the learning rates that continue the trajectory, as a module for *.py, else as JSON.
+
+    A file that is there already is replaced.
+    """
+    text = module(plan.rates) if to.suffix == ".py" else json.dumps(table(plan.rates), indent=1) + "\n"
     with storage_errors(to):
-        to.write_text(json.dumps(table(plan.rates), indent=1) + "\n")
+        to.write_text(text)
 
 
 def is_complete(plan: Plan, output: Place) -> bool:

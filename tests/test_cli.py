@@ -140,6 +140,30 @@ def test_the_learning_rates_that_go_on_are_written_as_labels_and_factors(models,
         assert (done.code, "no rate fits all" in done.err) == (2, True)
 
 
+def test_the_rates_come_as_optimizers_whose_state_is_the_one_without_them(models, fusectl, tmp_path, monkeypatch):
+    import jax
+    import optax
+    from flax.traverse_util import flatten_dict, unflatten_dict
+
+    done = fusectl("self-fuse", models[0], "-o", tmp_path / "out", "--lr-table", tmp_path / "grown_rates.py")
+    assert done.code == 0, done.err
+    monkeypatch.syspath_prepend(tmp_path)
+    import grown_rates
+
+    opened = open_checkpoint(str(tmp_path / "out"))
+    values = {n.removeprefix("target/"): opened.read(n) for n in opened.leaves if n.startswith("target/")}
+    parameters = {"params": unflatten_dict(values, sep="/")}
+    gradients = jax.tree.map(np.sin, parameters)
+    plain, grown = optax.adamw(1e-3), grown_rates.rescaled(optax.adamw(1e-3))
+    assert jax.tree.structure(plain.init(parameters)) == jax.tree.structure(grown.init(parameters))
+    one, two = (flatten_dict(o.update(gradients, o.init(parameters), parameters)[0], sep="/") for o in (plain, grown))
+    table = {"kernel": 0.5, "head": 0.5, "other": 1.0}
+    for name, label in grown_rates.LABELS.items():
+        np.testing.assert_allclose(two[f"params/{name}"], table[label] * one[f"params/{name}"], rtol=1e-6)
+    with pytest.raises(KeyError, match="no parameter of the checkpoint"):
+        grown.update({"w": np.ones(3)}, plain.init({"w": np.ones(3)}), {"w": np.ones(3)})
+
+
 def test_inspect_tells_what_a_checkpoint_is(models, fusectl):
     done = fusectl("inspect", models[0], "--json").json
 

@@ -62,6 +62,74 @@ def table(found: Mapping[str, Rate]) -> dict[str, Any]:
     }
 
 
+def module(found: Mapping[str, Rate]) -> str:
+    """The rates as a Python module for trainers: optimizers whose updates are multiplied, their states as they were."""
+    as_json = table(found)
+    kinds = [(kind, each["adam"], each["adafactor"]) for kind, each in as_json["factors"].items()]
+    factors = "".join(f"    {kind!r}: {{'adam': {a!r}, 'adafactor': {f!r}}},\n" for kind, a, f in kinds)
+    labels = "".join(f"    {name!r}: {kind!r},\n" for name, kind in as_json["labels"].items())
+    return _MODULE.replace("{factors}", factors).replace("{labels}", labels)
+
+
+# It stands beside a training job, which need not have fusectl. T5X hands every parameter's path to its own optimizers
+# (t5x/adafactor.py, apply_param_gradient); those of optax see the tree.
+_MODULE = '''"""Learning rates with which a grown model moves as the small one did; written by fusectl --lr-table.
+
+The optimizers' states are those that they have without it, so that a checkpoint's is restored as it is. With this file
+on the path as grown_rates.py, T5X's gin files say
+
+    import grown_rates
+    OPTIMIZER = @grown_rates.Adafactor()
+    grown_rates.Adafactor.step_offset = 0       # and what else adafactor.Adafactor was given
+
+and for optax, T5X's or one's own loop, `rescaled(optax.adamw(...))` stands for `optax.adamw(...)`.
+"""
+
+# By kind of parameter, what the learning rate is multiplied with.
+FACTORS = {
+{factors}}
+LABELS = {
+{labels}}
+
+
+def factor(path, optimizer):
+    """The factor of a parameter, whose path may start with `target/` or `params/`."""
+    for prefix in ("", "target/", "params/params/", "params/"):
+        if path.startswith(prefix) and path[len(prefix) :] in LABELS:
+            return FACTORS[LABELS[path[len(prefix) :]]][optimizer]
+    raise KeyError(f"{path}: no parameter of the checkpoint that this was written for")
+
+
+def rescaled(transformation):
+    """One of optax's transformations, such as adamw, each of its updates times its parameter's factor."""
+    import jax
+    import optax
+
+    def update(updates, state, params=None):
+        updates, state = transformation.update(updates, state, params)
+
+        def times(path, update):
+            names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
+            return update * factor("/".join(names), "adam")
+
+        return jax.tree_util.tree_map_with_path(times, updates), state
+
+    return optax.GradientTransformation(transformation.init, update)
+
+
+def Adafactor(*args, **kwargs):
+    """T5X's Adafactor, each parameter's learning rate times its factor."""
+    from t5x import adafactor
+
+    class Rescaled(adafactor.Adafactor):
+        def apply_param_gradient(self, step, hyper_params, param, state, grad, path):
+            own = hyper_params.replace(learning_rate=hyper_params.learning_rate * factor(path, "adafactor"))
+            return super().apply_param_gradient(step, own, param, state, grad, path)
+
+    return Rescaled(*args, **kwargs)
+'''
+
+
 def in_words(found: Mapping[str, Rate], optimizer: str) -> str | None:
     """The factors for an optimizer in a line; None where there are none, or nothing changes."""
     by_kind = {rate.kind: float(getattr(rate, optimizer)) for rate in found.values()}
