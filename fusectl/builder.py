@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+
+import numpy as np
 
 from fusectl.archs import Recognized
 from fusectl.chunks import CODECS, Storing
 from fusectl.errors import Incompatible, UsageError, shorten
 from fusectl.formats import Format, fingerprint, format_named
+from fusectl.formats.locate import COMMITTED, ORBAX_INDEX, STEP_METADATA, T5X_INDEX
+from fusectl.formats.store import MANIFEST
 from fusectl.formats.t5x import kept_in_index
-from fusectl.formats.tree import STEPS, T5X_STEP, EmptyNode, Key, dict_keys, is_dropped
+from fusectl.formats.tree import SEQUENCE, STEPS, T5X_STEP, EmptyNode, Key, array_directory, dict_keys, is_dropped
+from fusectl.formats.zarr import np_dtype
 from fusectl.layout import Block, Layout, Product, Term, whole
 from fusectl.mesh import Mesh
 from fusectl.parallel import default_max_memory_bytes
 from fusectl.plan import Output, Plan
-from fusectl.record import NORMS, Fill, Record, SourceRecord
+from fusectl.record import FILE_NAME, NORMS, Fill, Record, SourceRecord
 from fusectl.sources import Opened
 from fusectl.transforms.optimizer import (
     STATE,
@@ -24,6 +29,8 @@ from fusectl.transforms.optimizer import (
 
 
 OPTIMIZERS = ("carry", "reset", "drop", "asymmetric")
+# What formats name their own files.
+RESERVED = frozenset({T5X_INDEX, ORBAX_INDEX, MANIFEST, COMMITTED, STEP_METADATA, FILE_NAME, "d", "_sharding"})
 LARGEST_COMMIT_BYTES = 16 << 20
 # Trainers keep it in an int32.
 LARGEST_STEP = 2**31 - 1
@@ -31,7 +38,7 @@ LARGEST_STEP = 2**31 - 1
 
 @dataclass(frozen=True)
 class Options:
-    """What fuse, self-fuse and noise-fill have in common."""
+    """What the writing commands have in common."""
 
     fill: Fill = field(default_factory=Fill)
     optimizer: str = "carry"
@@ -71,14 +78,17 @@ class Options:
 class Builder:
     """Collects the outputs of a plan, and which tensors of the sources they use."""
 
-    def __init__(self, sources: Sequence[Opened], options: Options, out_format: Format) -> None:
+    def __init__(
+        self, sources: Sequence[Opened], options: Options, out_format: Format, *, reserved_bytes: int = 0
+    ) -> None:
+        """`reserved_bytes` of the memory budget are none of the units of work's."""
         self._sources = sources
         self._options = options
         self._format = out_format
         self._sparse = out_format.reads_left_out if options.sparse is None else options.sparse
         self._commit_bytes = min(LARGEST_COMMIT_BYTES, options.max_memory_bytes // 8)
         # Two commits under way, each of which holds its bytes twice.
-        self._pending_bytes = 4 * self._commit_bytes if out_format.ocdbt else 0
+        self._pending_bytes = (4 * self._commit_bytes if out_format.ocdbt else 0) + reserved_bytes
         self._storing = Storing(
             zarr=out_format.zarr,
             codec=options.codec,
@@ -113,13 +123,15 @@ class Builder:
         whole_told = {t: s for t, s in leaves.items() if self._sources[t.source].checkpoint.can_be_taken(t.tensor)}
         mesh = self._options.mesh
         shard = None if mesh is None else mesh.shard_shape(layout.axes, layout.shape)
+        through = {leaf.through.name for leaf in leaves.values() if leaf.through is not None}
+        part_of = through.pop() if len(through) == 1 else None
         storage, passed = storing.choose(layout, whole_told, leaf if terms else None, shard)
         tile, cost = storing.unit(layout, storage, leaves, passed)
         if keys is None:
             # T5X's trees are dictionaries, and their keys hold no slash.
             inherits = leaf is not None and leaf.name == name and self._format.name != "t5x"
             keys = leaf.keys if leaf is not None and inherits else dict_keys(name)
-        self.outputs.append(Output(name, keys, layout, storage, passed, tile, cost, noise_name or name))
+        self.outputs.append(Output(name, keys, layout, storage, passed, tile, cost, noise_name or name, part_of))
         self.used |= {term.tensor for term in terms}
 
     def copy(
@@ -178,7 +190,29 @@ class Builder:
             check_sources=self._options.check,
         )
         plan.check()
+        if problems := list(self._misplaced(plan)):
+            raise Incompatible(f"a tree that {self._format.name} cannot hold", details=shorten(problems, 5))
         return plan
+
+    def _misplaced(self, plan: Plan) -> Iterator[str]:
+        """Tensors that have no place in the format: names that it needs itself, or lists with a position left out."""
+        keys = [*(output.keys for output in plan.outputs), *(node.keys for node in plan.empty)]
+        for output in plan.outputs:
+            if array_directory(output.keys, output.name) in RESERVED:
+                yield f"{output.name}: a name of the format's own"
+        if self._format.name == "t5x":
+            names = {output.name for output in plan.outputs}
+            inner = {name[:i] for name in names for i, c in enumerate(name) if c == "/"}
+            yield from (f"{name}: a tensor and a node of the tree" for name in sorted(names & inner))
+            return
+        positions: dict[tuple[Key, ...], set[int]] = {}
+        for each in keys:
+            for i, key in enumerate(each):
+                if key.kind == SEQUENCE:
+                    positions.setdefault(each[:i], set()).add(int(key.name))
+        for node, found in positions.items():
+            if found != set(range(len(found))):
+                yield f"{'/'.join(key.name for key in node)}: a list or tuple without some of its elements"
 
 
 def target_of(first: Opened, options: Options) -> tuple[Format, str | None, str]:
@@ -194,21 +228,35 @@ def plan_step(
     builder: Builder, first: Opened, options: Options, out_format: Format, keys: tuple[Key, ...] | None = None
 ) -> None:
     """Plans the step with these keys, or under the name that the format's readers look for; T5X must have one."""
-    stored = next((name for name in STEPS if name in first.checkpoint.leaves and name not in first.dropped), None)
+    stored = step_of(first)
     of_t5x = out_format.name == "t5x" or (stored is None and first.tree.prefix == "target/")
     name = "/".join(key.name for key in keys) if keys else T5X_STEP if of_t5x else stored or "step"
-    if options.step is not None:
-        # A product of nothing, times the step.
-        block = Block((), (Product((), options.step),))
-        dtype = first.checkpoint.leaves[stored].dtype if stored else "int32"
-        builder.add(name, Layout((), (), dtype, (block,)), like=stored, keys=keys)
-        builder.used |= {stored} if stored else set()
-        builder.notes.append(f"step {options.step:,} instead of {first.checkpoint.step}; the optimizer's counts stay")
-    elif stored is not None:
+    step = options.step
+    if step is None and stored is not None:
         builder.copy(stored, to=name, keys=keys)
-    elif out_format.name == "t5x":
-        builder.notes.append("the source has no step; T5X gets step 0")
-        builder.add(T5X_STEP, Layout((), (), "int32", ()), like=None)
+        return
+    now = first.checkpoint.step
+    if step is None:
+        # That of the directory's name, if it has one.
+        step = now or 0
+        builder.notes.append(f"the source stores no step; T5X gets step {step:,}")
+    else:
+        instead = "" if now is None else f" instead of {now:,}"
+        builder.notes.append(f"step {step:,}{instead}; the optimizer's own counts stay")
+    leaf = first.checkpoint.leaves[stored] if stored else None
+    kept = leaf is not None and not leaf.shape and np_dtype(leaf.dtype).kind in "iu"
+    dtype = leaf.dtype if leaf is not None and kept else "int32"
+    if step > np.iinfo(dtype).max:
+        raise UsageError(f"--step {step}: more than {stored}, of {dtype}, can hold")
+    # A product of nothing, times the step.
+    block = Block((), (Product((), step),))
+    builder.add(name, Layout((), (), dtype, (block,)), like=stored if kept else None, keys=keys)
+    builder.used |= {stored} if stored else set()
+
+
+def step_of(first: Opened) -> str | None:
+    """The tensor that holds the step of a source."""
+    return next((name for name in STEPS if name in first.checkpoint.leaves and name not in first.dropped), None)
 
 
 def notes_on_mesh(mesh: Mesh | None, tree: Recognized, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:

@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -356,7 +357,7 @@ def convert(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Write a checkpoint in another format or dtype, with its layers stacked or not; every value stays what it is."""
+    """Write a checkpoint in another format or dtype, with its layers stacked or not, the optimizer's state included."""
     screen = Screen("convert", json=json, quiet=quiet, debug=debug)
     with screen.errors():
         from fusectl.conversion import plan_conversion
@@ -562,11 +563,10 @@ def plot(
     """Draw |W| of a kernel with the borders between its sources, and from step to step how its zero blocks catch up."""
     screen = Screen("plot", json=json, quiet=quiet, debug=debug)
     with screen.errors():
+        from fusectl.heatmap import measure
         from fusectl.picture import draw_heat_map, new_picture
 
         file = new_picture(output, force=force)
-        from fusectl.heatmap import measure
-
         with screen.progress() as progress:
             found = measure(
                 [_path(source), *over_time],
@@ -882,7 +882,7 @@ def _write(screen: Screen, plan: Plan, opened: Sequence[Any], how: _Writing) -> 
 
     if how.verify and how.allow_nonfinite:
         raise UsageError("--verify proves nothing about NaN and Inf", hint="without --allow-nonfinite or --verify")
-    if how.verify and not plan.record.sources:
+    if how.verify and not (plan.record.sources or plan.record.copy):
         raise UsageError(
             "--verify: nobody says what it was fused from", hint="without it, then fusectl verify OUT --sources A B"
         )
@@ -935,7 +935,9 @@ def _write(screen: Screen, plan: Plan, opened: Sequence[Any], how: _Writing) -> 
     if table is not None:
         write_table(plan, table)
     screen.written(plan, final)
-    if plan.record.command != "convert":
+    if plan.record.copy is None and not screen.is_silent:
         from fusectl.restart import restart
 
-        screen.restart_lines(restart(str(final), plan.record.family))
+        # The command after it in a pipe may have moved it.
+        with suppress(FusectlError):
+            screen.restart_lines(restart(str(final), plan.record.family))

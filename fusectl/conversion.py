@@ -1,32 +1,34 @@
 """One checkpoint in another format, dtype, or stacking of its layers: a plan of copies, carried out like any other.
 
-A fusion stays the fusion that its record says it is. Of any other checkpoint the copy is recorded as the fusion of one,
-so that verify can hold it against where it came from.
+Its record is the source's own, so that a fusion stays one, and says what it is a copy of: verify holds every tensor
+against that. What T5X's index cannot tell of a tree (lists, empty tuples, keys with slashes) is in the record, too, for
+the way back.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import fusectl
-from fusectl.archs import UNKNOWN
-from fusectl.builder import Builder, Options, notes_on_mesh, plan_step, source_record, target_of
+from fusectl.archs import UNKNOWN, Recognized, recognize
+from fusectl.builder import Builder, Options, notes_on_mesh, plan_step, source_record, step_of, target_of
 from fusectl.errors import Incompatible, UsageError
 from fusectl.formats import open_checkpoint
-from fusectl.formats.tree import STEPS, T5X_STEP, Checkpoint, EmptyNode, Key, is_dropped
-from fusectl.formats.zarr import np_dtype
+from fusectl.formats.tree import T5X_STEP, Checkpoint, EmptyNode, Key, dict_keys, is_dropped, kept_shapes
 from fusectl.layout import Block, Layout, Term, whole
 from fusectl.plan import Plan
-from fusectl.record import LAYERS, Fill, Origin, Record
+from fusectl.record import LAYERS, Copy, Fill, Origin, Record
 from fusectl.restack import restacked
 from fusectl.sources import Opened, ready, require_chunks
 from fusectl.transforms.grow import widths_of
 from fusectl.transforms.optimizer import STATE, slot_axes
 
 
+Keys = tuple[Key, ...]
+
 # Where T5X and Flax's training loops keep what --drop-optimizer leaves out.
-_STATES_IN = (STATE, "opt_state/")
-_STATES = tuple(f"{prefix}*" for prefix in _STATES_IN)
+STATES = (STATE, "opt_state/")
 
 
 def plan_conversion(path: str, options: Options, layers: str | None = None) -> tuple[Plan, list[Checkpoint]]:
@@ -38,141 +40,177 @@ def plan_conversion(path: str, options: Options, layers: str | None = None) -> t
     if layers not in {None, *LAYERS}:
         raise UsageError(f"layers {layers!r}: {' or '.join(LAYERS)}")
     if options.optimizer == "drop":
-        options = replace(options, drop=(*options.drop, *_STATES))
-    checkpoint = open_checkpoint(path)
+        options = replace(options, drop=(*options.drop, *(f"{state}*" for state in STATES)))
+    source = open_checkpoint(path)
+    # For the chunks that several layers are cut from.
+    cache_bytes = 0 if layers is None else options.max_memory_bytes // 4
+    seen: Checkpoint = source
     if layers is not None:
-        # A quarter of the budget holds what the layers of one stack are cut from.
-        cache_bytes = options.max_memory_bytes // 4
-        checkpoint = restacked(checkpoint, layers, options.arch, options.drop, cache_bytes=cache_bytes)
-        options = replace(options, max_memory_bytes=options.max_memory_bytes - cache_bytes)
-    opened = _opened(checkpoint, options)
-    on_mesh = notes_on_mesh(options.mesh, opened.tree, opened.tree.shapes)
+        seen = restacked(source, layers, options.arch, options.drop, cache_bytes=cache_bytes)
+    opened = _opened(seen, options)
+    tree, on_mesh = opened.tree, notes_on_mesh(options.mesh, opened.tree, opened.tree.shapes)
     out_format, item, prefix = target_of(opened, options)
-    to_t5x = out_format.name == "t5x"
-    origin = checkpoint.record.origin if checkpoint.record is not None else None
-    there = origin if origin is not None and not to_t5x else None
-    builder = Builder([opened], options, out_format)
-    if to_t5x and opened.tree is UNKNOWN:
-        builder.notes.append("no tree that fusectl knows: T5X reads what is below target/ and state/")
-    for name in checkpoint.leaves:
-        if name in opened.dropped or name in STEPS:
+    origin = source.record.origin if source.record is not None else None
+    to_t5x, stored_step = out_format.name == "t5x", step_of(opened)
+    places = _places(opened, None if to_t5x else origin, prefix if to_t5x else None)
+    builder = Builder([opened], options, out_format, reserved_bytes=cache_bytes)
+    for name, keys in places.items():
+        leaf, to = seen.leaves[name], "/".join(key.name for key in keys)
+        parameter = name.removeprefix(tree.prefix)
+        if name == stored_step:
             continue
-        parameter = name.removeprefix(opened.tree.prefix)
-        is_parameter = parameter in opened.tree.shapes
-        to, keys = prefix + parameter if is_parameter else name, None
-        if there is not None:
-            keys = _keys(there.keys.get(name))
-            to = "/".join(key.name for key in keys) if keys else name
-        leaf = checkpoint.leaves[name]
-        if is_parameter:
-            axes = opened.tree.rows[parameter].spec.axes
+        if parameter in tree.shapes:
             block = Block(whole(leaf.shape), (Term(0, name, whole(leaf.shape)),))
-            layout = Layout(axes, leaf.shape, options.dtype or leaf.dtype, (block,))
+            layout = Layout(tree.rows[parameter].spec.axes, leaf.shape, options.dtype or leaf.dtype, (block,))
             builder.add(to, layout, like=name, keys=keys)
         else:
-            axes = slot_axes(name, leaf.shape, opened.tree, opened.tree.shapes)
-            builder.copy(name, to, axes=axes, keys=keys)
-    if there is not None and T5X_STEP not in there.keys and options.step is None:
-        # T5X had to be given one.
-        builder.used.add(T5X_STEP)
-    else:
-        plan_step(builder, opened, options, out_format, _keys(there.keys.get(T5X_STEP)) if there else None)
+            builder.copy(name, to, axes=slot_axes(name, leaf.shape, tree, tree.shapes), keys=keys)
+    if stored_step in places or to_t5x or options.step is not None:
+        plan_step(builder, opened, options, out_format, places.get(stored_step or ""))
+    elif stored_step is not None:
+        # T5X had to be given it.
+        builder.used.add(stored_step)
     empty = builder.empty()
-    record = replace(_record(opened, options, layers, prefix), origin=origin if there is None else None)
-    if to_t5x and origin is None:
-        record = replace(record, origin=_origin(builder, checkpoint, empty))
-    if there is not None:
-        item = there.item
-        empty = tuple(EmptyNode(keys, kind) for found, kind in there.empty if (keys := _keys(found)))
-    notes = [*checkpoint.location.notes, *builder.notes, *on_mesh]
-    return builder.plan(record, item, notes, empty), [checkpoint]
+    if to_t5x:
+        origin = origin or _origin(seen, places, empty, options)
+    elif origin is not None:
+        item, empty = origin.item, _empty(origin, options)
+    record = replace(_record(opened, options), origin=origin if to_t5x else None)
+    record = replace(
+        record,
+        version=fusectl.__version__,
+        command="convert",
+        parameters=_prefix(places, tree),
+        step=record.step if options.step is None else options.step,
+        copy=Copy(source_record(opened), options.dtype, layers or "", options.drop, options.step),
+        tensors={},
+        files={},
+    )
+    fill = record.fill
+    if layers is not None and fill.seed is not None and fill.kind != "zeros":
+        builder.notes.append("noise is laid out by a tensor's shape, which is another now: its seed is forgotten")
+        record = replace(record, fill=replace(fill, seed=None))
+    if options.dtype is not None and fill.kind == "antisymmetric":
+        builder.notes.append("antisymmetric noise that is cast cancels only up to rounding")
+    if to_t5x and tree is UNKNOWN:
+        builder.notes.append("no tree that fusectl knows: T5X reads what is below target/ and state/")
+    builder.notes += _other_items(source)
+    dropped = tuple(name for name in source.leaves if is_dropped(name, options.drop))
+    plan = builder.plan(record, item, [*source.location.notes, *builder.notes, *on_mesh], empty)
+    return replace(plan, dropped=dropped), [seen]
+
+
+def _other_items(source: Checkpoint) -> list[str]:
+    """What else is in the step that the item was taken from."""
+    home, item = source.location.home, source.location.item
+    if item is None:
+        return []
+    others = sorted(child.name for child in home.iterdir() if child.is_dir() and child.name != item)
+    return [f"of the step's items only {item!r} is converted, not {', '.join(others)}"] if others else []
 
 
 def _opened(checkpoint: Checkpoint, options: Options) -> Opened:
     """The checkpoint as a source; of no known family where nothing that is asked for depends on it."""
+    kept = kept_shapes(checkpoint.shapes, options.drop)
     try:
-        return ready(checkpoint, options.arch, options.drop)
+        recognize(kept, checkpoint.path, options.arch)
     except Incompatible:
-        if options.arch is not None or options.dtype is not None:
+        if options.arch is not None or options.dtype is not None or options.mesh is not None:
             raise
-    dropped = tuple(name for name in checkpoint.leaves if is_dropped(name, options.drop))
-    require_chunks(checkpoint, (name for name in checkpoint.leaves if name not in dropped))
-    return Opened(checkpoint, UNKNOWN, dropped)
+        require_chunks(checkpoint, kept)
+        return Opened(checkpoint, UNKNOWN, tuple(checkpoint.leaves.keys() - kept.keys()))
+    return ready(checkpoint, options.arch, options.drop)
 
 
-def _keys(pairs: tuple[tuple[str, int], ...] | None) -> tuple[Key, ...] | None:
-    return None if pairs is None else tuple(Key(name, kind) for name, kind in pairs)
+def _places(opened: Opened, origin: Origin | None, prefix: str | None) -> Mapping[str, Keys]:
+    """The keys in the output of every tensor that goes there.
+
+    `prefix` is that of the parameters in T5X's trees, None for other formats; `origin` is the tree to be restored.
+    """
+    tree, leaves = opened.tree, opened.checkpoint.leaves
+    places: dict[str, Keys] = {}
+    home = _home(tree, origin)
+    for name, leaf in leaves.items():
+        if name in opened.dropped:
+            continue
+        parameter = name.removeprefix(tree.prefix)
+        inside = dict_keys(parameter)
+        if prefix is not None:
+            to = prefix + parameter if parameter in tree.shapes else T5X_STEP if name == step_of(opened) else name
+            places[name] = dict_keys(to)
+        elif origin is None:
+            places[name] = leaf.keys
+        elif (keys := _keys(origin, name)) is not None:
+            places[name] = keys
+        elif parameter in tree.shapes and home is not None:
+            places[name] = (*home, *inside)
+        elif name != T5X_STEP:
+            places[name] = leaf.keys
+    return places
 
 
-def _origin(builder: Builder, checkpoint: Checkpoint, empty: tuple[EmptyNode, ...]) -> Origin | None:
-    """What T5X's index cannot tell of a tree, if there is any such thing."""
+def _home(tree: Recognized, origin: Origin | None) -> Keys | None:
+    """The keys before those of every parameter in the tree that is to be restored.
 
-    def pairs(keys: tuple[Key, ...]) -> tuple[tuple[str, int], ...]:
+    Parameters whose layers were stacked or not since are not in it by name; they lie where the others do.
+    """
+    for name in tree.shapes:
+        keys = _keys(origin, tree.full(name))
+        if keys is not None:
+            return keys[: len(keys) - len(dict_keys(name))]
+    return None
+
+
+def _keys(origin: Origin | None, name: str) -> Keys | None:
+    found = origin.keys.get(name) if origin is not None else None
+    return None if found is None else tuple(Key(*pair) for pair in found)
+
+
+def _origin(
+    seen: Checkpoint, places: Mapping[str, Keys], empty: tuple[EmptyNode, ...], options: Options
+) -> Origin | None:
+    """What T5X's index cannot tell of a tree; None for one that came in that format."""
+
+    def pairs(keys: Keys) -> tuple[tuple[str, int], ...]:
         return tuple((key.name, key.kind) for key in keys)
 
-    if checkpoint.format == "t5x":
+    if seen.format == "t5x":
         return None
-    keys = {
-        output.name: pairs(checkpoint.leaves[term.tensor].keys)
-        for output in builder.outputs
-        for block in output.layout.blocks
-        for term in block.terms
-        if isinstance(term, Term)
-    }
-    return Origin(checkpoint.location.item, keys, tuple((pairs(node.keys), node.value_type) for node in empty))
+    keys = {"/".join(key.name for key in to): pairs(seen.leaves[name].keys) for name, to in places.items()}
+    if options.step is not None:
+        # Set here, it is the tree's from now on.
+        keys.setdefault(T5X_STEP, pairs((Key("step"),)))
+    return Origin(seen.location.item, keys, tuple((pairs(node.keys), node.value_type) for node in empty))
 
 
-def _record(opened: Opened, options: Options, layers: str | None, prefix: str) -> Record:
-    """The record of the copy: the source's own, if it is a fusion, else that of a fusion of one."""
+def _empty(origin: Origin, options: Options) -> tuple[EmptyNode, ...]:
+    """The empty nodes of the tree that is restored."""
+    nodes = (EmptyNode(tuple(Key(*pair) for pair in keys), kind) for keys, kind in origin.empty)
+    return tuple(node for node in nodes if not is_dropped(node.name, options.drop))
+
+
+def _prefix(places: Mapping[str, Keys], tree: Recognized) -> str:
+    """The prefix that the parameters have in the output."""
+    name = next(iter(tree.shapes), None)
+    return "" if name is None else "/".join(key.name for key in places[tree.full(name)]).removesuffix(name)
+
+
+def _record(opened: Opened, options: Options) -> Record:
+    """What the record says of the model: what the source's own does, or that it is no fusion."""
     own, tree = opened.checkpoint.record, opened.tree
-    has_state = any(name.startswith(_STATES_IN) and name not in opened.dropped for name in opened.checkpoint.leaves)
-    had_state = any(name.startswith(_STATES_IN) for name in opened.checkpoint.leaves)
-    if own is not None and own.fused and tree is not UNKNOWN and not _widens(opened, options):
-        fill = own.fill
-        if layers is not None and fill.kind != "zeros":
-            # The field of noise is laid out by a tensor's shape, which is another now.
-            fill = replace(fill, seed=None)
-        return replace(
-            own,
-            version=fusectl.__version__,
-            command="convert",
-            family=tree.family.name,
-            parameters=prefix,
-            fill=fill,
-            optimizer=own.optimizer if has_state or not had_state else "drop",
-            drop=(*own.drop, *options.drop),
-            step=own.step if options.step is None else options.step,
-            layers=_seen_as(own, layers),
-            tensors={},
-            files={},
-        )
-    optimizer = ("drop" if had_state else "none") if not has_state else "carry"
+    if own is not None:
+        had_state = own.optimizer not in {"none", "drop"}
+        optimizer = "drop" if had_state and options.optimizer == "drop" else own.optimizer
+        return replace(own, family=tree.family.name or own.family, optimizer=optimizer)
     return Record(
         version=fusectl.__version__,
         command="convert",
         family=tree.family.name,
-        parameters=prefix,
-        sources=(source_record(opened),),
+        parameters="",
+        sources=(),
         weights=(1.0,),
         widths=widths_of([tree]),
         norm_groups=opened.norm_groups,
         fill=Fill(),
-        optimizer=optimizer,
-        drop=options.drop,
-        step=options.step,
-        layers=layers or "",
+        optimizer="drop" if options.optimizer == "drop" else "kept",
     )
-
-
-def _seen_as(own: Record, layers: str | None) -> str:
-    """How the layers of a fusion's sources are stored in it: those that were restacked before may be as they were."""
-    return own.layers if layers is None else "" if own.layers else layers
-
-
-def _widens(opened: Opened, options: Options) -> bool:
-    """Whether the parameters are cast to a wider dtype: what the fusion's sources hold is not in them."""
-    if options.dtype is None:
-        return False
-    names = (opened.full(name) for name in opened.tree.shapes)
-    sizes = {np_dtype(opened.checkpoint.leaves[name].dtype).itemsize for name in names}
-    return min(sizes) < np_dtype(options.dtype).itemsize

@@ -11,6 +11,7 @@ tiles are worked on.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -112,14 +113,21 @@ def execute(
     in_parallel(
         (
             (output.cost_bytes + sink.copies * math.prod(output.chunks) * output.itemsize, partial(one, output, tile))
-            # The largest first: none is left to be worked on alone.
-            for output in sorted(plan.outputs, key=lambda output: -output.cost_bytes)
-            for tile in tiles(output.layout.shape, output.tile)
+            for output, tile in _units(plan)
         ),
         budget_bytes=plan.budget_bytes - plan.pending_bytes,
         jobs=jobs,
     )
     return {output.name: _checksums(output, sums[output.name]) for output in plan.outputs}
+
+
+def _units(plan: Plan) -> Iterator[tuple[Output, Region]]:
+    """The units of work, the largest first: none is left to be worked on alone."""
+    ordered = sorted(plan.outputs, key=lambda output: (-output.cost_bytes, output.part_of or ""))
+    for _, group in itertools.groupby(ordered, key=lambda output: output.part_of or output.name):
+        parts = list(group)
+        for place in zip(*(tiles(output.layout.shape, output.tile) for output in parts), strict=True):
+            yield from zip(parts, place, strict=True)
 
 
 def _holds(chunk: Region, unit: _Unit, sink: Sink, crc32: str) -> bool:

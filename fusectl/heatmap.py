@@ -287,7 +287,8 @@ def _widths(opened: Sequence[Opened], copies: int | None) -> Mapping[str, tuple[
     """Per grown axis, the size that each source brought; nothing where nobody says so."""
     if copies is not None and copies < 2:
         raise UsageError(f"--copies {copies}: a fusion has two or more")
-    known = [(each.label, dict(each.checkpoint.record.widths)) for each in opened if each.checkpoint.record]
+    records = [(each.label, each.checkpoint.record) for each in opened]
+    known = [(label, dict(record.widths)) for label, record in records if record is not None and record.fused]
     if not known:
         return {} if copies is None else equal_widths(opened[0].tree, copies, opened[0].label)
     label, widths = known[0]

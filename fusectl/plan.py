@@ -34,6 +34,8 @@ class Output:
     cost_bytes: int
     # The name under which the noise field knows the tensor: the same in every format.
     noise_name: str
+    # The tensor of the source that it is a part of: its parts are worked on side by side, to decode its chunks once.
+    part_of: str | None = None
 
     @property
     def chunks(self) -> tuple[int, ...]:

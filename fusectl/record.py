@@ -1,10 +1,10 @@
 """fusectl.json: how a checkpoint came to be. Trainers ignore it; noise-fill, verify and later fusions read it.
 
-{"schema": "fusectl/record/2", "version": …, "command": "fuse", "family": "t5-1.1", "parameters": "target/",
+{"schema": "fusectl/record/3", "version": …, "command": "fuse", "family": "t5-1.1", "parameters": "target/",
  "sources": [{"path": …, "format": …, "step": …, "fingerprint": …, "norm_groups": [512]}, …],
  "weights": [0.5, 0.5], "widths": {"embed": [512, 512], …}, "norm_groups": [512, 512],
  "norm": "rule", "residual_scales": [1.0, 0.98], "fill": {"kind": "gaussian", "noise_scale": 0.1, "seed": 0},
- "optimizer": "reset", "step": null, "layers": "", "origin": null,
+ "optimizer": "reset", "step": null, "copy": null, "origin": null,
  "tensors": {"target/…": {"shape": […], "dtype": …, "chunks": […], "crc32": ["9ae0daaf", …], "metadata": …}, …},
  "files": {"checkpoint": "5c1f0b2e", …},
  "crc32": "0b77c4de"}
@@ -28,9 +28,9 @@ from fusectl.errors import Corrupt, UsageError
 
 
 FILE_NAME = "fusectl.json"
-SCHEMA = "fusectl/record/2"
-# Without checksums of itself and of the index.
-_OLDER = frozenset({"fusectl/record/1"})
+SCHEMA = "fusectl/record/3"
+# Without copies; without checksums of itself and of the index, either.
+_OLDER = frozenset({"fusectl/record/2", "fusectl/record/1"})
 _OWN_CRC32 = re.compile(rb',\n "crc32": "([0-9a-f]{8})"\n}\n\Z')
 # What a residual stream may be multiplied with, or its inverse: float32 holds the squares.
 _SMALLEST_SCALE = 1e-18
@@ -88,6 +88,21 @@ class Origin:
     empty: tuple[tuple[tuple[tuple[str, int], ...], str], ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """What a converted checkpoint is a copy of, and what was changed on the way.
+
+    `dtype` is the one that parameters were cast to, `layers` one of LAYERS, `step` the one that was set; None and empty
+    for as they were. `drop` are patterns of what was left out.
+    """
+
+    source: SourceRecord
+    dtype: str | None
+    layers: str
+    drop: tuple[str, ...]
+    step: int | None
+
+
 # In place of a chunk's CRC-32: it is all zeros and not on disk; it was taken over unread.
 LEFT_OUT, UNREAD = "left out", "unread"
 
@@ -138,8 +153,8 @@ class Record:
     residual_scales: tuple[float, ...] = ()
     # The step that was set; None where it is the first source's.
     step: int | None = None
-    # How the sources' layers are stored here: one of LAYERS; empty for as they are there.
-    layers: str = ""
+    # The checkpoint that it was converted from; all else tells of that one.
+    copy: Copy | None = None
     # Where the tree came from, if its format cannot tell.
     origin: Origin | None = field(default=None, repr=False)
     tensors: Mapping[str, Checksums] = field(default_factory=dict, repr=False)
@@ -152,7 +167,7 @@ class Record:
 
     @property
     def fused(self) -> bool:
-        """Whether it is a fusion; a copy of one checkpoint in another format is none."""
+        """Whether it is a fusion, or the copy of one; the copy of any other checkpoint has a record, too."""
         return len(self.weights) > 1
 
     @property
@@ -174,7 +189,7 @@ class Record:
             tree = json.loads(raw)
             if tree["schema"] not in {SCHEMA, *_OLDER}:
                 raise ValueError(f"of schema {tree['schema']}, not {SCHEMA}")  # noqa: TRY301
-            if tree["schema"] == SCHEMA:
+            if tree["schema"] != "fusectl/record/1":
                 _require_own_crc32(raw)
             record = cls(
                 version=str(tree["version"]),
@@ -191,7 +206,7 @@ class Record:
                 norm=_text(tree.get("norm", "rule")),
                 residual_scales=tuple(map(float, tree.get("residual_scales", ()))),
                 step=None if tree.get("step") is None else int(tree["step"]),
-                layers=_text(tree.get("layers", "")),
+                copy=None if tree.get("copy") is None else _copy(tree["copy"]),
                 origin=None if tree.get("origin") is None else _origin(tree["origin"]),
                 tensors={name: _checksums(entry) for name, entry in tree["tensors"].items()},
                 files={_inside(name): _text(crc32) for name, crc32 in tree.get("files", {}).items()},
@@ -206,11 +221,9 @@ class Record:
         if count < 1 or len(self.sources) not in {0, count}:
             raise ValueError(f"{count} weights for {len(self.sources)} sources")
         wrong = [axis for axis, sizes in self.widths.items() if len(sizes) != count or min(sizes) < 1]
-        # Of a tree that no table explains no width is known; it can only be the copy of one.
+        # Of a tree that no table explains no width is known; it can only be a copy.
         if wrong or (not self.widths and count > 1):
             raise ValueError(f"widths of {wrong or 'no axis'}")
-        if self.layers not in {"", *LAYERS}:
-            raise ValueError(f"layers that are {self.layers}")
         if self.norm not in NORMS:
             raise ValueError(f"no norm is called {self.norm!r}")
         if len(self.residual_scales) != count or not all(
@@ -226,7 +239,7 @@ class Record:
 
 def norm_groups(record: Record | None, width: int) -> tuple[int, ...]:
     """The widths to take a checkpoint's norms over for the fusion property: its record's, else the whole width."""
-    return record.norm_groups if record else (width,)
+    return record.norm_groups if record and record.norm_groups else (width,)
 
 
 def mean_weights(weights: Sequence[float] | None, count: int) -> tuple[float, ...]:
@@ -283,6 +296,15 @@ def _source(entry: Mapping[str, Any]) -> SourceRecord:
     groups = tuple(map(int, entry["norm_groups"]))
     step = None if entry["step"] is None else int(entry["step"])
     return SourceRecord(_text(entry["path"]), _text(entry["format"]), step, _text(entry["fingerprint"]), groups)
+
+
+def _copy(entry: Mapping[str, Any]) -> Copy:
+    layers = _text(entry["layers"])
+    if layers not in {"", *LAYERS}:
+        raise ValueError(f"layers that are {layers}")
+    dtype = None if entry["dtype"] is None else _text(entry["dtype"])
+    step = None if entry["step"] is None else int(entry["step"])
+    return Copy(_source(entry["source"]), dtype, layers, tuple(map(_text, entry["drop"])), step)
 
 
 def _origin(entry: Mapping[str, Any]) -> Origin:

@@ -148,11 +148,15 @@ class Screen:
         if not self._json:
             print(found.gin(), end="")  # noqa: T201
 
+    @property
+    def is_silent(self) -> bool:
+        """Whether nobody wants to be told anything but the result."""
+        return self._quiet or self._json
+
     def restart_lines(self, found: Restart) -> None:
         """Tells what a trainer has to be told, beside the result."""
-        if not self._quiet and not self._json:
-            bindings = [line for line in found.gin().splitlines() if not line.startswith("#")]
-            self._say("\n".join([f"T5X goes on with (more: fusectl restart-config {found.path}):", *bindings]))
+        bindings = [line for line in found.gin().splitlines() if not line.startswith("#")]
+        self._say("\n".join([f"T5X goes on with (more: fusectl restart-config {found.path}):", *bindings]))
 
     def fsck(self, found: Fsck) -> None:
         """Prints what is wrong with a checkpoint, all of it, and what nobody could have noticed."""

@@ -37,25 +37,28 @@ CACHE_BYTES = 64 << 20
 class _Stack:
     """A tensor whose layers, along `axis`, are tensors of the source."""
 
-    layers: tuple[str, ...]
+    tensors: tuple[str, ...]
     axis: int
 
-    @property
-    def tensors(self) -> tuple[str, ...]:
-        return self.layers
+    def read(self, source: Checkpoint, region: Region, _: _Chunks) -> Array:
+        inside = (*region[: self.axis], *region[self.axis + 1 :])
+        out = np.empty(tuple(map(len, region)), np_dtype(source.leaves[self.tensors[0]].dtype))
+        for place, layer in enumerate(region[self.axis]):
+            out[(slice(None),) * self.axis + (place,)] = source.read(self.tensors[layer], inside)
+        return out
 
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
     """A tensor that is one layer, along `axis`, of one of the source's."""
 
-    tensor: str
+    tensors: tuple[str]
     axis: int
     index: int
 
-    @property
-    def tensors(self) -> tuple[str, ...]:
-        return (self.tensor,)
+    def read(self, _: Checkpoint, region: Region, chunks: _Chunks) -> Array:
+        there = (*region[: self.axis], range(self.index, self.index + 1), *region[self.axis :])
+        return np.ascontiguousarray(chunks.read(*self.tensors, there).squeeze(self.axis))
 
 
 class Restacked(Checkpoint):
@@ -79,26 +82,18 @@ class Restacked(Checkpoint):
         self._chunks = _Chunks(source, cache_bytes)
 
     def read(self, name: str, region: Region | None = None) -> Array:
-        part = self._parts.get(name)
-        if part is None:
+        if name not in self._parts:
             return super().read(name, region)
-        region = whole(self.leaves[name].shape) if region is None else region
-        axis = part.axis
-        if isinstance(part, _Layer):
-            there = (*region[:axis], range(part.index, part.index + 1), *region[axis:])
-            return np.ascontiguousarray(self._chunks.read(part.tensor, there).squeeze(axis))
-        inside = (*region[:axis], *region[axis + 1 :])
-        return np.stack([self._source.read(part.layers[i], inside) for i in region[axis]], axis)
+        return self._parts[name].read(self._source, region or whole(self.leaves[name].shape), self._chunks)
 
     def can_be_taken(self, name: str) -> bool:
         # The bytes would be the same where a chunk is one layer; its key is not.
         return name not in self._parts and super().can_be_taken(name)
 
     def missing_chunks(self, name: str) -> list[str]:
-        part = self._parts.get(name)
-        if part is None:
+        if name not in self._parts:
             return super().missing_chunks(name)
-        return [chunk for tensor in part.tensors for chunk in self._source.missing_chunks(tensor)]
+        return [chunk for tensor in self._parts[name].tensors for chunk in self._source.missing_chunks(tensor)]
 
 
 def restacked(
@@ -127,9 +122,10 @@ def restacked(
         for here, there, axis in pair.moves(state, checkpoint.path):
             for i, name in enumerate(here):
                 if there:
-                    parts[name] = _Layer(there[0], axis, i) if tree.scanned else _Stack(there, axis)
+                    parts[name] = _Layer((there[0],), axis, i) if tree.scanned else _Stack(there, axis)
                     leaves[name] = _seen(checkpoint.leaves[there[0]], name, axis, 0 if tree.scanned else len(there))
                 else:
+                    # As T5X's Adafactor creates it.
                     value = np.zeros(UNUSED, np.float32)
                     leaves[name] = Leaf(name, dict_keys(name), UNUSED, value.dtype.name, value=value)
     return Restacked(checkpoint, leaves, parts, cache_bytes)
@@ -261,18 +257,20 @@ def _seen(leaf: Leaf, name: str, axis: int, layers: int) -> Leaf:
         stored = replace(
             stored, shape=with_axis(stored.shape, layers), chunks=with_axis(stored.chunks, 1), storage=storage
         )
-    return replace(
-        leaf, name=name, keys=dict_keys(name), shape=with_axis(leaf.shape, layers), stored=stored, value=None
-    )
+    seen = Leaf(name, dict_keys(name), with_axis(leaf.shape, layers), leaf.dtype, stored=stored)
+    # One layer of a stack is read from chunks that may hold all of them.
+    return seen if layers else replace(seen, through=leaf)
 
 
 class _Chunks:
-    """A checkpoint's decoded chunks, the last ones of which are kept."""
+    """A checkpoint's decoded chunks, the last ones of which are kept: one at least."""
 
     def __init__(self, source: Checkpoint, most_bytes: int) -> None:
         self._source = source
         self._most_bytes = most_bytes
         self._kept: OrderedDict[tuple[str, tuple[int, ...]], Array] = OrderedDict()
+        # Of two threads that want a chunk one decodes it.
+        self._decoding: dict[tuple[str, tuple[int, ...]], threading.Lock] = {}
         self._lock = threading.Lock()
 
     def read(self, tensor: str, region: Region) -> Array:
@@ -289,12 +287,18 @@ class _Chunks:
         return out
 
     def _chunk(self, tensor: str, index: tuple[int, ...], chunk: Region) -> Array:
+        key = (tensor, index)
         with self._lock:
-            values = self._kept.get((tensor, index))
-        if values is None:
-            values = self._source.read(tensor, chunk)
+            decoding = self._decoding.setdefault(key, threading.Lock())
+        with decoding:
             with self._lock:
-                self._kept[tensor, index] = values
-                while sum(each.nbytes for each in self._kept.values()) > self._most_bytes:
-                    self._kept.popitem(last=False)
+                values = self._kept.get(key)
+                if values is not None:
+                    self._kept.move_to_end(key)
+            if values is None:
+                values = self._source.read(tensor, chunk)
+                with self._lock:
+                    self._kept[key] = values
+                    while len(self._kept) > 1 and sum(each.nbytes for each in self._kept.values()) > self._most_bytes:
+                        self._kept.popitem(last=False)
         return values

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fusectl.archs import Recognized, recognize
+from fusectl.builder import LARGEST_STEP
 from fusectl.errors import UsageError
 from fusectl.formats import open_checkpoint
 from fusectl.formats.tree import Checkpoint
@@ -137,7 +138,7 @@ def restart_of(checkpoint: Checkpoint, tree: Recognized, *, lr_offset: int = 0) 
         notes.append("optimizer state that starts from zeros, in part at least: its first updates need a warm-up")
     if record is not None and record.self_fused:
         notes.append("learning rates as before move it faster: fusectl self-fuse --lr-table says by how much")
-    if checkpoint.step is not None:
+    if checkpoint.step is not None and not lr_offset:
         notes.append(f"step {checkpoint.step:,}: schedules such as rsqrt_decay go on from there")
     if lr_offset:
         notes.append(_offset_in_words(checkpoint, lr_offset))
@@ -151,16 +152,19 @@ def _offset_in_words(checkpoint: Checkpoint, lr_offset: int) -> str:
     """What an offset of the schedule does to T5X's rsqrt_decay, 1 / sqrt(max(step - step_offset, warmup_steps))."""
     step = checkpoint.step or 0
     then = step + lr_offset
+    if then > LARGEST_STEP:
+        raise UsageError(f"--lr-offset {lr_offset}: trainers keep steps in an int32")
     if then < 0:
         raise UsageError(
             f"{checkpoint.path}: --lr-offset {lr_offset}, and the step is {step:,}: before the schedule begins",
-            hint=f"--lr-offset {-step} at most" if step else "without an offset; --step sets the step",
+            hint=f"--lr-offset {-step} or more" if step else "without an offset; --step sets the step",
         )
     if then == 0 or step == 0:
-        return f"the schedule goes on at step {then:,} of its own"
+        return f"step {step:,}, and the schedule goes on at step {then:,} of its own"
     change = math.sqrt(step / then)
-    longer = "; better in the end, worse at first, and it may become unstable" if lr_offset < 0 else ""
-    return f"the schedule goes on at step {then:,} of its own: rsqrt_decay gives {change:.3g} times the rate{longer}"
+    longer = "; better in the end, worse at first, may become unstable" if lr_offset < 0 else ""
+    rate = f"rsqrt_decay gives {change:.3g} times the rate{longer}"
+    return f"step {step:,}, and the schedule goes on at step {then:,} of its own: {rate}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -151,6 +151,8 @@ def plan_noise_fill(path: str, options: Options, *, copies: int | None = None) -
         parameters=prefix,
         optimizer=record.optimizer if kept else "drop",
         step=record.step if options.step is None else options.step,
+        copy=None,
+        origin=record.origin if out_format.name == "t5x" else None,
         tensors={},
         files={},
     )
@@ -238,14 +240,13 @@ def default_output(sources: Sequence[Checkpoint], plan: Plan) -> Place:
     home = sources[0].location.home
     stem, suffix = (home.stem, ".ckpt") if home.suffix == ".ckpt" else (home.name, "")
     fill = plan.record.fill
-    noise = f".{fill.kind}-{fill.noise_scale:g}" if fill.kind != "zeros" else ""
+    noisy = fill.kind != "zeros" and plan.record.copy is None
+    noise = f".{fill.kind}-{fill.noise_scale:g}" if noisy else ""
     fused_name = {
         "fuse": f".fused-{len(sources)}x",
         "self-fuse": f".self-fused-{len(sources)}x",
         "convert": ".converted" if plan.format == sources[0].format else f".{plan.format}",
     }.get(plan.record.command, "")
-    if plan.record.command == "convert":
-        noise = ""
     return home.with_name(f"{stem}{fused_name}{noise}{suffix}")
 
 

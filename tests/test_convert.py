@@ -1,7 +1,11 @@
 """fusectl convert: what comes back is what went in, between all formats, kinds of key and layouts of the layers."""
 
 import json
+import re
+import shutil
 import warnings
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import msgpack
@@ -9,12 +13,17 @@ import numpy as np
 import pytest
 from models import SIZES, checkpoint, contents, ends_at, state
 
+import fusectl.plan
+from fusectl.archs import recognize
 from fusectl.builder import Options
 from fusectl.conversion import plan_conversion
-from fusectl.errors import Incompatible, UsageError
+from fusectl.errors import Incompatible, NotEnoughSpace, UsageError
 from fusectl.formats import FORMATS, open_checkpoint
 from fusectl.formats.sink import save
+from fusectl.formats.tree import Checkpoint, Key
+from fusectl.layout import whole
 from fusectl.record import Fill
+from fusectl.restart import restart
 from fusectl.surgery import carry_out, plan_fusion, plan_noise_fill
 from fusectl.verify import Settings, verify
 
@@ -181,53 +190,96 @@ def test_adams_moments_go_along(tmp_path):
 
 
 def test_fusing_and_restacking_commute(tmp_path):
-    """The state that is carried by one order is that of the other."""
     sources = [checkpoint(tmp_path / f"{i}", SCANNED[0], seed=i, sizes=FACTORED) for i in range(2)]
     carry_out(*plan_fusion(sources, Options()), tmp_path / "fused")
-    one = convert(tmp_path / "fused", tmp_path / "one", "unscanned")
 
+    one = convert(tmp_path / "fused", tmp_path / "one", "unscanned")
     apart = [convert(source, f"{source}.apart", "unscanned") for source in sources]
     carry_out(*plan_fusion(apart, Options()), tmp_path / "two")
 
-    first, second = contents(one), contents(tmp_path / "two")
-    assert first.keys() == second.keys()
-    differ = [name for name in first if first[name] != second[name]]
-    # Means over the layers are no part of it: what is estimated between different models may differ, and only that.
-    assert all("/v" in name for name in differ)
-    assert not [name for name in differ if name.startswith("target/")]
-    assert proved(str(one)).passed
+    assert contents(one) == contents(tmp_path / "two")
 
 
 @pytest.mark.parametrize("format", ["t5x", "orbax"])
-def test_a_conversion_is_held_against_its_source(tmp_path, format):
+@pytest.mark.parametrize(
+    "name", ["target/decoder/layers_1/mlp/wo/kernel", "state/param_states/decoder/decoder_norm/scale/v", "state/step"]
+)
+def test_a_conversion_is_held_against_its_source(tmp_path, format, name):
     source = checkpoint(tmp_path / "a", format="t5x")
     out = convert(source, tmp_path / "out", format=format)
     assert verify(str(out)).passed
 
     values = state("t5-1.1", 0)
-    values["target/decoder/layers_1/mlp/wo/kernel"][3, 4] += 1e-3
+    # As little as can be.
+    values[name].reshape(-1).view(np.uint8)[0] ^= 1
     save(Path(source), values, "t5x", force=True)
 
-    report = proved(str(out))
-    assert not report.passed
-    assert any("decoder/layers_1/mlp/wo/kernel" in problem for problem in report.failures())
+    problems = list(verify(str(out)).failures())
+    assert any(f"{name}: 1 values are not those of" in problem for problem in problems), problems
+
+
+@pytest.mark.parametrize("change", ["lost", "more", "keys", "empty"])
+def test_what_is_no_tensor_of_the_family_is_compared_too(tmp_path, change):
+    """By the record's own checksums nothing is wrong: the other tree is its source's."""
+    values = odd_tree()
+    source = written_by_orbax(tmp_path / "source/20", values, "orbax")
+    out = convert(source, tmp_path / "out", format="orbax-zarr2")
+    assert proved(str(out)).passed
+
+    if change == "lost":
+        del values["params"]["params"]["a"]
+    elif change == "more":
+        values["more"] = np.ones(3)
+    elif change == "keys":
+        values["opt_state"] = (*tuple(values["opt_state"][:1]), None, {}, [], [np.ones(1, np.float32)])
+    else:
+        values["opt_state"][1] = {}
+    shutil.rmtree(tmp_path / "source")
+    written_by_orbax(tmp_path / "source/20", values, "orbax")
+
+    assert not proved(str(out)).passed
 
 
 def test_a_fusion_stays_a_fusion(tmp_path):
     sources = [checkpoint(tmp_path / f"{i}", SCANNED[0], seed=i, sizes=FACTORED) for i in range(2)]
-    carry_out(*plan_fusion(sources, Options(fill=Fill("gaussian", 0.1, 3))), tmp_path / "fused")
+    options = Options(fill=Fill("gaussian", 0.1, 3), norm="property", dtype="bfloat16", optimizer="reset")
+    carry_out(*plan_fusion(sources, options), tmp_path / "fused")
+    fused = open_checkpoint(str(tmp_path / "fused")).record
 
-    other = convert(tmp_path / "fused", tmp_path / "other", format="orbax", step=77)
+    other = convert(tmp_path / "fused", tmp_path / "other", format="orbax", step=77, dtype="float32")
     apart = convert(tmp_path / "fused", tmp_path / "apart", "unscanned")
     back = convert(apart, tmp_path / "back", "scanned")
 
-    for out in (other, apart, back):
+    for out, layers in ((other, ""), (apart, "unscanned"), (back, "scanned")):
         record = open_checkpoint(str(out)).record
-        assert (record.command, len(record.weights), record.fill.kind) == ("convert", 2, "gaussian")
+        assert (record.command, record.copy.layers) == ("convert", layers)
+        for what in ("sources", "weights", "widths", "norm", "norm_groups", "residual_scales", "optimizer"):
+            assert getattr(record, what) == getattr(fused, what), what
+        # The field of noise is laid out by a tensor's shape.
+        assert record.fill == replace(fused.fill, seed=None if layers else 3)
+        assert "norm_groups = (128, 128)" in restart(str(out)).gin()
         assert proved(str(out)).passed
     assert open_checkpoint(str(other)).step == 77
-    assert open_checkpoint(str(apart)).record.layers == "unscanned"
-    assert open_checkpoint(str(back)).record.layers == ""
+
+
+@pytest.mark.parametrize("drop", [False, True])
+@pytest.mark.parametrize("layers", [None, "unscanned"])
+@pytest.mark.parametrize("optimizer", ["carry", "reset", "drop", "asymmetric", "none"])
+def test_any_source_is_converted_and_proved(tmp_path, optimizer, layers, drop):
+    """Widths of 64, which T5X factors only once they are fused, but for the scanned ones."""
+    sources = [checkpoint(tmp_path / f"{i}", SCANNED[0], seed=i, sizes=FACTORED) for i in range(2)]
+    path = sources[0]
+    if optimizer != "none":
+        carry_out(*plan_fusion(sources, Options(optimizer=optimizer)), tmp_path / "fused")
+        path = tmp_path / "fused"
+
+    out = convert(path, tmp_path / "out", layers, optimizer="drop" if drop else "carry")
+
+    assert proved(str(out)).passed
+    opened = open_checkpoint(str(out))
+    has_state = any(name.startswith("state/param_states/") for name in opened.leaves)
+    assert has_state == (not drop and optimizer != "drop")
+    assert opened.record.optimizer == ("drop" if not has_state else "kept" if optimizer == "none" else optimizer)
 
 
 def test_parameters_are_cast_and_nothing_else(tmp_path):
@@ -264,7 +316,6 @@ def test_the_step_of_a_fusion_is_set(tmp_path, fusectl):
         done = fusectl(*words, "-o", tmp_path / words[0], "--step", "500000")
         assert done.code == 0
         assert open_checkpoint(str(tmp_path / words[0])).step == 500_000
-    save(tmp_path / "other", {**state("t5-1.1", 0), "state/step": np.array(5, np.int32)}, "t5x")
     assert proved(str(tmp_path / "self-fuse")).passed
     filled = plan_noise_fill(str(tmp_path / "self-fuse"), Options(fill=Fill("gaussian", 0.1, 0)))
     carry_out(*filled, tmp_path / "filled")
@@ -286,6 +337,7 @@ def test_what_cannot_be_converted_is_refused_before_a_byte_is_written(tmp_path, 
         ((minimal, "--step", "-1"), 2, "a training step"),
         ((minimal, "--step", "3000000000"), 2, "a training step"),
         ((minimal, "--format", "hdf5"), 2, "hdf5"),
+        ((odd, "--mesh", "model=7"), 6, "matches no model family"),
     ):
         done = fusectl("convert", *words, "-o", tmp_path / "out")
         assert (done.code, says in done.err) == (code, True), done.err
@@ -297,24 +349,162 @@ def test_a_conversion_has_no_zero_blocks_to_fill(tmp_path):
     out = convert(checkpoint(tmp_path / "a"), tmp_path / "out")
     with pytest.raises(UsageError, match="no fusectl.json that says how it was fused"):
         plan_noise_fill(str(out), Options(fill=Fill("gaussian", 0.1, 0)))
-    with pytest.raises(Incompatible):
-        carry_out(*plan_noise_fill(str(out), Options(fill=Fill("gaussian", 0.1, 0)), copies=3), tmp_path / "filled")
+    sizes = {**SIZES, "heads": 4, "joined_kv": 20}
+    even = convert(checkpoint(tmp_path / "b", sizes=sizes), tmp_path / "even")
+    with pytest.raises(Incompatible, match="not zero"):
+        carry_out(*plan_noise_fill(str(even), Options(fill=Fill("gaussian", 0.1, 0)), copies=2), tmp_path / "filled")
 
 
-@pytest.mark.parametrize("layers", [None, "unscanned"])
-def test_an_interrupted_conversion_is_gone_on_with(tmp_path, monkeypatch, layers):
+@pytest.mark.parametrize("words", [[], ["--unscan"]])
+def test_an_interrupted_conversion_is_gone_on_with_by_the_line_that_it_prints(tmp_path, fusectl, monkeypatch, words):
     source = checkpoint(tmp_path / "a", SCANNED[0], sizes=FACTORED)
-    whole = convert(source, tmp_path / "whole", layers, format="orbax")
-    plan, sources = plan_conversion(source, Options(format="orbax"), layers)
+    command = ["convert", source, "--format", "orbax", *words, "-o", tmp_path / "out"]
     with monkeypatch.context() as patch:
         ends_at(20, KeyboardInterrupt(), patch)
-        with pytest.raises(KeyboardInterrupt):
-            carry_out(plan, sources, tmp_path / "out")
+        done = fusectl(*command)
+    assert done.code == 130, done.err
+    budget = re.search(r"--max-memory (\d+)", done.err)
 
-    plan, sources = plan_conversion(source, Options(format="orbax"), layers)
-    carry_out(plan, sources, tmp_path / "out", resume=True)
+    again = fusectl(*command, "--resume", "--max-memory", budget.group(1))
 
-    assert contents(tmp_path / "out") == contents(whole)
+    assert again.code == 0, again.err
+    assert "note: going on with " in again.err
+    assert fusectl(*command[:-1], tmp_path / "whole").code == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_stack_of_layers_is_decoded_once_and_within_the_budget(tmp_path, monkeypatch):
+    sizes = {**FACTORED, "embed": 256, "mlp": 1024}
+    source = checkpoint(tmp_path / "a", SCANNED[0], sizes=sizes, layers={"encoder": 8, "decoder": 2})
+    name = "target/encoder/encoder/mlp/wi_0/kernel"
+    chunk = open_checkpoint(source).leaves[name].nbytes
+    times = Counter()
+    read = Checkpoint.read
+
+    def counted(self, name, region=None):
+        if type(self) is Checkpoint:
+            times[name, str(region)] += 1
+        return read(self, name, region)
+
+    monkeypatch.setattr(Checkpoint, "read", counted)
+    budget = 5 * chunk
+    plan, sources = plan_conversion(source, Options(max_memory_bytes=budget), "unscanned")
+    carry_out(plan, sources, tmp_path / "out", jobs=2)
+
+    assert times[name, str(whole((256, 8, 1024)))] == 1
+    # A unit that decodes a stack pays for all of it.
+    layer = next(o for o in plan.outputs if o.name == "target/encoder/layers_3/mlp/wi_0/kernel")
+    assert chunk < layer.cost_bytes <= budget
+    monkeypatch.setattr(fusectl.plan, "TOLERATED_EXCESS_BYTES", 0)
+    with pytest.raises(NotEnoughSpace, match="does not fit into the memory budget"):
+        plan_conversion(source, Options(max_memory_bytes=chunk), "unscanned")
+
+
+def test_the_step_that_was_set_on_the_way_comes_back(tmp_path):
+    for tree in (odd_tree(), {k: v for k, v in odd_tree().items() if k != "step"}):
+        source = written_by_orbax(tmp_path / f"{len(tree)}/20", tree, "orbax")
+        there = convert(source, tmp_path / f"there{len(tree)}", format="t5x", step=77)
+        back = convert(there, tmp_path / f"back{len(tree)}", format="orbax")
+        assert open_checkpoint(str(there)).step == open_checkpoint(str(back)).step == 77
+        assert open_checkpoint(str(back)).leaves["step"].keys == (Key("step"),)
+        assert proved(str(there)).passed
+        assert proved(str(back)).passed
+
+
+@pytest.mark.parametrize("format", ["orbax-zarr2", "orbax-zarr3", "t5x"])
+@pytest.mark.parametrize("key", ["../../outside", "..", "/tmp/outside", "a//b", ""])
+def test_keys_that_lead_out_of_the_checkpoint_are_refused(tmp_path, fusectl, key, format):
+    source = written_by_orbax(tmp_path / "deep/source/20", {"w": np.ones(3, np.float32)}, "orbax")
+    index = source / "items/_METADATA"
+    text = index.read_text().replace('"key": "w"', f'"key": "{key}"')
+    assert key in text
+    index.write_text(text)
+
+    done = fusectl("convert", source, "--format", format, "-o", tmp_path / "deep/out")
+
+    assert (done.code, "keys that name no directory inside it" in done.err) == (5, True), done.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["deep"]
+    assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == ["source"]
+
+
+@pytest.mark.parametrize(
+    ("tree", "format", "drop", "says"),
+    [
+        ({"x": 1.0, "manifest.ocdbt": 2.0}, "orbax-zarr2", (), "a name of the format's own"),
+        ({"checkpoint": 2.0}, "t5x", (), "a name of the format's own"),
+        ({"x": [1.0, 2.0, 3.0]}, "orbax", ("x/1",), "without some of its elements"),
+    ],
+)
+def test_trees_that_a_format_cannot_hold_are_refused_before_a_byte_is_written(tmp_path, tree, format, drop, says):
+    import jax
+
+    arrays = jax.tree.map(
+        lambda v: np.array(v, np.float32), tree, is_leaf=lambda v: isinstance(v, list) and isinstance(v[0], float)
+    )
+    source = written_by_orbax(tmp_path / "source/20", arrays, "orbax")
+
+    with pytest.raises(Incompatible, match="cannot hold") as caught:
+        plan_conversion(str(source), Options(format=format, drop=drop))
+
+    assert says in str(caught.value.details)
+
+
+def test_two_steps_are_two_tensors_and_a_step_is_what_it_can_be(tmp_path):
+    state = {"step": np.array(5, np.int32)}
+    tree = {"state": state, "step": np.array(7, np.int8), "c": np.full(4, 1 + 2j, np.complex64)}
+    source = written_by_orbax(tmp_path / "source/20", tree, "orbax")
+    for format in ("orbax", "orbax-zarr3", "t5x"):
+        out = convert(source, tmp_path / format, format=format)
+        assert contents(out).keys() == contents(source).keys()
+        assert proved(str(out)).passed
+        if format != "t5x":
+            np.testing.assert_array_equal(restored(Path(out) / "items")["c"], tree["c"])
+    small = written_by_orbax(tmp_path / "small/20", {"state": {"step": np.array(7, np.int8)}}, "orbax")
+    with pytest.raises(UsageError, match="more than state/step"):
+        plan_conversion(str(small), Options(step=300))
+
+
+def test_t5x_gets_the_step_that_the_directory_is_named_after(tmp_path):
+    source = written_by_orbax(tmp_path / "source/20", {"w": np.ones(3, np.float32)}, "orbax")
+    out = convert(source, tmp_path / "out", format="t5x")
+    assert open_checkpoint(str(out)).step == 20
+    assert proved(str(out)).passed
+
+
+def test_the_way_back_leaves_out_what_is_asked_for(tmp_path):
+    source = written_by_orbax(tmp_path / "source/20", odd_tree(), "orbax")
+    there = convert(source, tmp_path / "there", format="t5x")
+
+    back = convert(there, tmp_path / "back", format="orbax", optimizer="drop")
+
+    opened = open_checkpoint(str(back))
+    assert not [name for name in (*opened.leaves, *(node.name for node in opened.empty)) if name.startswith("opt_")]
+    assert proved(str(back)).passed
+
+
+def test_restacked_on_the_way_back_it_is_the_tree_that_it_was(tmp_path):
+    values = {n.replace("target/", "params/"): v for n, v in state(SCANNED[0], 0, FACTORED).items()}
+    values = {n: v for n, v in values.items() if not n.startswith("state/")}
+    save(tmp_path / "a", {**values, "step": np.array(3, np.int32)}, "orbax", item="items")
+
+    there = convert(tmp_path / "a", tmp_path / "there", format="t5x")
+    back = convert(there, tmp_path / "back", "unscanned", format="orbax")
+
+    opened = open_checkpoint(str(back))
+    assert all(name.startswith("params/") for name in opened.leaves if name != "step")
+    assert recognize(opened.shapes, "back").family.name == "scalable-t5-1.1"
+    assert opened.record.parameters == "params/"
+    assert proved(str(back)).passed
+
+
+def test_a_copy_that_was_made_without_the_family_s_name_is_used_with_it(tmp_path):
+    source = checkpoint(tmp_path / "a", "t5-1.1-tied")
+
+    out = convert(source, tmp_path / "out")
+
+    assert proved(str(out)).passed
+    carry_out(*plan_fusion([str(out)] * 2, Options(arch="t5-1.1-tied")), tmp_path / "fused")
+    assert open_checkpoint(str(tmp_path / "fused")).record.widths["embed"] == (12, 12)
 
 
 def test_chunks_are_taken_over_where_nothing_changes(tmp_path):

@@ -21,7 +21,7 @@ from fusectl.errors import Corrupt, FusectlError, StorageError
 from fusectl.formats.locate import ORBAX_INDEX
 from fusectl.formats.objects import Place, read_small
 from fusectl.formats.store import MANIFEST, Files, directory, ocdbt
-from fusectl.formats.tree import Checkpoint, EmptyNode, Key, Leaf, Location, stored_arrays
+from fusectl.formats.tree import Checkpoint, EmptyNode, Key, Leaf, Location, array_directory, stored_arrays
 from fusectl.formats.zarr import METADATA_FILE
 from fusectl.record import Record
 
@@ -68,7 +68,7 @@ def open_orbax(
         elif name in arrays:
             raise Corrupt(f"{where}: two leaves are called {name}", details=("keys that contain slashes collide",))
         else:
-            arrays[name] = (keys, ".".join(key.name for key in keys))
+            arrays[name] = (keys, array_directory(keys, where))
     zarr = 3 if any(name.endswith("/" + METADATA_FILE[3]) for name in files.names) else 2
     file_of = {name: base for name, (_, base) in arrays.items()}
     leaves: dict[str, Leaf] = {}

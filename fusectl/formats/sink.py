@@ -24,7 +24,7 @@ from fusectl.formats.staging import remove_any, staged, storage_errors
 from fusectl.formats.store import MANIFEST, translate
 from fusectl.formats.t5x import kept_in_index, new_index
 from fusectl.formats.target import Database, Directories, Objects, Target
-from fusectl.formats.tree import Checkpoint, EmptyNode, Key, Leaf, Location, dict_keys
+from fusectl.formats.tree import Checkpoint, EmptyNode, Key, Leaf, Location, array_directory, dict_keys
 from fusectl.formats.zarr import (
     METADATA_FILE,
     Storage,
@@ -294,7 +294,7 @@ def names_written(keys: Iterable[Sequence[Key]], format: Format, item: str | Non
 
 
 def _base(keys: Sequence[Key]) -> str:
-    return ".".join(key.name for key in keys)
+    return array_directory(keys, "the output")
 
 
 def save(

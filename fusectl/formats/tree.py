@@ -6,7 +6,7 @@ import fnmatch
 import itertools
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -58,6 +58,17 @@ def dict_keys(name: str) -> tuple[Key, ...]:
     return tuple(Key(part) for part in name.split("/"))
 
 
+def array_directory(keys: Sequence[Key], where: str) -> str:
+    """The directory of a leaf's array relative to its item, as Orbax and T5X name it; keys may hold dots and slashes.
+
+    Raises Corrupt for one that is not inside the item, or may not be.
+    """
+    base = ".".join(key.name for key in keys)
+    if any(part in {"", ".", ".."} for part in base.split("/")):
+        raise Corrupt(f"{where}: keys that name no directory inside it", details=(repr([key.name for key in keys]),))
+    return base
+
+
 def is_dropped(name: str, patterns: Iterable[str]) -> bool:
     """Whether a tensor's name matches one of the patterns of those to leave out."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
@@ -78,6 +89,8 @@ class Leaf:
     dtype: str
     stored: ArrayMetadata | None = None
     store: Spec | None = field(default=None, repr=False)
+    # The leaf that this is a part of: reading it decodes that one's chunks.
+    through: Leaf | None = field(default=None, repr=False)
     value: npt.NDArray[Any] | None = field(default=None, repr=False)
 
     @property
@@ -96,6 +109,8 @@ class Leaf:
     @property
     def reading_bytes(self) -> int:
         """The memory that reading a chunk takes: its values, and its encoded bytes unless they are these."""
+        if self.through is not None:
+            return self.through.reading_bytes
         if self.stored is None:
             return 0
         encoding = self.stored.storage.encoding

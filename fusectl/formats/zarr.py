@@ -148,7 +148,7 @@ def _parse_v2(meta: dict[str, Any]) -> ArrayMetadata:
         separator=str(meta.get("dimension_separator") or "."),
         prefix="",
         has_fill_value=meta.get("fill_value") is not None,
-        fills_with_zero=meta.get("fill_value") == 0,
+        fills_with_zero=meta.get("fill_value") in (0, [0, 0]),
     )
 
 
@@ -172,7 +172,7 @@ def _parse_v3(meta: dict[str, Any]) -> ArrayMetadata:
         separator=separator,
         prefix=f"c{separator}" if encoding["name"] == "default" else "",
         has_fill_value=True,
-        fills_with_zero=meta.get("fill_value") == 0,
+        fills_with_zero=meta.get("fill_value") in (0, [0, 0]),
     )
 
 
@@ -217,6 +217,8 @@ def new_storage(zarr: int, chunks: tuple[int, ...], dtype: str, encoding: Encodi
 def new_metadata(storage: Storage, shape: tuple[int, ...], dtype: str, *, sparse: bool) -> bytes:
     """The contents of the metadata file of a new array. With `sparse`, chunks that are left out are zeros."""
     zero: Any = False if dtype == "bool" else 0.0 if is_float(dtype) else 0
+    if np_dtype(dtype).kind == "c":
+        zero = [0.0, 0.0]
     if storage.zarr == 2:
         meta = {
             "zarr_format": 2,

@@ -203,6 +203,9 @@ def with_noise(fusion: Fusion, name: str, fill: Fill, own: Sequence[Block], kern
 
 def require_widths(tree: Recognized, record: Record, where: str) -> None:
     """Raises Incompatible unless a fused tree is as wide as its record says that its sources are together."""
+    if not record.widths:
+        # It was copied by someone who did not know its family.
+        return
     grown = {axis: n for axis, n in tree.sizes.items() if axis in tree.family.grown}
     wrong = [
         f"axis {axis!r}: {grown.get(axis, 'none')} in {where}, {' + '.join(map(str, sizes)) or 'none'} in its sources"

@@ -147,7 +147,7 @@ def slot_axes(
     parts = name.removeprefix(STATE).split("/")
     within = ("/".join(parts[i:j]) for i in range(len(parts)) for j in range(len(parts), i, -1))
     parameter = next((part for part in within if part in parameters), None)
-    if not name.startswith(STATE) or parameter is None or parameters[parameter] != shape:
+    if parameter is None or parameters[parameter] != shape:
         return unnamed(shape)
     return tree.rows[parameter].spec.axes
 

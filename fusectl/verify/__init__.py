@@ -29,6 +29,7 @@ from fusectl.memory import peak_rss_bytes
 from fusectl.parallel import Progress, Silent
 from fusectl.tokens import DEFAULT_BATCH, DEFAULT_LENGTH, Tokens, random_tokens, read_tokens
 from fusectl.verify.claim import Claim, Declared, make_claim, nothing_known
+from fusectl.verify.copies import check_copy
 from fusectl.verify.files import check_files
 from fusectl.verify.page import page
 from fusectl.verify.report import FILE_NAME, PAGE_NAME, Report
@@ -65,9 +66,27 @@ def verify_checkpoint(
         started = time.monotonic()
         files = check_files(fused, budget_bytes=how.read_bytes, jobs=how.threads, progress=watched)
         report = replace(report, files=replace(files, seconds=time.monotonic() - started))
+    record = fused.record
+    if record is not None and record.copy is not None and not (declared and declared.sources):
+        return replace(_against_original(fused, how, watched, report), peak_rss_bytes=peak_rss_bytes())
     if how.levels != ("files",):
         report = _against_sources(make_claim(fused, declared or Declared()), how, watched, report)
     return replace(report, peak_rss_bytes=peak_rss_bytes())
+
+
+def _against_original(fused: Checkpoint, settings: Settings, progress: Progress, report: Report) -> Report:
+    """The report on a converted checkpoint: as every tensor is its source's, so is what it computes."""
+    assert fused.record is not None
+    assert fused.record.copy is not None
+    if "weights" not in settings.levels or (report.files is not None and not report.files.passed):
+        return report
+    started = time.monotonic()
+    weights = check_copy(fused, budget_bytes=settings.read_bytes, jobs=settings.threads, progress=progress)
+    notes = [f"a copy of {fused.record.copy.source.path}: compared tensor by tensor, no model was run"]
+    if fused.record.fused:
+        notes.append("--sources A B holds it against what was fused instead")
+    weights = replace(weights, seconds=time.monotonic() - started)
+    return replace(report, weights=weights, notes=(*report.notes, *notes))
 
 
 def _against_sources(claim: Claim, settings: Settings, progress: Progress, report: Report) -> Report:

@@ -11,7 +11,6 @@ from fusectl.errors import Incompatible, NotFound, UsageError
 from fusectl.formats import fingerprint, open_checkpoint
 from fusectl.formats.tree import Checkpoint, kept_shapes
 from fusectl.record import DEFAULT_NOISE_SCALE, Fill, Record, SourceRecord, mean_weights, norm_groups
-from fusectl.restack import restacked
 from fusectl.transforms.grow import require_widths, widths_of
 
 
@@ -70,14 +69,12 @@ def make_claim(fused: Checkpoint, declared: Declared) -> Claim:
         if path not in by_path:
             try:
                 by_path[path] = open_checkpoint(path)
-                if record is not None and record.layers:
-                    by_path[path] = restacked(by_path[path], record.layers, drop=record.drop)
             except NotFound as error:
                 raise NotFound(
                     f"source {path} is not there any more", hint="--sources A B names where it is now"
                 ) from error
     sources = tuple(by_path[path] for path in paths)
-    if len(sources) < 2 and (record is None or record.fused):
+    if len(sources) < 2:
         raise UsageError(
             f"{len(sources)} source: a fusion has two or more", hint="--sources A A for one fused with itself"
         )
