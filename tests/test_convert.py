@@ -438,9 +438,7 @@ def test_keys_that_lead_out_of_the_checkpoint_are_refused(tmp_path, fusectl, key
 def test_trees_that_a_format_cannot_hold_are_refused_before_a_byte_is_written(tmp_path, tree, format, drop, says):
     import jax
 
-    arrays = jax.tree.map(
-        lambda v: np.array(v, np.float32), tree, is_leaf=lambda v: isinstance(v, list) and isinstance(v[0], float)
-    )
+    arrays = jax.tree.map(np.float32, tree)
     source = written_by_orbax(tmp_path / "source/20", arrays, "orbax")
 
     with pytest.raises(Incompatible, match="cannot hold") as caught:
