@@ -71,7 +71,7 @@ class Storing:
 
         Of the ways in which the sources are stored it is the one that takes over most bytes unread; if none takes over
         any, chunks like those of `like`, anew. `leaves` has the source tensor of each term. With `shard`, the shape of
-        what a device holds, it is only such ways and chunks that no two devices' shards share a chunk.
+        what a device holds, only ways and chunks whose chunks no two shards share.
         """
         shard = layout.shape if shard is None else shard
         noisy = any(isinstance(term, Noise) for block in layout.blocks for term in block.terms)
