@@ -19,6 +19,8 @@ T5X = {
 class RestoreCheckpointConfig:
     def __init__(self, fallback_to_scratch=False, assignment_map=None):
         self.fallback_to_scratch, self.assignment_map = fallback_to_scratch, assignment_map
+def create_learning_rate_scheduler(factors='constant * rsqrt_decay', warmup_steps=100, step_offset=0):
+    return lambda step: max(max(0, step - step_offset), warmup_steps) ** -0.5
 """,
     "t5x/models.py": """
 class EncoderDecoderModel:
@@ -125,6 +127,30 @@ def test_a_norm_per_source_takes_fusectls_network(t5x, tmp_path, fusectl, family
     assert type(config) is (t5_flax.T5Config if family == "t5-1.1" else t5_flax.ScalableT5Config)
     assert (config.norm_groups, config.emb_dim) == ((12, 12), 24)
     assert (config.mlp_activations, config.dropout_rate) == (("gelu", "linear"), 0.1)
+
+
+@pytest.mark.parametrize(("offset", "at"), [(-700, 300), (500, 1500), (-1000, 0)])
+def test_the_schedule_goes_on_with_an_offset(t5x, tmp_path, fusectl, offset, at):
+    """The step is 1,000; T5X's formula is t5x/utils.py's."""
+    path = checkpoint(tmp_path / "grown")
+
+    done = fusectl("restart-config", path, "--lr-offset", str(offset))
+
+    parsed(done.out, "t5")
+    rate = gin.get_configurable("t5x.utils.create_learning_rate_scheduler")()
+    assert rate(1000) == max(at, 100) ** -0.5
+    notes = [line for line in done.out.splitlines() if "schedule goes on" in line or "schedules" in line]
+    assert len(notes) == 1
+    assert f"step 1,000, and the schedule goes on at step {at:,} of its own" in notes[0]
+    if at:
+        assert f"{(1000 / at) ** 0.5:.3g} times the rate" in notes[0]
+    assert ("unstable" in notes[0]) == (offset < 0 < at)
+
+
+@pytest.mark.parametrize("offset", ["-1001", "99999999999"])
+def test_an_offset_that_leaves_the_schedule_is_refused(tmp_path, fusectl, offset):
+    done = fusectl("restart-config", checkpoint(tmp_path / "a"), "--lr-offset", offset)
+    assert (done.code, f"--lr-offset {offset}" in done.err, done.out) == (2, True, "")
 
 
 def test_what_is_no_checkpoint_is_told(tmp_path, fusectl):
