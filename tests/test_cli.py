@@ -687,6 +687,7 @@ def test_commands_that_move_bytes_never_import_jax(models, tmp_path):
     assert "jax" in imported_by("verify", fused, "--levels", "algebra")
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.parametrize("format", ["t5x", "orbax"])
 def test_inspecting_a_thousand_tensors_costs_less_than_half_a_second_of_cpu(tmp_path, format):
@@ -696,6 +697,7 @@ def test_inspecting_a_thousand_tensors_costs_less_than_half_a_second_of_cpu(tmp_
     assert least_cpu_s(tmp_path / "cache", "inspect", path) < 0.5
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.parametrize("argv", [["--help"], ["fuse", "--help"]])
 def test_help_costs_less_than_150_ms_of_cpu(argv, tmp_path):

@@ -160,6 +160,7 @@ sys.exit(code)
 """
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("format", "options"),

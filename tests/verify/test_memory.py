@@ -27,6 +27,7 @@ def peak_bytes(*arguments):
     return int(done.stderr.split()[-1]), done.stdout
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_a_model_is_proved_in_a_part_of_its_own_memory(tmp_path):
     """0.4 billion parameters, 1.6 GB, made of two of 0.1 billion; layer by layer it takes the largest layer's share."""
