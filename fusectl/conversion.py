@@ -7,7 +7,7 @@ the way back.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import fusectl
@@ -48,56 +48,59 @@ def plan_conversion(path: str, options: Options, layers: str | None = None) -> t
     if layers is not None:
         seen = restacked(source, layers, options.arch, options.drop, cache_bytes=cache_bytes)
     opened = _opened(seen, options)
-    tree, on_mesh = opened.tree, notes_on_mesh(options.mesh, opened.tree, opened.tree.shapes)
+    on_mesh = notes_on_mesh(options.mesh, opened.tree, opened.tree.shapes)
     out_format, item, prefix = target_of(opened, options)
+    to_t5x = out_format.name == "t5x"
     origin = source.record.origin if source.record is not None else None
-    to_t5x, stored_step = out_format.name == "t5x", step_of(opened)
     places = _places(opened, None if to_t5x else origin, prefix if to_t5x else None)
     builder = Builder([opened], options, out_format, reserved_bytes=cache_bytes)
-    for name, keys in places.items():
-        leaf, to = seen.leaves[name], "/".join(key.name for key in keys)
-        parameter = name.removeprefix(tree.prefix)
-        if name == stored_step:
-            continue
-        if parameter in tree.shapes:
-            block = Block(whole(leaf.shape), (Term(0, name, whole(leaf.shape)),))
-            layout = Layout(tree.rows[parameter].spec.axes, leaf.shape, options.dtype or leaf.dtype, (block,))
-            builder.add(to, layout, like=name, keys=keys)
-        else:
-            builder.copy(name, to, axes=slot_axes(name, leaf.shape, tree, tree.shapes), keys=keys)
-    if stored_step in places or to_t5x or options.step is not None:
-        plan_step(builder, opened, options, out_format, places.get(stored_step or ""))
-    elif stored_step is not None:
+    _plan_tensors(builder, opened, places, options)
+    stored = step_of(opened)
+    if stored in places or to_t5x or options.step is not None:
+        plan_step(builder, opened, options, out_format, places.get(stored or ""))
+    elif stored is not None:
         # T5X had to be given it.
-        builder.used.add(stored_step)
+        builder.used.add(stored)
     empty = builder.empty()
     if to_t5x:
         origin = origin or _origin(seen, places, empty, options)
     elif origin is not None:
         item, empty = origin.item, _empty(origin, options)
-    record = replace(_record(opened, options), origin=origin if to_t5x else None)
     record = replace(
-        record,
-        version=fusectl.__version__,
-        command="convert",
-        parameters=_prefix(places, tree),
-        step=record.step if options.step is None else options.step,
+        _record(opened, options, layers),
+        parameters=_prefix(places, opened.tree),
         copy=Copy(source_record(opened), options.dtype, layers or "", options.drop, options.step),
-        tensors={},
-        files={},
+        origin=origin if to_t5x else None,
     )
-    fill = record.fill
-    if layers is not None and fill.seed is not None and fill.kind != "zeros":
-        builder.notes.append("noise is laid out by a tensor's shape, which is another now: its seed is forgotten")
-        record = replace(record, fill=replace(fill, seed=None))
-    if options.dtype is not None and fill.kind == "antisymmetric":
-        builder.notes.append("antisymmetric noise that is cast cancels only up to rounding")
-    if to_t5x and tree is UNKNOWN:
-        builder.notes.append("no tree that fusectl knows: T5X reads what is below target/ and state/")
-    builder.notes += _other_items(source)
+    notes = [*source.location.notes, *builder.notes, *_notes(source, opened, options, layers, to_t5x=to_t5x), *on_mesh]
     dropped = tuple(name for name in source.leaves if is_dropped(name, options.drop))
-    plan = builder.plan(record, item, [*source.location.notes, *builder.notes, *on_mesh], empty)
-    return replace(plan, dropped=dropped), [seen]
+    return replace(builder.plan(record, item, notes, empty), dropped=dropped), [seen]
+
+
+def _plan_tensors(builder: Builder, opened: Opened, places: Mapping[str, Keys], options: Options) -> None:
+    """Plans a copy of every tensor but the step; parameters are cast where that is asked for."""
+    tree = opened.tree
+    for name, keys in places.items():
+        leaf, to = opened.checkpoint.leaves[name], "/".join(key.name for key in keys)
+        parameter = name.removeprefix(tree.prefix)
+        if parameter in tree.shapes:
+            block = Block(whole(leaf.shape), (Term(0, name, whole(leaf.shape)),))
+            layout = Layout(tree.rows[parameter].spec.axes, leaf.shape, options.dtype or leaf.dtype, (block,))
+            builder.add(to, layout, like=name, keys=keys)
+        elif name != step_of(opened):
+            builder.copy(name, to, axes=slot_axes(name, leaf.shape, tree, tree.shapes), keys=keys)
+
+
+def _notes(source: Checkpoint, opened: Opened, options: Options, layers: str | None, *, to_t5x: bool) -> Iterator[str]:
+    """What is lost on the way, or may be thought to come along."""
+    fill = source.record.fill if source.record is not None else Fill()
+    if layers is not None and fill.seed is not None and fill.kind != "zeros":
+        yield "noise is laid out by a tensor's shape, which is another now: its seed is forgotten"
+    if options.dtype is not None and fill.kind == "antisymmetric":
+        yield "antisymmetric noise that is cast cancels only up to rounding"
+    if to_t5x and opened.tree is UNKNOWN:
+        yield "no tree that fusectl knows: T5X reads what is below target/ and state/"
+    yield from _other_items(source)
 
 
 def _other_items(source: Checkpoint) -> list[str]:
@@ -195,22 +198,31 @@ def _prefix(places: Mapping[str, Keys], tree: Recognized) -> str:
     return "" if name is None else "/".join(key.name for key in places[tree.full(name)]).removesuffix(name)
 
 
-def _record(opened: Opened, options: Options) -> Record:
+def _record(opened: Opened, options: Options, layers: str | None) -> Record:
     """What the record says of the model: what the source's own does, or that it is no fusion."""
     own, tree = opened.checkpoint.record, opened.tree
-    if own is not None:
-        had_state = own.optimizer not in {"none", "drop"}
-        optimizer = "drop" if had_state and options.optimizer == "drop" else own.optimizer
-        return replace(own, family=tree.family.name or own.family, optimizer=optimizer)
-    return Record(
+    if own is None:
+        own = Record(
+            version="",
+            command="",
+            family="",
+            parameters="",
+            sources=(),
+            weights=(1.0,),
+            widths=widths_of([tree]),
+            norm_groups=opened.norm_groups,
+            fill=Fill(),
+            optimizer="kept",
+        )
+    moves_noise = own.fill.kind != "zeros" and layers is not None
+    return replace(
+        own,
         version=fusectl.__version__,
         command="convert",
-        family=tree.family.name,
-        parameters="",
-        sources=(),
-        weights=(1.0,),
-        widths=widths_of([tree]),
-        norm_groups=opened.norm_groups,
-        fill=Fill(),
-        optimizer="drop" if options.optimizer == "drop" else "kept",
+        family=tree.family.name or own.family,
+        fill=replace(own.fill, seed=None) if moves_noise else own.fill,
+        optimizer="drop" if options.optimizer == "drop" and own.optimizer != "none" else own.optimizer,
+        step=own.step if options.step is None else options.step,
+        tensors={},
+        files={},
     )

@@ -485,9 +485,15 @@ def test_restacked_on_the_way_back_it_is_the_tree_that_it_was(tmp_path):
     values = {n: v for n, v in values.items() if not n.startswith("state/")}
     save(tmp_path / "a", {**values, "step": np.array(3, np.int32)}, "orbax", item="items")
 
-    there = convert(tmp_path / "a", tmp_path / "there", format="t5x")
-    back = convert(there, tmp_path / "back", "unscanned", format="orbax")
+    ways = [("t5x", None), ("orbax", "unscanned")], [("t5x", "unscanned"), ("orbax", None)]
+    (there, back), (other, same) = (
+        [convert(tmp_path / "a", tmp_path / f"{i}", way[0][1], format="t5x"), tmp_path / f"{i}b"]
+        for i, way in enumerate(ways)
+    )
+    convert(there, back, "unscanned", format="orbax")
+    convert(other, same, format="orbax")
 
+    assert contents(back) == contents(same)
     opened = open_checkpoint(str(back))
     assert all(name.startswith("params/") for name in opened.leaves if name != "step")
     assert recognize(opened.shapes, "back").family.name == "scalable-t5-1.1"
