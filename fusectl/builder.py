@@ -235,6 +235,8 @@ def plan_step(
     if step is None and stored is not None:
         builder.copy(stored, to=name, keys=keys)
         return
+    if step is None and out_format.name != "t5x":
+        return
     now = first.checkpoint.step
     if step is None:
         # That of the directory's name, if it has one.
