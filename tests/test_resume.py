@@ -390,7 +390,7 @@ def test_a_hundred_times_four_at_once_into_one_root_of_steps(sources, tmp_path):
 
 
 @pytest.mark.parametrize(("number", "code"), [(errno.EIO, 8), (errno.EACCES, 8), (errno.ENOSPC, 9), (errno.EDQUOT, 9)])
-@pytest.mark.parametrize("form", ["t5x", "orbax-zarr3"])
+@pytest.mark.parametrize("form", ["t5x", pytest.param("orbax-zarr3", marks=pytest.mark.slow)])
 def test_errors_of_the_operating_system_at_random_points(sources, tmp_path, fusectl, monkeypatch, form, number, code):
     rng = random.Random(f"{form} {number}")
     write(sources[form], tmp_path / "whole")

@@ -156,7 +156,12 @@ def test_norm_groups_normalise_each_stretch_by_itself(variant):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"dtype": jnp.bfloat16, "float32_attention_logits": True}, {"remat_policy": "minimal"}]
+    "changes",
+    [
+        pytest.param({}, marks=pytest.mark.slow),
+        {"dtype": jnp.bfloat16, "float32_attention_logits": True},
+        pytest.param({"remat_policy": "minimal"}, marks=pytest.mark.slow),
+    ],
 )
 def test_it_trains_with_dropout_in_every_dtype_and_rematerialised(changes):
     variant = "scalable_1_1" if "remat_policy" in changes else "t5_1_1"

@@ -78,8 +78,15 @@ def test_a_missing_chunk_is_never_read_as_zeros(tmp_path, name):
         opened.read("target/x")
 
 
-@pytest.mark.parametrize("made", ["saved", "copied", "linked", "sparse"])
-@pytest.mark.parametrize("name", ORBAX)
+@pytest.mark.parametrize(
+    ("name", "made"),
+    [
+        # In the suite itself each way and each layout at least once.
+        pytest.param(name, made, marks=() if name == "orbax" or made == "copied" else pytest.mark.slow)
+        for name in ORBAX
+        for made in ("saved", "copied", "linked", "sparse")
+    ],
+)
 def test_orbax_restores_it_without_a_target_and_onto_eight_devices(tmp_path, name, made):
     import jax
     import orbax.checkpoint as ocp

@@ -282,7 +282,7 @@ def moved(tree, parameters, *args):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("copies", [2, 3])
+@pytest.mark.parametrize("copies", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_with_the_factors_of_the_table_the_logits_move_as_the_sources_would_have(tmp_path, family, copies):
     path = source(tmp_path / "a", family, OPTIMIZERS["adam"])
     plan, opened = plan_fusion([path] * copies, Options())

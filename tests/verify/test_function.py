@@ -107,7 +107,7 @@ def test_fused_models_compute_what_t5x_computes_with_them(written, tmp_path, var
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("copies", [2, 3, 4])
+@pytest.mark.parametrize("copies", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_self_fusion_keeps_the_logits(written, tmp_path, variant, copies):
     source = seed(written, variant, 0)
     expected = np.load(written / variant / "seed0/logits.npz")
