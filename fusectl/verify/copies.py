@@ -68,7 +68,7 @@ def check_copy(fused: Checkpoint, *, budget_bytes: int, jobs: int, progress: Pro
     if problems and fingerprint(source) != copy.source.fingerprint:
         problems.insert(0, f"{source.path} has changed since it was converted")
     slots = sum(to.startswith(("state/param_states/", "opt_state/")) for to in pairs)
-    return WeightsResult(not problems, len(pairs), len(pairs), 0, slots, tuple(problems), bytes_read=read)
+    return WeightsResult(not problems, len(pairs), 0, 0, slots, tuple(problems), bytes_read=read)
 
 
 def _opened(copy: Copy, family: str, budget_bytes: int) -> Checkpoint:

@@ -81,6 +81,8 @@ def says(report: Report, level: str) -> str:
     if level == "weights" and weights is not None:
         noise = f", {weights.noise_blocks:,} blocks of noise measured" if weights.noise_blocks else ", zeros elsewhere"
         slots = f", {weights.slots:,} optimizer slots" if weights.slots else ""
+        if not weights.blocks:
+            return f"{weights.tensors:,} tensors compared with those of the source{slots}"
         return f"{weights.blocks:,} blocks of {weights.tensors:,} tensors{noise}{slots}"
     result = report.levels()[level]
     return _function(result) if isinstance(result, FunctionResult) else ""

@@ -34,8 +34,10 @@ class FilesResult:
 
 @dataclass(frozen=True)
 class WeightsResult:
-    """What the weights level found. `noise_blocks` counts the blocks whose noise was measured; the furthest that their
-    mean and deviation are from the declared ones is given in standard errors.
+    """What the weights level found.
+
+    `blocks` is 0 for a copy, whose tensors are compared as they are. `noise_blocks` counts the blocks whose noise was
+    measured; the furthest that their mean and deviation are from the declared ones is given in standard errors.
     """
 
     passed: bool
