@@ -6,6 +6,7 @@ A plan is integers and names. `--dry-run` prints it, execute.py carries it out; 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -145,8 +146,8 @@ class Plan:
                 for shard in [self.mesh.shard_shape(o.layout.axes, o.layout.shape)]
                 if not fits(o.chunks, shard, o.layout.shape)
             ]
-        names = [output.name for output in self.outputs]
-        problems += [f"{name}: planned twice" for name in sorted({n for n in names if names.count(n) > 1})]
+        times = Counter(output.name for output in self.outputs)
+        problems += [f"{name}: planned twice" for name, n in sorted(times.items()) if n > 1]
         if problems:
             raise Incompatible("a plan that contradicts itself; please report it with this text", details=problems)
         largest = max(self.outputs, key=lambda output: output.cost_bytes, default=None)
