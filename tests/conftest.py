@@ -36,6 +36,15 @@ def written(tmp_path_factory) -> Path:
     return root / "t5x-written"
 
 
+@pytest.fixture(scope="session")
+def decoders(tmp_path_factory) -> Path:
+    """What MaxText wrote, maxtext-written/llama2_scanned/seedN/2, and what the gemma package did, with its logits."""
+    root = tmp_path_factory.mktemp("decoders")
+    with tarfile.open(DATA / "decoders-written.tar.xz") as archive:
+        archive.extractall(root, filter="data")
+    return root
+
+
 @pytest.fixture
 def sources(written) -> list[str]:
     """Two T5 1.1 models, one in each of T5X's formats."""
