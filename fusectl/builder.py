@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -31,6 +32,8 @@ from fusectl.transforms.optimizer import (
 OPTIMIZERS = ("carry", "reset", "drop", "asymmetric")
 # What formats name their own files.
 RESERVED = frozenset({T5X_INDEX, ORBAX_INDEX, MANIFEST, COMMITTED, STEP_METADATA, FILE_NAME, "d", "_sharding"})
+# Of a file, in bytes, on every usual file system.
+LONGEST_NAME = 255
 LARGEST_COMMIT_BYTES = 16 << 20
 # Trainers keep it in an int32.
 LARGEST_STEP = 2**31 - 1
@@ -114,6 +117,8 @@ class Builder:
     ) -> None:
         """A tensor of the output; `like` names the tensor of the first source whose keys and chunks it inherits."""
         leaf = self._sources[0].checkpoint.leaves[like] if like else None
+        if 0 in layout.shape:
+            raise Incompatible(f"{name}: no values, shape {list(layout.shape)}", hint="--drop leaves it out")
         terms = [term for block in layout.blocks for term in block.terms if isinstance(term, Term)]
         leaves = {term: self._sources[term.source].checkpoint.leaves[term.tensor] for term in terms}
         # A slot that is reset may have nothing in common with the source's but its name.
@@ -195,24 +200,46 @@ class Builder:
         return plan
 
     def _misplaced(self, plan: Plan) -> Iterator[str]:
-        """Tensors that have no place in the format: names that it needs itself, or lists with a position left out."""
+        """Tensors and nodes that have no place of their own in the format."""
         keys = [*(output.keys for output in plan.outputs), *(node.keys for node in plan.empty)]
-        for output in plan.outputs:
-            if array_directory(output.keys, output.name) in RESERVED:
-                yield f"{output.name}: a name of the format's own"
-        if self._format.name == "t5x":
-            names = {output.name for output in plan.outputs}
-            inner = {name[:i] for name in names for i, c in enumerate(name) if c == "/"}
-            yield from (f"{name}: a tensor and a node of the tree" for name in sorted(names & inner))
-            return
-        positions: dict[tuple[Key, ...], set[int]] = {}
-        for each in keys:
-            for i, key in enumerate(each):
-                if key.kind == SEQUENCE:
-                    positions.setdefault(each[:i], set()).add(int(key.name))
-        for node, found in positions.items():
-            if found != set(range(len(found))):
-                yield f"{'/'.join(key.name for key in node)}: a list or tuple without some of its elements"
+        names = Counter("/".join(key.name for key in each) for each in keys)
+        directories = Counter(array_directory(output.keys, output.name) for output in plan.outputs)
+        yield from (f"{name}: it stands there twice" for name, n in names.items() if n > 1)
+        yield from (f"{name}: the directory of two tensors" for name, n in directories.items() if n > 1)
+        for name in directories:
+            parts = name.split("/")
+            if parts[0] in RESERVED or parts[0].startswith("fusectl"):
+                yield f"{name}: a name of the format's own"
+            if not self._format.ocdbt and ("\\" in name or max(len(part.encode()) for part in parts) > LONGEST_NAME):
+                yield f"{name[:40]}: no name for a directory"
+            outer = ("/".join(parts[:i]) for i in range(1, len(parts)))
+            yield from (f"{name}: inside the array {other}" for other in outer if other in directories)
+        yield from _of_a_dictionary(names) if self._format.name == "t5x" else _gaps(keys)
+
+
+def _of_a_dictionary(names: Iterable[str]) -> Iterator[str]:
+    """What a tree of dictionaries whose keys hold no slash has no place for, and what Flax would take for more."""
+    nodes: dict[str, set[str]] = {}
+    for name in names:
+        parts = name.split("/")
+        for i, part in enumerate(parts):
+            nodes.setdefault("/".join(parts[:i]), set()).add(part)
+    yield from (f"{name}: a leaf and a node of the tree" for name in names if name in nodes)
+    for node, inside in nodes.items():
+        if {"driver", "metadata"} <= inside or "__msgpack_chunked_array__" in inside:
+            yield f"{node}: its keys are those by which Flax and T5X tell an array"
+
+
+def _gaps(keys: Iterable[tuple[Key, ...]]) -> Iterator[str]:
+    """Lists and tuples of which not all elements are there."""
+    positions: dict[tuple[Key, ...], set[int]] = {}
+    for each in keys:
+        for i, key in enumerate(each):
+            if key.kind == SEQUENCE:
+                positions.setdefault(each[:i], set()).add(int(key.name))
+    for node, found in positions.items():
+        if found != set(range(len(found))):
+            yield f"{'/'.join(key.name for key in node)}: a list or tuple without some of its elements"
 
 
 def target_of(first: Opened, options: Options) -> tuple[Format, str | None, str]:

@@ -15,7 +15,7 @@ from fusectl.archs import UNKNOWN, Recognized, recognize
 from fusectl.builder import Builder, Options, notes_on_mesh, plan_step, source_record, step_of, target_of
 from fusectl.errors import Incompatible, UsageError
 from fusectl.formats import open_checkpoint
-from fusectl.formats.tree import T5X_STEP, Checkpoint, EmptyNode, Key, dict_keys, is_dropped, kept_shapes
+from fusectl.formats.tree import DICT, T5X_STEP, Checkpoint, EmptyNode, Key, dict_keys, is_dropped, kept_shapes
 from fusectl.layout import Block, Layout, Term, whole
 from fusectl.plan import Plan
 from fusectl.record import LAYERS, Copy, Fill, Origin, Record
@@ -63,7 +63,8 @@ def plan_conversion(path: str, options: Options, layers: str | None = None) -> t
         builder.used.add(stored)
     empty = builder.empty()
     if to_t5x:
-        origin = origin or _origin(seen, places, empty, options)
+        origin = _origin(seen, places, empty) if origin is None else origin
+        origin = None if origin is None else _changed(origin, options)
     elif origin is not None:
         item, empty = origin.item, _empty(origin, options)
     record = replace(
@@ -96,6 +97,8 @@ def _notes(source: Checkpoint, opened: Opened, options: Options, layers: str | N
     fill = source.record.fill if source.record is not None else Fill()
     if layers is not None and fill.seed is not None and fill.kind != "zeros":
         yield "noise is laid out by a tensor's shape, which is another now: its seed is forgotten"
+    if layers is not None and source.record is not None and source.record.sources:
+        yield "what it was fused from has its layers in the other layout: the record names those no more"
     if options.dtype is not None and fill.kind == "antisymmetric":
         yield "antisymmetric noise that is cast cancels only up to rounding"
     if to_t5x and opened.tree is UNKNOWN:
@@ -169,9 +172,7 @@ def _keys(origin: Origin | None, name: str) -> Keys | None:
     return None if found is None else tuple(Key(*pair) for pair in found)
 
 
-def _origin(
-    seen: Checkpoint, places: Mapping[str, Keys], empty: tuple[EmptyNode, ...], options: Options
-) -> Origin | None:
+def _origin(seen: Checkpoint, places: Mapping[str, Keys], empty: tuple[EmptyNode, ...]) -> Origin | None:
     """What T5X's index cannot tell of a tree; None for one that came in that format."""
 
     def pairs(keys: Keys) -> tuple[tuple[str, int], ...]:
@@ -180,10 +181,24 @@ def _origin(
     if seen.format == "t5x":
         return None
     keys = {"/".join(key.name for key in to): pairs(seen.leaves[name].keys) for name, to in places.items()}
-    if options.step is not None:
-        # Set here, it is the tree's from now on.
-        keys.setdefault(T5X_STEP, pairs((Key("step"),)))
     return Origin(seen.location.item, keys, tuple((pairs(node.keys), node.value_type) for node in empty))
+
+
+def _changed(origin: Origin, options: Options) -> Origin:
+    """The tree to be restored without what is left out here, and with a step if one is set here."""
+    keys = {
+        name: found
+        for name, found in origin.keys.items()
+        if not any(is_dropped(each, options.drop) for each in (name, _joined(found)))
+    }
+    if options.step is not None:
+        keys.setdefault(T5X_STEP, (("step", DICT),))
+    empty = tuple((found, kind) for found, kind in origin.empty if not is_dropped(_joined(found), options.drop))
+    return Origin(origin.item, keys, empty)
+
+
+def _joined(pairs: tuple[tuple[str, int], ...]) -> str:
+    return "/".join(name for name, _ in pairs)
 
 
 def _empty(origin: Origin, options: Options) -> tuple[EmptyNode, ...]:
@@ -221,6 +236,8 @@ def _record(opened: Opened, options: Options, layers: str | None) -> Record:
         command="convert",
         family=tree.family.name or own.family,
         fill=replace(own.fill, seed=None) if moves_noise else own.fill,
+        # Those stand in the other layout.
+        sources=() if layers is not None else own.sources,
         optimizer="drop" if options.optimizer == "drop" and own.optimizer != "none" else own.optimizer,
         step=own.step if options.step is None else options.step,
         tensors={},

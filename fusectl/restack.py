@@ -114,12 +114,20 @@ def restacked(
     if tree.scanned == (layers == "scanned"):
         raise Incompatible(f"{checkpoint.path}: its layers are {layers} already")
     state = find_state(shapes, tree, checkpoint.path)
+    if any(name.startswith("opt_state/") for name in shapes):
+        raise Incompatible(
+            f"{checkpoint.path}: fusectl does not know which layers the optimizer's state in opt_state belongs to",
+            hint="--drop-optimizer leaves it out",
+        )
     pairs = list(_pairs(tree, checkpoint.path))
     gone = {name for pair in pairs for name in pair.names_of_sources(state)}
     leaves = {name: checkpoint.leaves[name] for name in shapes if name not in gone}
     parts: dict[str, _Stack | _Layer] = {}
     for pair in pairs:
         for here, there, axis in pair.moves(state, checkpoint.path):
+            dtypes = sorted({checkpoint.leaves[name].dtype for name in there})
+            if len(dtypes) > 1:
+                raise Incompatible(f"{checkpoint.path}: {here[0]}: layers of {' and '.join(dtypes)}", hint="--dtype")
             for i, name in enumerate(here):
                 if there:
                     parts[name] = _Layer((there[0],), axis, i) if tree.scanned else _Stack(there, axis)

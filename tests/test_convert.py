@@ -11,7 +11,7 @@ from pathlib import Path
 import msgpack
 import numpy as np
 import pytest
-from models import SIZES, checkpoint, contents, ends_at, state
+from models import SIZES, checkpoint, contents, ends_at, state, write_record
 
 import fusectl.plan
 from fusectl.archs import recognize
@@ -22,7 +22,7 @@ from fusectl.formats import FORMATS, open_checkpoint
 from fusectl.formats.sink import save
 from fusectl.formats.tree import Checkpoint, Key
 from fusectl.layout import whole
-from fusectl.record import Fill
+from fusectl.record import Fill, crc32_of
 from fusectl.restart import restart
 from fusectl.surgery import carry_out, plan_fusion, plan_noise_fill
 from fusectl.verify import Settings, verify
@@ -218,6 +218,50 @@ def test_a_conversion_is_held_against_its_source(tmp_path, format, name):
     assert any(f"{name}: 1 values are not those of" in problem for problem in problems), problems
 
 
+TAMPERED = {
+    "nodes of the index": (
+        "t5x",
+        lambda at, record: changed_index(at, lambda state: state["opt_state"].pop("1")),
+    ),
+    "a node more": ("t5x", lambda at, record: changed_index(at, lambda state: state.update(more={}))),
+    "no origin": ("t5x", lambda at, record: record.update(origin=None)),
+    "another item": ("t5x", lambda at, record: record["origin"].update(item="other")),
+    "lists as dicts": (
+        "orbax",
+        lambda at, record: changed_metadata(at, lambda text: text.replace('"key_type": 1', '"key_type": 2')),
+    ),
+    "other weights": ("orbax", lambda at, record: record.update(norm="property")),
+    "another fill": ("orbax", lambda at, record: record["fill"].update(kind="gaussian", noise_scale=0.1)),
+}
+
+
+def changed_index(at, change):
+    index = msgpack.unpackb((at / "checkpoint").read_bytes(), strict_map_key=False)
+    change(index["optimizer"])
+    (at / "checkpoint").write_bytes(msgpack.packb(index))
+
+
+def changed_metadata(at, change):
+    (at / "items/_METADATA").write_text(change((at / "items/_METADATA").read_text()))
+
+
+@pytest.mark.parametrize("what", TAMPERED)
+def test_a_copy_that_was_tampered_with_fails(tmp_path, what):
+    """With checksums that fit: only the source tells."""
+    format, change = TAMPERED[what]
+    out = convert(written_by_orbax(tmp_path / "source/20", odd_tree(), "orbax"), tmp_path / "out", format=format)
+    assert proved(str(out)).passed
+
+    record = json.loads((out / "fusectl.json").read_bytes())
+    change(out, record)
+    index = "checkpoint" if format == "t5x" else "items/_METADATA"
+    record["files"][index] = crc32_of((out / index).read_bytes())
+    write_record(out, record)
+
+    assert not proved(str(out)).passed
+    assert not verify(str(out), settings=Settings(levels=("algebra",))).passed
+
+
 @pytest.mark.parametrize("change", ["lost", "more", "keys", "empty"])
 def test_what_is_no_tensor_of_the_family_is_compared_too(tmp_path, change):
     """By the record's own checksums nothing is wrong: the other tree is its source's."""
@@ -253,8 +297,10 @@ def test_a_fusion_stays_a_fusion(tmp_path):
     for out, layers in ((other, ""), (apart, "unscanned"), (back, "scanned")):
         record = open_checkpoint(str(out)).record
         assert (record.command, record.copy.layers) == ("convert", layers)
-        for what in ("sources", "weights", "widths", "norm", "norm_groups", "residual_scales", "optimizer"):
+        for what in ("weights", "widths", "norm", "norm_groups", "residual_scales", "optimizer"):
             assert getattr(record, what) == getattr(fused, what), what
+        # Those have their layers in the other layout.
+        assert record.sources == (() if layers else fused.sources)
         # The field of noise is laid out by a tensor's shape.
         assert record.fill == replace(fused.fill, seed=None if layers else 3)
         assert "norm_groups = (128, 128)" in restart(str(out)).gin()
@@ -400,6 +446,62 @@ def test_a_stack_of_layers_is_decoded_once_and_within_the_budget(tmp_path, monke
         plan_conversion(source, Options(max_memory_bytes=chunk), "unscanned")
 
 
+def test_what_was_set_and_left_out_on_the_second_leg_is_so_on_the_way_back(tmp_path):
+    source = written_by_orbax(tmp_path / "source/20", {k: v for k, v in odd_tree().items() if k != "step"}, "orbax")
+    there = convert(source, tmp_path / "there", format="t5x")
+    assert open_checkpoint(str(there)).step == 20
+    second = convert(there, tmp_path / "second", step=99, optimizer="drop")
+    back = convert(second, tmp_path / "back", format="orbax")
+
+    opened = open_checkpoint(str(back))
+    assert opened.step == 99
+    assert {name.split("/")[0] for name in opened.leaves} == {"params", "step"}
+    assert not opened.empty
+    for path in (there, second, back):
+        assert proved(str(path)).passed
+
+
+def test_layers_that_do_not_fit_together_are_not_stacked(tmp_path):
+    values = state("scalable-t5-1.1", 0, FACTORED)
+    name = "target/encoder/layers_1/mlp/wo/kernel"
+    save(tmp_path / "a", {**values, name: values[name].astype(np.float16)}, "t5x")
+    with pytest.raises(Incompatible, match="layers of float16 and float32"):
+        plan_conversion(str(tmp_path / "a"), Options(), "scanned")
+    slots = {n.replace("target/", "opt_state/0/mu/"): v for n, v in values.items() if n.startswith("target/")}
+    trained = {n.replace("target/", "params/"): v for n, v in values.items() if n.startswith("target/")}
+    save(tmp_path / "b", {**trained, **slots}, "orbax")
+    with pytest.raises(Incompatible, match="opt_state"):
+        plan_conversion(str(tmp_path / "b"), Options(), "scanned")
+    out = convert(tmp_path / "b", tmp_path / "out", "scanned", optimizer="drop")
+    assert proved(str(out)).passed
+
+
+def test_a_copy_is_proved_where_its_source_has_moved_to(tmp_path, fusectl):
+    source = checkpoint(tmp_path / "a")
+    out = convert(source, tmp_path / "out", format="orbax")
+    Path(source).rename(tmp_path / "moved")
+
+    done = fusectl("verify", out)
+    assert (done.code, "--sources NAME" in done.err) == (4, True)
+    assert fusectl("verify", out, "--sources", tmp_path / "moved").code == 0
+    save(tmp_path / "moved", state("t5-1.1", 1), "t5x", force=True)
+    assert fusectl("verify", out, "--sources", tmp_path / "moved").code == 3
+
+
+def test_noise_in_a_restacked_fusion_says_that_its_sources_are_to_be_named(tmp_path, fusectl):
+    source = checkpoint(tmp_path / "a", SCANNED[0], sizes=FACTORED)
+    carry_out(*plan_fusion([source, source], Options()), tmp_path / "fused")
+    convert(tmp_path / "fused", tmp_path / "apart", "unscanned")
+    convert(source, tmp_path / "a-apart", "unscanned")
+
+    assert fusectl("noise-fill", tmp_path / "apart", "-o", tmp_path / "filled").code == 0
+
+    done = fusectl("verify", tmp_path / "filled", "--levels", "files,weights")
+    assert (done.code, "--sources" in done.err) == (2, True)
+    words = ("verify", tmp_path / "filled", "--levels", "files,weights", "--sources")
+    assert fusectl(*words, tmp_path / "a-apart", tmp_path / "a-apart").code == 0
+
+
 def test_the_step_that_was_set_on_the_way_comes_back(tmp_path):
     for tree in (odd_tree(), {k: v for k, v in odd_tree().items() if k != "step"}):
         source = written_by_orbax(tmp_path / f"{len(tree)}/20", tree, "orbax")
@@ -432,7 +534,15 @@ def test_keys_that_lead_out_of_the_checkpoint_are_refused(tmp_path, fusectl, key
     [
         ({"x": 1.0, "manifest.ocdbt": 2.0}, "orbax-zarr2", (), "a name of the format's own"),
         ({"checkpoint": 2.0}, "t5x", (), "a name of the format's own"),
+        ({"_METADATA/x": 1.0}, "orbax-zarr3", (), "a name of the format's own"),
+        ({"fusectl-verify.json": 1.0}, "t5x", (), "a name of the format's own"),
         ({"x": [1.0, 2.0, 3.0]}, "orbax", ("x/1",), "without some of its elements"),
+        ({"x": {"y": 1.0}, "x.y": 2.0}, "t5x", (), "the directory of two tensors"),
+        ({"x/y": 1.0, "x": {"z": 2.0, "z/0": 2.0}}, "orbax-zarr2", (), "inside the array"),
+        ({"x": None, "x/y": 1.0}, "t5x", (), "a leaf and a node"),
+        ({"x": {}, "x/y": 1.0}, "t5x", (), "a leaf and a node"),
+        ({"x": {"driver": 1.0, "metadata": 2.0}}, "t5x", (), "tell an array"),
+        ({"x" * 300: 1.0}, "t5x", (), "no name for a directory"),
     ],
 )
 def test_trees_that_a_format_cannot_hold_are_refused_before_a_byte_is_written(tmp_path, tree, format, drop, says):

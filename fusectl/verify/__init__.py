@@ -67,23 +67,23 @@ def verify_checkpoint(
         files = check_files(fused, budget_bytes=how.read_bytes, jobs=how.threads, progress=watched)
         report = replace(report, files=replace(files, seconds=time.monotonic() - started))
     record = fused.record
-    if record is not None and record.copy is not None and not (declared and declared.sources):
-        return replace(_against_original(fused, how, watched, report), peak_rss_bytes=peak_rss_bytes())
+    named = declared.sources if declared else ()
+    if record is not None and record.copy is not None and len(named) < 2:
+        report = _against_original(fused, next(iter(named), record.copy.source.path), how, watched, report)
+        return replace(report, peak_rss_bytes=peak_rss_bytes())
     if how.levels != ("files",):
         report = _against_sources(make_claim(fused, declared or Declared()), how, watched, report)
     return replace(report, peak_rss_bytes=peak_rss_bytes())
 
 
-def _against_original(fused: Checkpoint, settings: Settings, progress: Progress, report: Report) -> Report:
-    """The report on a converted checkpoint: as every tensor is its source's, so is what it computes."""
-    assert fused.record is not None
-    assert fused.record.copy is not None
-    if "weights" not in settings.levels or (report.files is not None and not report.files.passed):
+def _against_original(fused: Checkpoint, path: str, settings: Settings, progress: Progress, report: Report) -> Report:
+    """The report on a copy of the checkpoint at a path: as every tensor is its source's, so is what it computes."""
+    if settings.levels == ("files",) or (report.files is not None and not report.files.passed):
         return report
     started = time.monotonic()
-    weights = check_copy(fused, budget_bytes=settings.read_bytes, jobs=settings.threads, progress=progress)
-    notes = [f"a copy of {fused.record.copy.source.path}: compared tensor by tensor, no model was run"]
-    if fused.record.fused:
+    weights = check_copy(fused, path, budget_bytes=settings.read_bytes, jobs=settings.threads, progress=progress)
+    notes = [f"a copy of {path}: compared tensor by tensor, no model was run"]
+    if report.record.fused:
         notes.append("--sources A B holds it against what was fused instead")
     weights = replace(weights, seconds=time.monotonic() - started)
     return replace(report, weights=weights, notes=(*report.notes, *notes))

@@ -6,7 +6,8 @@ It knows how trees are renamed on the way to T5X and back, and nothing of plans.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy as np
 from fusectl.archs import UNKNOWN, recognize
 from fusectl.errors import Incompatible, NotFound
 from fusectl.formats import fingerprint, open_checkpoint
-from fusectl.formats.tree import STEPS, T5X_STEP, Checkpoint, Leaf, is_dropped
+from fusectl.formats.tree import NONE, STEPS, T5X_STEP, Checkpoint, Key, dict_keys, is_dropped
 from fusectl.layout import Region, common_tile, size, tiles
 from fusectl.parallel import Progress, in_parallel
 from fusectl.record import Copy, Origin
@@ -24,26 +25,27 @@ from fusectl.verify.report import WeightsResult
 
 # Both sides, the cast one and a mask.
 BYTES_PER_VALUE = 24
+# What a copy's record says as its source's does.
+_OF_THE_MODEL = ("weights", "widths", "norm", "norm_groups", "residual_scales")
+
+Pairs = tuple[tuple[str, int], ...]
 
 
-def check_copy(fused: Checkpoint, *, budget_bytes: int, jobs: int, progress: Progress) -> WeightsResult:
-    """Compares every tensor with that of the checkpoint that this one's record calls its source, bit for bit.
+def check_copy(fused: Checkpoint, path: str, *, budget_bytes: int, jobs: int, progress: Progress) -> WeightsResult:
+    """Compares all of a copy with the checkpoint at `path`, tensors bit for bit, after a cast where there was one.
 
-    Parameters that were cast are compared after the same cast. Raises NotFound where the source has gone.
+    Raises NotFound where that has gone.
     """
-    assert fused.record is not None
-    copy = fused.record.copy
-    assert copy is not None
-    source = _opened(copy, fused.record.family, budget_bytes)
-    problems = list(_tree_problems(fused, source, copy))
-    pairs = {to: name for name, to in _places(fused, source, copy).items() if to in fused.leaves}
+    pair = _Pair(fused, _opened(fused, path, budget_bytes))
+    problems = list(pair.problems())
     wrong: dict[str, int] = {}
     lock = threading.Lock()
-    read = sum(fused.leaves[to].nbytes + source.leaves[name].nbytes for to, name in pairs.items())
+    compared = {name: to for name, to in pair.names.items() if pair.comparable(name)}
+    read = sum(fused.leaves[to].nbytes + pair.source.leaves[name].nbytes for name, to in compared.items())
     progress.start("comparing", read)
 
-    def compare(to: str, name: str, region: Region) -> None:
-        found, expected = fused.read(to, region), source.read(name, region)
+    def compare(name: str, to: str, region: Region) -> None:
+        found, expected = fused.read(to, region), pair.source.read(name, region)
         with np.errstate(over="ignore"):
             cast = np.ascontiguousarray(expected.astype(found.dtype, copy=False))
         # As bytes: a NaN is the same NaN, and -0 is not 0.
@@ -55,104 +57,168 @@ def check_copy(fused: Checkpoint, *, budget_bytes: int, jobs: int, progress: Pro
         progress.advance(to, found.nbytes + expected.nbytes)
 
     def tasks() -> Iterator[tuple[int, partial[None]]]:
-        for to, name in pairs.items():
-            one, other = fused.leaves[to], source.leaves[name]
-            if one.shape != other.shape or (name in STEPS and copy.step is not None):
-                continue
+        for name, to in compared.items():
+            one, other = fused.leaves[to], pair.source.leaves[name]
             tile = common_tile(one.shape, [one.chunks, other.chunks], budget_bytes // BYTES_PER_VALUE)
             for region in tiles(one.shape, tile):
-                yield size(region) * BYTES_PER_VALUE + other.reading_bytes, partial(compare, to, name, region)
+                yield size(region) * BYTES_PER_VALUE + other.reading_bytes, partial(compare, name, to, region)
 
     in_parallel(tasks(), budget_bytes=budget_bytes, jobs=jobs)
-    problems += [f"{to}: {n:,} values are not those of {source.path}" for to, n in sorted(wrong.items())]
-    if problems and fingerprint(source) != copy.source.fingerprint:
-        problems.insert(0, f"{source.path} has changed since it was converted")
-    slots = sum(to.startswith(("state/param_states/", "opt_state/")) for to in pairs)
-    return WeightsResult(not problems, len(pairs), 0, 0, slots, tuple(problems), bytes_read=read)
+    problems += [f"{to}: {n:,} values are not those of {path}" for to, n in sorted(wrong.items())]
+    if problems and fingerprint(pair.source) != pair.copy.source.fingerprint:
+        problems.insert(0, f"{path} has changed since it was converted")
+    slots = sum(to.startswith(("state/param_states/", "opt_state/")) for to in compared.values())
+    return WeightsResult(not problems, len(compared), 0, 0, slots, tuple(problems), bytes_read=read)
 
 
-def _opened(copy: Copy, family: str, budget_bytes: int) -> Checkpoint:
+def _opened(fused: Checkpoint, path: str, budget_bytes: int) -> Checkpoint:
+    """The checkpoint that it was copied from, its layers as they are in the copy."""
+    assert fused.record is not None
+    assert fused.record.copy is not None
+    copy = fused.record.copy
     try:
-        source = open_checkpoint(copy.source.path)
+        source = open_checkpoint(path)
     except NotFound as error:
-        raise NotFound(f"{copy.source.path}, which it was converted from, is not there any more") from error
+        hint = "--sources NAME says where it is now"
+        raise NotFound(f"{path}, which it was converted from, is not there any more", hint=hint) from error
     if not copy.layers:
         return source
-    arch = None
-    try:
-        recognize(source.shapes, source.path)
-    except Incompatible:
-        arch = family
-    return restacked(source, copy.layers, arch, copy.drop, cache_bytes=budget_bytes // 4)
+    return restacked(source, copy.layers, None, copy.drop, cache_bytes=budget_bytes // 4)
 
 
-def _places(fused: Checkpoint, source: Checkpoint, copy: Copy) -> dict[str, str]:
-    """For every tensor of the source that was not left out the name that it should have."""
-    kept = [name for name in source.leaves if not is_dropped(name, copy.drop)]
-    theirs = source.record.origin if source.record is not None else None
-    ours = fused.record.origin if fused.record is not None else None
-    if fused.format != "t5x":
-        return _back(kept, theirs)
-    if source.format == "t5x" or ours is None:
-        step = next((name for name in STEPS if name in kept), None)
-        return {name: T5X_STEP if name == step else name for name in kept}
-    by_keys = {keys: name for name, keys in ours.keys.items()}
-    return {
-        name: by_keys.get(tuple((key.name, key.kind) for key in source.leaves[name].keys), "nowhere") for name in kept
-    }
+@dataclass
+class _Pair:
+    """A copy and its source."""
+
+    fused: Checkpoint
+    source: Checkpoint
+
+    def __post_init__(self) -> None:
+        assert self.fused.record is not None
+        assert self.fused.record.copy is not None
+        self.record, self.copy = self.fused.record, self.fused.record.copy
+        self.kept = [name for name in self.source.leaves if not is_dropped(name, self.copy.drop)]
+        self.step = next((name for name in STEPS if name in self.kept), None)
+        self.theirs = self.source.record.origin if self.source.record is not None else None
+        self.to_t5x, self.from_t5x = (each.format == "t5x" for each in (self.fused, self.source))
+        # For every tensor that was not left out its keys in the copy.
+        self.keys = self._keys()
+        self.names = {name: "/".join(key for key, _ in keys) for name, keys in self.keys.items()}
+
+    def comparable(self, name: str) -> bool:
+        """Whether the values of a tensor of the source should be those in the copy, and can be compared."""
+        found = self.fused.leaves.get(self.names[name])
+        is_set = name == self.step and self.copy.step is not None
+        return found is not None and found.shape == self.source.leaves[name].shape and not is_set
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong with names, keys, shapes, dtypes, the step, empty nodes and the record."""
+        parameters = _parameters(self.source, self.copy, self.record.family)
+        for name, to in self.names.items():
+            found, like = self.fused.leaves.get(to), self.source.leaves[name]
+            if found is None:
+                yield f"{to}: missing"
+                continue
+            if tuple((key.name, key.kind) for key in found.keys) != self.keys[name]:
+                yield f"{to}: keys of other kinds"
+            if name == self.step and self.copy.step is not None:
+                continue
+            if found.shape != like.shape:
+                yield f"{to}: shape {list(found.shape)}, {list(like.shape)} in the source"
+            dtype = (self.copy.dtype if name in parameters else None) or like.dtype
+            if found.dtype != dtype:
+                yield f"{to}: {found.dtype}, expected {dtype}"
+        may_be = set() if self.step else {T5X_STEP, "step"}
+        extra = self.fused.leaves.keys() - set(self.names.values()) - may_be
+        yield from (f"{name}: no part of {self.source.path}" for name in sorted(extra))
+        yield from self._step_problems()
+        differ = self._empty() ^ self._expected_empty()
+        yield from sorted({f"{name}: an empty node that differs" for name, *_ in differ})
+        yield from self._record_problems()
+
+    def _keys(self) -> dict[str, Pairs]:
+        own = {name: _pairs(self.source.leaves[name].keys) for name in self.kept}
+        if not self.to_t5x:
+            return own if self.theirs is None else _back(self.kept, own, self.theirs)
+        ours = self.record.origin
+        if self.from_t5x or ours is None:
+            return {name: _plain(T5X_STEP if name == self.step else name) for name in self.kept}
+        by_keys = {keys: name for name, keys in ours.keys.items()}
+        return {name: _plain(by_keys.get(own[name], f"{name} (nowhere)")) for name in self.kept}
+
+    def _step_problems(self) -> Iterator[str]:
+        now = next((self.fused.read(name) for name in STEPS if name in self.fused.leaves), None)
+        wanted = self.copy.step
+        if wanted is None and self.step is None and self.to_t5x:
+            wanted = self.source.location.step or 0
+        if wanted is not None and (now is None or int(now) != wanted):
+            yield f"the step: {now}, expected {wanted}"
+
+    def _empty(self) -> set[tuple[str, object]]:
+        return {self._node(_pairs(node.keys), node.value_type) for node in self.fused.empty}
+
+    def _expected_empty(self) -> set[tuple[str, object]]:
+        if self.theirs is not None and not self.to_t5x:
+            nodes = list(self.theirs.empty)
+        else:
+            nodes = [(_pairs(node.keys), node.value_type) for node in self.source.empty]
+        return {self._node(keys, kind) for keys, kind in nodes if not is_dropped(_joined(keys), self.copy.drop)}
+
+    def _node(self, keys: Pairs, kind: str) -> tuple[str, object]:
+        """A name, and what the format can tell of an empty node."""
+        return _joined(keys), kind == NONE if self.to_t5x else (keys, kind)
+
+    def _record_problems(self) -> Iterator[str]:
+        theirs = self.source.record
+        if theirs is None:
+            if self.record.fused or self.record.norm != "rule" or self.record.fill.kind != "zeros":
+                yield f"{self.source.path} has no record of a fusion, as the copy has"
+        else:
+            for what in _OF_THE_MODEL:
+                if getattr(self.record, what) != getattr(theirs, what):
+                    yield f"the record's {what}: {getattr(self.record, what)}, not {getattr(theirs, what)}"
+            if replace(self.record.fill, seed=None) != replace(theirs.fill, seed=None):
+                yield f"the record's fill: {self.record.fill}, not {theirs.fill}"
+        if self.to_t5x and not self.from_t5x:
+            ours = self.record.origin
+            own = {_pairs(self.source.leaves[name].keys) for name in self.kept}
+            if ours is None or ours.item != self.source.location.item or not own <= set(ours.keys.values()):
+                yield "the record does not tell the tree that it came from"
 
 
-def _back(kept: list[str], origin: Origin | None) -> dict[str, str]:
-    """The names in the tree that a copy in T5X's format came from."""
-    if origin is None:
-        return {name: name for name in kept}
-    to = {name: "/".join(key for key, _ in keys) for name, keys in origin.keys.items()}
+def _pairs(keys: Sequence[Key]) -> Pairs:
+    return tuple((key.name, key.kind) for key in keys)
+
+
+def _joined(keys: Pairs) -> str:
+    return "/".join(name for name, _ in keys)
+
+
+def _plain(name: str) -> Pairs:
+    return _pairs(dict_keys(name))
+
+
+def _back(kept: Sequence[str], own: Mapping[str, Pairs], origin: Origin) -> dict[str, Pairs]:
+    """The keys in the tree that a copy in T5X's format came from."""
     # Parameters that were stacked or not since lie where the others do.
-    home = next(
-        (n.removesuffix(m.removeprefix("target/")) for m, n in to.items() if m.startswith("target/")), "target/"
-    )
-    return {
-        name: to.get(name, home + name.removeprefix("target/") if name.startswith("target/") else name)
-        for name in kept
-        # One that T5X had to be given.
-        if name != T5X_STEP or name in to
-    }
+    moved = ((keys, name.removeprefix("target/")) for name, keys in origin.keys.items() if name.startswith("target/"))
+    home = next((keys[: len(keys) - len(_plain(name))] for keys, name in moved), None)
+    found = {}
+    for name in kept:
+        if name in origin.keys:
+            found[name] = origin.keys[name]
+        elif name.startswith("target/") and home is not None:
+            found[name] = (*home, *_plain(name.removeprefix("target/")))
+        elif name != T5X_STEP:
+            # T5X had to be given that one.
+            found[name] = own[name]
+    return found
 
 
-def _tree_problems(fused: Checkpoint, source: Checkpoint, copy: Copy) -> Iterator[str]:
-    """Names, shapes, dtypes, the step and empty nodes that are not as they should be."""
-    places = _places(fused, source, copy)
-    parameters = _parameters(source, copy)
-    for name, to in places.items():
-        if to not in fused.leaves:
-            yield f"{to}: missing"
-            continue
-        yield from _leaf_problems(fused.leaves[to], source.leaves[name], copy.dtype if name in parameters else None)
-    extra = fused.leaves.keys() - set(places.values())
-    had_step = any(name in STEPS for name in places)
-    may_be = set() if had_step else {T5X_STEP, "step"}
-    yield from (f"{name}: no part of {source.path}" for name in sorted(extra - may_be))
-    now = next((fused.read(name) for name in STEPS if name in fused.leaves), None)
-    if copy.step is not None and (now is None or int(now) != copy.step):
-        yield f"the step: {now}, set to {copy.step}"
-    if fused.format != "t5x" and source.format != "t5x":
-        expected = {(node.keys, node.value_type) for node in source.empty if not is_dropped(node.name, copy.drop)}
-        differ = expected ^ {(node.keys, node.value_type) for node in fused.empty}
-        yield from sorted({f"{'/'.join(key.name for key in keys)}: an empty node that differs" for keys, _ in differ})
-
-
-def _leaf_problems(found: Leaf, like: Leaf, dtype: str | None) -> Iterator[str]:
-    if found.shape != like.shape:
-        yield f"{found.name}: shape {list(found.shape)}, {list(like.shape)} in the source"
-    if found.dtype != (dtype or like.dtype):
-        yield f"{found.name}: {found.dtype}, expected {dtype or like.dtype}"
-
-
-def _parameters(source: Checkpoint, copy: Copy) -> frozenset[str]:
+def _parameters(source: Checkpoint, copy: Copy, family: str) -> frozenset[str]:
     """The full names of the source's parameters, where they were cast."""
     if copy.dtype is None:
         return frozenset()
-    family = source.record.family if source.record is not None else ""
     shapes = {name: shape for name, shape in source.shapes.items() if not is_dropped(name, copy.drop)}
     try:
         tree = recognize(shapes, source.path)
