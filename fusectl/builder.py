@@ -14,7 +14,7 @@ from fusectl.errors import Incompatible, UsageError, shorten
 from fusectl.formats import Format, fingerprint, format_named
 from fusectl.formats.locate import COMMITTED, ORBAX_INDEX, STEP_METADATA, T5X_INDEX
 from fusectl.formats.store import MANIFEST
-from fusectl.formats.t5x import kept_in_index
+from fusectl.formats.t5x import CHUNKED, kept_in_index
 from fusectl.formats.tree import SEQUENCE, STEPS, T5X_STEP, EmptyNode, Key, array_directory, dict_keys, is_dropped
 from fusectl.formats.zarr import np_dtype
 from fusectl.layout import Block, Layout, Product, Term, whole
@@ -23,10 +23,7 @@ from fusectl.parallel import default_max_memory_bytes
 from fusectl.plan import Output, Plan
 from fusectl.record import FILE_NAME, NORMS, Fill, Record, SourceRecord
 from fusectl.sources import Opened
-from fusectl.transforms.optimizer import (
-    STATE,
-    unnamed,
-)
+from fusectl.transforms.optimizer import STATE, unnamed
 
 
 OPTIMIZERS = ("carry", "reset", "drop", "asymmetric")
@@ -226,7 +223,7 @@ def _of_a_dictionary(names: Iterable[str]) -> Iterator[str]:
             nodes.setdefault("/".join(parts[:i]), set()).add(part)
     yield from (f"{name}: a leaf and a node of the tree" for name in names if name in nodes)
     for node, inside in nodes.items():
-        if {"driver", "metadata"} <= inside or "__msgpack_chunked_array__" in inside:
+        if {"driver", "metadata"} <= inside or CHUNKED in inside:
             yield f"{node}: its keys are those by which Flax and T5X tell an array"
 
 

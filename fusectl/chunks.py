@@ -27,7 +27,7 @@ from fusectl.layout import (
     shifted,
     size,
 )
-from fusectl.mesh import fits
+from fusectl.mesh import divisors, fits
 
 
 CODECS = ("auto", "zstd", "none")
@@ -202,13 +202,13 @@ def choose_chunks(
         chunk = max(1, min(chunks[axis], s))
         common = reduce(math.gcd, edges, s)
         if common % chunk:
-            fitting = max((d for d in _divisors(common) if d <= chunk), default=1)
+            fitting = max((d for d in divisors(common) if d <= chunk), default=1)
             if fitting * 4 >= chunk:
                 chunk = fitting
             elif s != n:
                 # Slivers of chunks cost more than chunks that straddle two blocks, but no chunk straddles two shards.
                 # Of a shard whose length is a prime there is nothing between slivers and all of it.
-                fitting = max(d for d in _divisors(s) if d <= chunk)
+                fitting = max(d for d in divisors(s) if d <= chunk)
                 chunk = fitting if fitting * 4 >= chunk else s
         chunks[axis] = chunk
     while math.prod(chunks) > limit:
@@ -221,7 +221,7 @@ def choose_chunks(
 
 def _smaller(chunk: int, *, ragged: bool) -> int:
     """The next smaller length of a chunk: a divisor, or if there is none worth having and it may be ragged, half."""
-    divisor = max((d for d in _divisors(chunk) if d < chunk), default=1)
+    divisor = max((d for d in divisors(chunk) if d < chunk), default=1)
     return divisor if divisor * 4 >= chunk or not ragged else math.ceil(chunk / 2)
 
 
@@ -275,10 +275,3 @@ def _over_copies(
 def _edges(layout: Layout) -> Iterator[list[int]]:
     for axis in range(len(layout.shape)):
         yield sorted({e for block in layout.blocks for e in (block.at[axis].start, block.at[axis].stop)})
-
-
-def _divisors(n: int) -> Iterator[int]:
-    for d in range(1, math.isqrt(n) + 1):
-        if n % d == 0:
-            yield d
-            yield n // d

@@ -22,13 +22,10 @@ from fusectl.record import LAYERS, Copy, Fill, Origin, Record
 from fusectl.restack import restacked
 from fusectl.sources import Opened, ready, require_chunks
 from fusectl.transforms.grow import widths_of
-from fusectl.transforms.optimizer import STATE, slot_axes
+from fusectl.transforms.optimizer import FLAX_STATE, STATE, slot_axes
 
 
 Keys = tuple[Key, ...]
-
-# Where T5X and Flax's training loops keep what --drop-optimizer leaves out.
-STATES = (STATE, "opt_state/")
 
 
 def plan_conversion(path: str, options: Options, layers: str | None = None) -> tuple[Plan, list[Checkpoint]]:
@@ -40,7 +37,7 @@ def plan_conversion(path: str, options: Options, layers: str | None = None) -> t
     if layers not in {None, *LAYERS}:
         raise UsageError(f"layers {layers!r}: {' or '.join(LAYERS)}")
     if options.optimizer == "drop":
-        options = replace(options, drop=(*options.drop, *(f"{state}*" for state in STATES)))
+        options = replace(options, drop=(*options.drop, *(f"{state}*" for state in (STATE, FLAX_STATE))))
     source = open_checkpoint(path)
     # For the chunks that several layers are cut from.
     cache_bytes = 0 if layers is None else options.max_memory_bytes // 4
@@ -80,7 +77,7 @@ def plan_conversion(path: str, options: Options, layers: str | None = None) -> t
 
 def _plan_tensors(builder: Builder, opened: Opened, places: Mapping[str, Keys], options: Options) -> None:
     """Plans a copy of every tensor but the step; parameters are cast where that is asked for."""
-    tree = opened.tree
+    tree, step = opened.tree, step_of(opened)
     for name, keys in places.items():
         leaf, to = opened.checkpoint.leaves[name], "/".join(key.name for key in keys)
         parameter = name.removeprefix(tree.prefix)
@@ -88,7 +85,7 @@ def _plan_tensors(builder: Builder, opened: Opened, places: Mapping[str, Keys], 
             block = Block(whole(leaf.shape), (Term(0, name, whole(leaf.shape)),))
             layout = Layout(tree.rows[parameter].spec.axes, leaf.shape, options.dtype or leaf.dtype, (block,))
             builder.add(to, layout, like=name, keys=keys)
-        elif name != step_of(opened):
+        elif name != step:
             builder.copy(name, to, axes=slot_axes(name, leaf.shape, tree, tree.shapes), keys=keys)
 
 
@@ -133,7 +130,7 @@ def _places(opened: Opened, origin: Origin | None, prefix: str | None) -> Mappin
 
     `prefix` is that of the parameters in T5X's trees, None for other formats; `origin` is the tree to be restored.
     """
-    tree, leaves = opened.tree, opened.checkpoint.leaves
+    tree, leaves, step = opened.tree, opened.checkpoint.leaves, step_of(opened)
     places: dict[str, Keys] = {}
     home = _home(tree, origin)
     for name, leaf in leaves.items():
@@ -142,7 +139,7 @@ def _places(opened: Opened, origin: Origin | None, prefix: str | None) -> Mappin
         parameter = name.removeprefix(tree.prefix)
         inside = dict_keys(parameter)
         if prefix is not None:
-            to = prefix + parameter if parameter in tree.shapes else T5X_STEP if name == step_of(opened) else name
+            to = prefix + parameter if parameter in tree.shapes else T5X_STEP if name == step else name
             places[name] = dict_keys(to)
         elif origin is None:
             places[name] = leaf.keys
@@ -203,8 +200,8 @@ def _joined(pairs: tuple[tuple[str, int], ...]) -> str:
 
 def _empty(origin: Origin, options: Options) -> tuple[EmptyNode, ...]:
     """The empty nodes of the tree that is restored."""
-    nodes = (EmptyNode(tuple(Key(*pair) for pair in keys), kind) for keys, kind in origin.empty)
-    return tuple(node for node in nodes if not is_dropped(node.name, options.drop))
+    kept = _changed(origin, options).empty
+    return tuple(EmptyNode(tuple(Key(*pair) for pair in keys), kind) for keys, kind in kept)
 
 
 def _prefix(places: Mapping[str, Keys], tree: Recognized) -> str:

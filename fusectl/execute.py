@@ -35,6 +35,7 @@ from fusectl.layout import (
     Product,
     Region,
     Term,
+    chunk_at,
     intersect,
     is_computed,
     place_in_grid,
@@ -174,7 +175,7 @@ def _vouched_for(term: Term, index: tuple[int, ...], work: Work) -> str:
         return source.recorded(term.tensor, index)
     key = (id(source), term.tensor, index)
     if key not in work.checked:
-        at = tuple(range(i * c, min((i + 1) * c, n)) for i, c, n in zip(index, chunks, leaf.shape, strict=True))
+        at = chunk_at(index, chunks, leaf.shape)
         found, recorded = checksum(read_finite(work, term, at)), source.recorded(term.tensor, index)
         if recorded not in {UNREAD, LEFT_OUT, found}:
             # A whole shard; chunks are compared where they are read.

@@ -105,6 +105,15 @@ def places_in_grid(region: Region, chunks: tuple[int, ...]) -> Iterator[tuple[in
     return itertools.product(*(range(r.start // c, -(-r.stop // c)) for r, c in zip(region, chunks, strict=True)))
 
 
+def chunk_at(index: tuple[int, ...], chunks: tuple[int, ...], shape: tuple[int, ...]) -> Region:
+    """The region of the chunk at a place in the grid, cut at the tensor's edge.
+
+    >>> chunk_at((1,), (3,), (5,))
+    (range(3, 5),)
+    """
+    return tuple(range(i * c, min((i + 1) * c, n)) for i, c, n in zip(index, chunks, shape, strict=True))
+
+
 def common_tile(shape: tuple[int, ...], grids: Sequence[tuple[int, ...]], most: int) -> tuple[int, ...]:
     """The tile that holds whole chunks of all grids over `shape`, so that each is decoded about once.
 

@@ -121,7 +121,7 @@ class Mesh:
             return
         common = {name: math.gcd(*(n for _, n, to in laid if to == name)) for name in self.sizes}
         # gcd() is 0: nothing is laid over that one.
-        fitting = {name: max(d for d in _divisors(common[name] or n) if d <= n) for name, n in self.sizes.items()}
+        fitting = {name: max(d for d in divisors(common[name] or n) if d <= n) for name, n in self.sizes.items()}
         raise Incompatible(
             f"mesh {self}: devices would get unequal shares of what is to be written",
             details=problems,
@@ -183,11 +183,12 @@ def _pairs(text: str, option: str, example: str) -> Iterator[tuple[str, str]]:
 
 def _nearest(n: int, name: str, size: int) -> str:
     """The sizes of a mesh axis next to `size` that divide n."""
-    divisors = sorted(_divisors(n))
-    below, above = [d for d in divisors if d < size][-1:], [d for d in divisors if d > size][:1]
+    found = sorted(divisors(n))
+    below, above = [d for d in found if d < size][-1:], [d for d in found if d > size][:1]
     return " or ".join(f"{name}={d}" for d in below + above)
 
 
-def _divisors(n: int) -> set[int]:
+def divisors(n: int) -> set[int]:
+    """All divisors of a number."""
     small = {d for d in range(1, math.isqrt(n) + 1) if n % d == 0}
     return small | {n // d for d in small}

@@ -24,8 +24,8 @@ from fusectl.archs.table import Family, Row
 from fusectl.errors import Incompatible
 from fusectl.formats.tree import Checkpoint, Leaf, dict_keys, kept_shapes
 from fusectl.formats.zarr import np_dtype
-from fusectl.layout import Region, intersect, places_in_grid, slices, whole
-from fusectl.transforms.optimizer import FIRST_MOMENTS, UNUSED, OptimizerState, find_state
+from fusectl.layout import Region, chunk_at, intersect, places_in_grid, slices, whole
+from fusectl.transforms.optimizer import FIRST_MOMENTS, FLAX_STATE, UNUSED, OptimizerState, find_state
 
 
 Array = npt.NDArray[Any]
@@ -114,7 +114,7 @@ def restacked(
     if tree.scanned == (layers == "scanned"):
         raise Incompatible(f"{checkpoint.path}: its layers are {layers} already")
     state = find_state(shapes, tree, checkpoint.path)
-    if any(name.startswith("opt_state/") for name in shapes):
+    if any(name.startswith(FLAX_STATE) for name in shapes):
         raise Incompatible(
             f"{checkpoint.path}: fusectl does not know which layers the optimizer's state in opt_state belongs to",
             hint="--drop-optimizer leaves it out",
@@ -286,9 +286,7 @@ class _Chunks:
         leaf = self._source.leaves[tensor]
         out = np.empty(tuple(map(len, region)), np_dtype(leaf.dtype))
         for index in places_in_grid(region, leaf.chunks):
-            chunk = tuple(
-                range(i * c, min((i + 1) * c, n)) for i, c, n in zip(index, leaf.chunks, leaf.shape, strict=True)
-            )
+            chunk = chunk_at(index, leaf.chunks, leaf.shape)
             met = intersect(chunk, region)
             assert met is not None
             out[slices(met, region)] = self._chunk(tensor, index, chunk)[slices(met, chunk)]

@@ -45,10 +45,10 @@ def plan_state(builder: Builder, opened: Sequence[Opened], fusion: Fusion, optio
             hint="--optimizer drop leaves it out, --optimizer reset makes zeros of that of the first source",
         )
     state = _state_of(first)
+    fused_shapes = {name: fusion.fused_shape(name) for name in first.tree.shapes}
     slots: Iterable[tuple[str, tuple[int, ...], tuple[Block, ...]]]
     if options.optimizer == "reset":
-        parameters = {name: fusion.fused_shape(name) for name in first.tree.shapes}
-        slots = ((name, shape, ()) for name, shape in fresh_slots(state, first.tree, parameters).items())
+        slots = ((name, shape, ()) for name, shape in fresh_slots(state, first.tree, fused_shapes).items())
         effect = "reset to zeros; the step is kept, so the first updates are of full size: warm up"
     else:
         carry = Carry(
@@ -61,7 +61,6 @@ def plan_state(builder: Builder, opened: Sequence[Opened], fusion: Fusion, optio
         slots = carry.slots()
         effect = _effect(carry, options.norm)
     planned = set()
-    fused_shapes = {name: fusion.fused_shape(name) for name in first.tree.shapes}
     for name, shape, blocks in slots:
         axes = slot_axes(name, shape, first.tree, fused_shapes)
         dtype = first.checkpoint.leaves[name].dtype

@@ -36,10 +36,7 @@ from fusectl.record import LEFT_OUT, Fill, Record, mean_weights
 from fusectl.sources import Opened, open_source
 from fusectl.state import plan_state
 from fusectl.transforms.grow import Fusion, check_fill, equal_widths, filled, fused, line_up
-from fusectl.transforms.optimizer import (
-    STATE,
-    slot_axes,
-)
+from fusectl.transforms.optimizer import STATE, slot_axes
 from fusectl.transforms.rates import in_words, module, rates, table
 
 

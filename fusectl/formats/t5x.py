@@ -44,7 +44,7 @@ VERSION = 3
 # What an index may claim: a hundred thousand tensors, each with a spec of a dozen entries, and lists that are shapes.
 MOST_ENTRIES = 2_000_000
 MOST_AXES = 64
-_CHUNKED = "__msgpack_chunked_array__"
+CHUNKED = "__msgpack_chunked_array__"
 # Names that T5X stores in the index whatever their size: nothing partitions them.
 _INLINED_SLOTS = frozenset({"v_row", "v_col", "count", "step"})
 
@@ -171,7 +171,7 @@ def _flatten(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield name, value
         elif not isinstance(value, Mapping):
             raise Corrupt(f"{name}: a leaf of type {type(value).__name__} in the index")
-        elif _CHUNKED in value:
+        elif CHUNKED in value:
             yield name, _unchunk(value, name)
         elif "driver" in value and "metadata" in value:
             yield name, value

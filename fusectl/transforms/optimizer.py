@@ -21,7 +21,9 @@ from fusectl.axes import TensorSpec
 from fusectl.errors import Incompatible, shorten
 
 
+# Where T5X keeps it, and Flax's training loops.
 STATE = "state/param_states/"
+FLAX_STATE = "opt_state/"
 UNUSED = (1,)
 ADAM = ("mu", "nu")
 ADAFACTOR = ("m", "v", "v_row", "v_col")

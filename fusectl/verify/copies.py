@@ -15,11 +15,12 @@ import numpy as np
 from fusectl.archs import UNKNOWN, recognize
 from fusectl.errors import Incompatible, NotFound
 from fusectl.formats import fingerprint, open_checkpoint
-from fusectl.formats.tree import NONE, STEPS, T5X_STEP, Checkpoint, Key, dict_keys, is_dropped
+from fusectl.formats.tree import NONE, STEPS, T5X_STEP, Checkpoint, Key, dict_keys, is_dropped, kept_shapes
 from fusectl.layout import Region, common_tile, size, tiles
 from fusectl.parallel import Progress, in_parallel
 from fusectl.record import Copy, Origin
 from fusectl.restack import restacked
+from fusectl.transforms.optimizer import FLAX_STATE, STATE
 from fusectl.verify.report import WeightsResult
 
 
@@ -67,7 +68,7 @@ def check_copy(fused: Checkpoint, path: str, *, budget_bytes: int, jobs: int, pr
     problems += [f"{to}: {n:,} values are not those of {path}" for to, n in sorted(wrong.items())]
     if problems and fingerprint(pair.source) != pair.copy.source.fingerprint:
         problems.insert(0, f"{path} has changed since it was converted")
-    slots = sum(to.startswith(("state/param_states/", "opt_state/")) for to in compared.values())
+    slots = sum(to.startswith((STATE, FLAX_STATE)) for to in compared.values())
     return WeightsResult(not problems, len(compared), 0, 0, slots, tuple(problems), bytes_read=read)
 
 
@@ -219,7 +220,7 @@ def _parameters(source: Checkpoint, copy: Copy, family: str) -> frozenset[str]:
     """The full names of the source's parameters, where they were cast."""
     if copy.dtype is None:
         return frozenset()
-    shapes = {name: shape for name, shape in source.shapes.items() if not is_dropped(name, copy.drop)}
+    shapes = kept_shapes(source.shapes, copy.drop)
     try:
         tree = recognize(shapes, source.path)
     except Incompatible:
