@@ -3,6 +3,7 @@
     embed -> mlp                    a kernel (embed, mlp) that reads embed and writes mlp
     embed layers -> heads kv        a scanned one: `layers` counts copies of the kernel and is on neither side
     heads <- relpos_buckets         stored output first
+    heads <- embed -> kv            or between outputs
     -> embed                        a norm's scale: written onto embed, reads nothing
 
 From the arrow follow the fusion rule (transforms/grow.py), the blocks that noise fills, and the optimizer's slots. A
@@ -14,16 +15,21 @@ pattern for paths names the tensors that a row of a family's table is about:
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from dataclasses import dataclass
 from functools import lru_cache
 
 
-# Axes that count copies of a tensor instead of being part of its computation.
-STACKED = frozenset({"layers"})
+# Axes that count copies of a tensor instead of being part of its computation: the layers that are scanned over, and
+# projections that are kept in one tensor, such as those of keys and values.
+STACKED = ("layers", "stack")
+# What a pattern with braces may stand for.
+MOST_ALTERNATIVES = 100
 
 _AXIS = re.compile(r"[a-z][a-z0-9_]*")
 _TOKEN = re.compile(r"->|<-|\S+")
+_BRACES = re.compile(r"\{([^{}]*)\}")
 
 
 class PatternError(ValueError):
@@ -31,6 +37,8 @@ class PatternError(ValueError):
 
     def __init__(self, pattern: str, at: int, what: str) -> None:
         super().__init__(f"{what}\n  {pattern}\n  {' ' * at}^")
+        self.at = at
+        self.what = what
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +51,8 @@ class TensorSpec:
 
     @property
     def stacked_axis(self) -> int | None:
-        """The position of the axis that counts copies of the tensor, or None."""
-        return next((i for i, axis in enumerate(self.axes) if axis in STACKED), None)
+        """The position of the axis that counts layers, or None: each of them is a tensor of its own elsewhere."""
+        return self.axes.index("layers") if "layers" in self.axes else None
 
 
 @lru_cache(maxsize=1024)
@@ -54,27 +62,30 @@ def parse_axes(text: str) -> TensorSpec:
     >>> parse_axes("heads <- relpos_buckets")
     TensorSpec(axes=('heads', 'relpos_buckets'), inputs=frozenset({'relpos_buckets'}), outputs=frozenset({'heads'}))
 
-    Raises PatternError, with a caret, for a missing or second arrow, a repeated or malformed axis.
+    Raises PatternError, with a caret, for missing or too many arrows, a repeated or malformed axis.
     """
-    left: list[str] = []
-    right: list[str] = []
-    arrow = ""
+    # Between the arrows.
+    parts: list[list[str]] = [[]]
+    arrows: list[str] = []
     for token in _TOKEN.finditer(text):
         word, at = token.group(), token.start()
         if word in {"->", "<-"}:
-            if arrow:
-                raise PatternError(text, at, "a second arrow: one says which way the data flows")
-            arrow = word
+            if arrows and (*arrows, word) != ("<-", "->"):
+                raise PatternError(text, at, "a second arrow: the data flows from inputs to outputs, or `<- inputs ->`")
+            arrows.append(word)
+            parts.append([])
         elif not _AXIS.fullmatch(word):
             raise PatternError(text, at, f"{word!r} is no axis name: lower case letters, digits and _ only")
-        elif word in left or word in right:
+        elif any(word in part for part in parts):
             raise PatternError(text, at, f"axis {word!r} stands twice")
         else:
-            (right if arrow else left).append(word)
-    if not arrow:
+            parts[-1].append(word)
+    if not arrows:
         raise PatternError(text, len(text), "no arrow: write `inputs -> outputs` or `outputs <- inputs`")
-    inputs, outputs = (left, right) if arrow == "->" else (right, left)
-    return TensorSpec((*left, *right), frozenset(inputs) - STACKED, frozenset(outputs) - STACKED)
+    inputs = parts[1] if arrows[0] == "<-" else parts[0]
+    outputs = [axis for part in parts if part is not inputs for axis in part]
+    axes = tuple(axis for part in parts for axis in part)
+    return TensorSpec(axes, frozenset(inputs) - set(STACKED), frozenset(outputs) - set(STACKED))
 
 
 def expand(pattern: str) -> tuple[str, ...]:
@@ -82,14 +93,20 @@ def expand(pattern: str) -> tuple[str, ...]:
 
     >>> expand("mlp/wi_{0,1}/kernel")
     ('mlp/wi_0/kernel', 'mlp/wi_1/kernel')
+
+    Raises PatternError, with a caret, for a brace without its partner, too many alternatives, and a second number in
+    one of them.
     """
-    parts = re.split(r"\{([^{}]*)\}", pattern)
-    stray = next((i for i in range(0, len(parts), 2) if set("{}") & set(parts[i])), None)
+    stray = re.search(r"[{}]", _BRACES.sub(lambda pair: "_" * len(pair.group()), pattern))
     if stray is not None:
-        at = next(i for i, c in enumerate(pattern) if c in "{}")
-        raise PatternError(pattern, at, "a brace without its partner")
-    choices = [[part] if i % 2 == 0 else part.split(",") for i, part in enumerate(parts)]
-    return tuple("".join(choice) for choice in itertools.product(*choices))
+        raise PatternError(pattern, stray.start(), "a brace without its partner")
+    choices = [[part] if i % 2 == 0 else part.split(",") for i, part in enumerate(_BRACES.split(pattern))]
+    if math.prod(map(len, choices)) > MOST_ALTERNATIVES:
+        raise PatternError(pattern, pattern.index("{"), f"braces that stand for more than {MOST_ALTERNATIVES} names")
+    alternatives = tuple("".join(choice) for choice in itertools.product(*choices))
+    if any(alternative.count("#") > 1 for alternative in alternatives):
+        raise PatternError(pattern, pattern.rindex("#"), "a second #: a name has one number of a layer")
+    return alternatives
 
 
 @lru_cache(maxsize=4096)

@@ -19,16 +19,19 @@ from fusectl.formats.tree import SEQUENCE, STEPS, T5X_STEP, EmptyNode, Key, arra
 from fusectl.formats.zarr import np_dtype
 from fusectl.layout import Block, Layout, Product, Term, whole
 from fusectl.mesh import Mesh
+from fusectl.packed import PARTS, joined, packed_name, packs_of
 from fusectl.parallel import default_max_memory_bytes
 from fusectl.plan import Output, Plan
 from fusectl.record import FILE_NAME, NORMS, Fill, Record, SourceRecord
 from fusectl.sources import Opened
-from fusectl.transforms.optimizer import STATE, unnamed
+from fusectl.transforms.optimizer import STATES, is_state, unnamed
 
 
 OPTIMIZERS = ("carry", "reset", "drop", "asymmetric")
 # What formats name their own files.
-RESERVED = frozenset({T5X_INDEX, ORBAX_INDEX, MANIFEST, COMMITTED, STEP_METADATA, FILE_NAME, "d", "_sharding"})
+RESERVED = frozenset(
+    {T5X_INDEX, ORBAX_INDEX, MANIFEST, COMMITTED, STEP_METADATA, FILE_NAME, "d", "_sharding", "array_metadatas"}
+)
 # Of a file, in bytes, on every usual file system.
 LONGEST_NAME = 255
 LARGEST_COMMIT_BYTES = 16 << 20
@@ -63,6 +66,12 @@ class Options:
     norm: str = "rule"
     # The training step to be written; None for the first source's.
     step: int | None = None
+    # Files that tell what the sources' networks compute: one for all of them, or one for each.
+    configs: tuple[str, ...] = ()
+    # Whether kv heads are repeated where the sources have different numbers of them for their heads.
+    expand_kv: bool = False
+    # Whether tensors that do not grow may differ, and become their mean.
+    mean_shared: bool = False
 
     def __post_init__(self) -> None:
         known = self.optimizer in OPTIMIZERS and self.norm in NORMS and self.codec in CODECS
@@ -102,6 +111,9 @@ class Builder:
         self.outputs: list[Output] = []
         self.used: set[str] = set()
         self.notes: list[str] = []
+        # Of tensors that are packed in the first source, and in the output: the layouts of their parts.
+        self._packs = packs_of(sources[0].checkpoint)
+        self._parts: dict[str, dict[int, Layout]] = {}
 
     def add(
         self,
@@ -112,8 +124,20 @@ class Builder:
         noise_name: str | None = None,
         keys: tuple[Key, ...] | None = None,
     ) -> None:
-        """A tensor of the output; `like` names the tensor of the first source whose keys and chunks it inherits."""
+        """A tensor of the output; `like` names the tensor of the first source whose keys and chunks it inherits.
+
+        What that one packs with others is packed with them again, as soon as all of them are there.
+        """
         leaf = self._sources[0].checkpoint.leaves[like] if like else None
+        if like is not None and like in self._packs:
+            pack, part = self._packs[like]
+            name, noise_name, leaf = packed_name(name), packed_name(noise_name or name), pack.leaf
+            parts = self._parts.setdefault(name, {})
+            parts[part] = layout
+            self.used.add(like)
+            if len(parts) < len(PARTS):
+                return
+            layout = joined([parts[i] for i in range(len(PARTS))], pack.axis)
         if 0 in layout.shape:
             raise Incompatible(f"{name}: no values, shape {list(layout.shape)}", hint="--drop leaves it out")
         terms = [term for block in layout.blocks for term in block.terms if isinstance(term, Term)]
@@ -133,7 +157,10 @@ class Builder:
             # T5X's trees are dictionaries, and their keys hold no slash.
             inherits = leaf is not None and leaf.name == name and self._format.name != "t5x"
             keys = leaf.keys if leaf is not None and inherits else dict_keys(name)
-        self.outputs.append(Output(name, keys, layout, storage, passed, tile, cost, noise_name or name, part_of))
+        random_key = leaf.random_key if leaf is not None else None
+        self.outputs.append(
+            Output(name, keys, layout, storage, passed, tile, cost, noise_name or name, part_of, random_key)
+        )
         self.used |= {term.tensor for term in terms}
 
     def copy(
@@ -152,7 +179,8 @@ class Builder:
 
     def empty(self) -> tuple[EmptyNode, ...]:
         """The empty nodes that the output keeps: a position of a list must not outlive its dropped neighbours."""
-        drop = (*self._options.drop, *([f"{STATE}*"] if self._options.optimizer == "drop" else []))
+        left_out = [f"{root}*" for root in STATES] if self._options.optimizer == "drop" else []
+        drop = (*self._options.drop, *left_out)
         return tuple(node for node in self._sources[0].checkpoint.empty if not is_dropped(node.name, drop))
 
     def plan(
@@ -167,7 +195,7 @@ class Builder:
             f"{o.label}: {name}"
             for o in dict.fromkeys(self._sources)
             for name in o.checkpoint.leaves
-            if name not in self.used and name not in o.dropped and not name.startswith(STATE) and name not in STEPS
+            if name not in self.used and name not in o.dropped and not is_state(name) and name not in STEPS
         ]
         if unknown:
             raise Incompatible(
@@ -190,6 +218,7 @@ class Builder:
             links=self._options.link,
             mesh=self._options.mesh,
             check_sources=self._options.check,
+            custom=self._sources[0].checkpoint.custom,
         )
         plan.check()
         if problems := list(self._misplaced(plan)):

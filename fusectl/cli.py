@@ -65,7 +65,7 @@ Optimizer = Annotated[
 ]
 Norm = Annotated[
     Literal["rule", "property"],
-    typer.Option(help="What it will train with: T5's one norm, or a norm per source (fusectl.archs.t5_flax)."),
+    typer.Option(help="What it will train with: the trainer's one norm, or a norm per source (fusectl.archs)."),
 ]
 EqualizeBy = Annotated[
     Literal["trace", "weights"],
@@ -75,7 +75,24 @@ FormatName = Annotated[
     Literal["t5x", "orbax", "orbax-ocdbt-zarr2", "orbax-zarr2", "orbax-zarr3"] | None,
     typer.Option("--format", help="The layout on disk. [default: the first source's]"),
 ]
-Arch = Annotated[str | None, typer.Option(help="The model family. [default: recognised from the tree]")]
+TrainerName = Annotated[
+    Literal["t5x", "maxtext", "gemma"] | None, typer.Option("--trainer", help="The trainer. [default: the family's]")
+]
+Arch = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME|FILE.toml",
+        help="The model family, by name or by a table of it. [default: recognised from the tree]",
+    ),
+]
+Configs = Annotated[
+    list[str],
+    typer.Option(
+        "--config",
+        metavar="FILE",
+        help="A decoder's config, MaxText's model.yml or gemma's fields: for all sources, or repeated for each.",
+    ),
+]
 Drop = Annotated[list[str], typer.Option(help="Leave out tensors whose names match this pattern; may be repeated.")]
 Dtype = Annotated[
     Literal["float64", "float32", "bfloat16", "float16"] | None,
@@ -139,7 +156,6 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 
 # Options that are followed by several values.
 GATHERED = ("--sources", "--over-time")
-DEFAULT_LEVELS = "files,weights,algebra,native"
 
 
 @app.callback(invoke_without_command=True)
@@ -175,6 +191,16 @@ def fuse(
     step: Step = None,
     format: FormatName = None,
     arch: Arch = None,
+    config: Configs = [],  # noqa: B006
+    expand_kv: Annotated[
+        bool, typer.Option("--expand-kv", help="Repeat kv heads where sources have others for as many heads.")
+    ] = False,
+    mean_shared: Annotated[
+        bool,
+        typer.Option(
+            "--mean-shared", help="Average tensors that do not grow (norms of queries and keys); approximate."
+        ),
+    ] = False,
     drop: Drop = [],  # noqa: B006
     dtype: Dtype = None,
     codec: Codec = "auto",
@@ -209,6 +235,7 @@ def fuse(
         options = _options(
             _fill(fill, noise_scale, seed), optimizer, format, arch, drop, dtype, stored, max_memory, step, norm
         )
+        options = replace(options, configs=tuple(config), expand_kv=expand_kv, mean_shared=mean_shared)
         shares = _numbers(weights, "--weights")
         with screen.progress() as progress:
             budget_bytes = parse_bytes(max_memory, "--max-memory")
@@ -234,6 +261,7 @@ def self_fuse(
     step: Step = None,
     format: FormatName = None,
     arch: Arch = None,
+    config: Configs = [],  # noqa: B006
     drop: Drop = [],  # noqa: B006
     dtype: Dtype = None,
     codec: Codec = "auto",
@@ -266,6 +294,7 @@ def self_fuse(
         options = _options(
             _fill(fill, noise_scale, seed), optimizer, format, arch, drop, dtype, stored, max_memory, step
         )
+        options = replace(options, configs=tuple(config))
         plan, opened = plan_fusion([_path(source)] * copies, options, command="self-fuse")
         writing = _Writing(output, force, jobs, dry_run, allow_nonfinite, verify, report, max_memory, sync, resume)
         _write(screen, plan, opened, writing._replace(lr_table=lr_table))
@@ -382,7 +411,9 @@ def verify(
         list[str],
         typer.Option("--sources", metavar="A B ...", help="What it was fused from. [default: as in fusectl.json]"),
     ] = [],  # noqa: B006
-    levels: Annotated[str, typer.Option(help="Which of files, weights, algebra, native to run.")] = DEFAULT_LEVELS,
+    levels: Annotated[
+        str | None, typer.Option(help="Which of files, weights, algebra, native to run. [default: all]")
+    ] = None,
     x64: Annotated[bool, typer.Option("--x64", help="Run the forward passes in float64.")] = False,
     tokens: Annotated[
         str | None, typer.Option(metavar="FILE", help="A .npz or .jsonl of tokens. [default: random ones]")
@@ -415,6 +446,9 @@ def verify(
         float | None, typer.Option(help="The noise's scale. [default: as in fusectl.json; 0.1 for another --fill]")
     ] = None,
     arch: Arch = None,
+    config: Annotated[
+        str | None, typer.Option(metavar="FILE", help="A decoder's config. [default: as in fusectl.json]")
+    ] = None,
     layered: Annotated[
         bool | None,
         typer.Option(
@@ -443,9 +477,9 @@ def verify(
             require_picture(plot, "--plot")
         if noise_scale is not None:
             _require_scale(noise_scale)
-        declared = Declared(tuple(sources), _numbers(weights, "--weights"), fill, noise_scale, arch)
+        declared = Declared(tuple(sources), _numbers(weights, "--weights"), fill, noise_scale, arch, config)
         settings = Settings(
-            levels=tuple(level.strip() for level in levels.split(",")),
+            levels=None if levels is None else tuple(level.strip() for level in levels.split(",")),
             x64=x64,
             tokens=tokens,
             batch=batch,
@@ -532,7 +566,8 @@ def inspect(
         from fusectl.inspection import inspect as run_inspect
 
         seen = run_inspect(_path(source), arch)
-        screen.inspection(seen, tree=tree)
+        screen.inspection(seen, tree=tree, rows=arch is not None)
+        seen.require_recognized()
         seen.require_complete()
 
 
@@ -588,22 +623,22 @@ def plot(
 )
 def restart_config(
     source: Source = None,
-    trainer: Annotated[Literal["t5x"], typer.Option(help="The trainer.")] = "t5x",  # noqa: ARG001
+    trainer: TrainerName = None,
     lr_offset: Annotated[
         int,
-        typer.Option(help="Steps by which the schedule is ahead; negative ones hold the maximal rate for longer."),
+        typer.Option(help="Steps by which T5X's schedule is ahead; negative ones hold the maximal rate for longer."),
     ] = 0,
     arch: Arch = None,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Print the gin bindings with which T5X goes on with a checkpoint: sizes, path, and what is to be restored."""
+    """Print what T5X (gin), MaxText (overrides) or Gemma (Python) goes on with: sizes, path, what is to be restored."""
     screen = Screen("restart-config", json=json, quiet=quiet, debug=debug)
     with screen.errors():
         from fusectl.restart import restart
 
-        screen.restart(restart(_path(source), arch, lr_offset=lr_offset))
+        screen.restart(restart(_path(source), arch, trainer=trainer, lr_offset=lr_offset))
 
 
 def _fsck(screen: Screen, path: str, arch: str | None, max_memory: str | None, jobs: int | None) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import fusectl
-from fusectl.archs import UNKNOWN, Recognized, recognize
+from fusectl.archs import UNKNOWN, Recognized
 from fusectl.builder import Builder, Options, notes_on_mesh, plan_step, source_record, step_of, target_of
 from fusectl.errors import Incompatible, UsageError
 from fusectl.formats import open_checkpoint
@@ -20,12 +20,15 @@ from fusectl.layout import Block, Layout, Term, whole
 from fusectl.plan import Plan
 from fusectl.record import LAYERS, Copy, Fill, Origin, Record
 from fusectl.restack import restacked
-from fusectl.sources import Opened, ready, require_chunks
+from fusectl.sources import Opened, ready, recognized, require_chunks
 from fusectl.transforms.grow import widths_of
-from fusectl.transforms.optimizer import FLAX_STATE, STATE, slot_axes
+from fusectl.transforms.optimizer import STATES, slot_axes
 
 
 Keys = tuple[Key, ...]
+
+# What MaxText notes of a step.
+SCAN_LAYERS = "scan_layers"
 
 
 def plan_conversion(path: str, options: Options, layers: str | None = None) -> tuple[Plan, list[Checkpoint]]:
@@ -37,7 +40,7 @@ def plan_conversion(path: str, options: Options, layers: str | None = None) -> t
     if layers not in {None, *LAYERS}:
         raise UsageError(f"layers {layers!r}: {' or '.join(LAYERS)}")
     if options.optimizer == "drop":
-        options = replace(options, drop=(*options.drop, *(f"{state}*" for state in (STATE, FLAX_STATE))))
+        options = replace(options, drop=(*options.drop, *(f"{root}*" for root in STATES)))
     source = open_checkpoint(path)
     # For the chunks that several layers are cut from.
     cache_bytes = 0 if layers is None else options.max_memory_bytes // 4
@@ -72,7 +75,10 @@ def plan_conversion(path: str, options: Options, layers: str | None = None) -> t
     )
     notes = [*source.location.notes, *builder.notes, *_notes(source, opened, options, layers, to_t5x=to_t5x), *on_mesh]
     dropped = tuple(name for name in source.leaves if is_dropped(name, options.drop))
-    return replace(builder.plan(record, item, notes, empty), dropped=dropped), [seen]
+    plan = replace(builder.plan(record, item, notes, empty), dropped=dropped)
+    if layers is not None and SCAN_LAYERS in plan.custom:
+        plan = replace(plan, custom={**plan.custom, SCAN_LAYERS: layers == "scanned"})
+    return plan, [seen]
 
 
 def _plan_tensors(builder: Builder, opened: Opened, places: Mapping[str, Keys], options: Options) -> None:
@@ -116,7 +122,7 @@ def _opened(checkpoint: Checkpoint, options: Options) -> Opened:
     """The checkpoint as a source; of no known family where nothing that is asked for depends on it."""
     kept = kept_shapes(checkpoint.shapes, options.drop)
     try:
-        recognize(kept, checkpoint.path, options.arch)
+        recognized(checkpoint, options.arch, options.drop)
     except Incompatible:
         if options.arch is not None or options.dtype is not None or options.mesh is not None:
             raise
@@ -225,6 +231,7 @@ def _record(opened: Opened, options: Options, layers: str | None) -> Record:
             norm_groups=opened.norm_groups,
             fill=Fill(),
             optimizer="kept",
+            network=tree.network,
         )
     moves_noise = own.fill.kind != "zeros" and layers is not None
     return replace(
@@ -232,6 +239,7 @@ def _record(opened: Opened, options: Options, layers: str | None) -> Record:
         version=fusectl.__version__,
         command="convert",
         family=tree.family.name or own.family,
+        table=tree.family.table if tree.family.name else own.table,
         fill=replace(own.fill, seed=None) if moves_noise else own.fill,
         # Those stand in the other layout.
         sources=() if layers is not None else own.sources,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fusectl.archs import family_named, recognize
-from fusectl.archs.table import Family
+from fusectl.archs.table import Family, Row, stack_of
 from fusectl.builder import Options
 from fusectl.errors import OutputExists
 from fusectl.formats.sink import save
@@ -76,26 +76,35 @@ def random_parameters(
 ) -> dict[str, npt.NDArray[np.float32]]:
     """A random model of a family, with kernels of unit gain and norm scales that differ: names of the table to float32.
 
-    `layers` gives the depth of each stack, the first part of a name.
+    `layers` gives the depth of each stack.
     """
     rng = np.random.default_rng(seed)
     parameters: dict[str, npt.NDArray[np.float32]] = {}
+    added = float(family.network({**sizes, "layers": sum(layers.values())}).norm_adds_one)
+    for name, row, shape in parameter_shapes(family, sizes, layers):
+        if row.is_norm:
+            values = rng.uniform(0.5, 1.5, shape) - added
+        else:
+            axes = zip(row.spec.axes, shape, strict=True)
+            read = [n for axis, n in axes if axis in row.spec.inputs and axis != "vocab"]
+            values = rng.normal(0.0, 1.0 / math.sqrt(math.prod(read)), shape)
+        parameters[name] = values.astype(np.float32)
+    return parameters
+
+
+def parameter_shapes(
+    family: Family, sizes: Mapping[str, int], layers: Mapping[str, int]
+) -> Iterator[tuple[str, Row, tuple[int, ...]]]:
+    """The parameters of a model of a family: names of the table, their rows and shapes."""
+    group = max(row.every for row in family.rows)
     for row in family.rows:
         for alternative in row.alternatives:
-            depth = layers.get(alternative.split("/", 1)[0], 1)
-            names = [alternative.replace("#", str(i)) for i in range(depth)] if "#" in alternative else [alternative]
-            for name in names:
-                axes = row.spec.axes
-                shape = tuple(depth if axis == "layers" else sizes[axis] for axis in axes)
-                if name.endswith("scale"):
-                    values = rng.uniform(0.5, 1.5, shape)
-                else:
-                    read = [
-                        n for axis, n in zip(axes, shape, strict=True) if axis in row.spec.inputs and axis != "vocab"
-                    ]
-                    values = rng.normal(0.0, 1.0 / math.sqrt(math.prod(read)), shape)
-                parameters[name] = values.astype(np.float32)
-    return parameters
+            depth = layers.get(stack_of(alternative), 1)
+            places = depth % group if row.behind else depth // row.every
+            names = [alternative.replace("#", str(i)) for i in range(places)] if "#" in alternative else [alternative]
+            counted = {**sizes, "layers": places, "stack": len(row.roles)}
+            shape = tuple(counted[axis] for axis in row.spec.axes)
+            yield from ((name, row, shape) for name in names)
 
 
 def random_t5x_state(

@@ -1,8 +1,9 @@
 """Making the sources' residual streams equally large, so that one norm over all of them mixes them less.
 
-The embedding and all output projections of a pre-norm model times one constant: every norm divides by it again, so that
-the model keeps its function, up to the epsilon in its norms. One norm over two streams of which one is r times as large
-multiplies the smaller with sqrt(2 / (1 + r**2)) and the larger with r times as much; equal streams keep 1.
+The embedding and all output projections of a pre-norm model, or the scales of the norms behind its blocks, times one
+constant: every norm of the stream divides by it again, so that the model keeps its function, up to the epsilon in them.
+One norm over two streams of which one is r times as large multiplies the smaller with sqrt(2 / (1 + r**2)) and the
+larger with r times as much; equal streams keep 1.
 
 The first source stays as it is, the others are multiplied with a constant that is measured
 
@@ -20,7 +21,7 @@ from functools import partial
 
 import numpy as np
 
-from fusectl.archs.table import Row
+from fusectl.archs.table import EMBEDDING, Row
 from fusectl.errors import Corrupt, Incompatible, UsageError
 from fusectl.layout import Region, size, tiles
 from fusectl.parallel import Progress, Silent, default_jobs, default_max_memory_bytes, in_parallel
@@ -104,6 +105,11 @@ def _by_weights(sources: Sequence[Opened], how: Equalize) -> list[dict[str, floa
 
     def add(i: int, name: str, region: Region) -> None:
         values = sources[i].checkpoint.read(sources[i].full(name), region).astype(np.float64)
+        network = sources[i].tree.network
+        if rows[name].is_norm and network.norm_adds_one:
+            values += 1.0
+        if rows[name].role == EMBEDDING:
+            values *= sources[i].tree.sizes["embed"] ** network.embedding_power
         stacked = rows[name].spec.stacked_axis
         rest = tuple(axis for axis in range(values.ndim) if axis != stacked)
         at = slice(None) if stacked is None else slice(region[stacked].start, region[stacked].stop)

@@ -11,7 +11,8 @@
     └── NotEnoughSpace          9  not enough disk or memory
 
 An error's first line says what and where; `details` hold both values and the next step. The command line prints
-at most six lines of them and ends with `exit_code`; library users catch the classes.
+the first few of them, those of a UsageError with all their lines, and ends with `exit_code`; library users catch the
+classes.
 """
 
 from __future__ import annotations

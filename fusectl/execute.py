@@ -86,7 +86,9 @@ def execute(
         stds=measure_kernels(plan, work, jobs=jobs, progress=progress),
         means=measure_means(plan, work, jobs=jobs, progress=progress),
     )
-    sink.create(NewTensor(o.name, o.keys, o.layout.shape, o.layout.dtype, o.storage) for o in plan.outputs)
+    sink.create(
+        NewTensor(o.name, o.keys, o.layout.shape, o.layout.dtype, o.storage, o.random_key) for o in plan.outputs
+    )
     sink.expect(
         (work.sources[term.source], term.tensor, index)
         for output in plan.outputs

@@ -98,9 +98,8 @@ class Shelf:
 
 
 def twin_of(tree: Recognized) -> Twin:
-    """The module that runs a family's networks."""
-    assert tree.family.twin is not None
-    return cast("Twin", importlib.import_module(tree.family.twin))
+    """The module that runs a family's networks; raises Incompatible where there is none."""
+    return cast("Twin", importlib.import_module(tree.family.require_twin()))
 
 
 def read_part(checkpoint: Checkpoint, tree: Recognized, part: Part) -> Array:

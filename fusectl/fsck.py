@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fusectl.archs import recognize
 from fusectl.errors import Corrupt, FusectlError, Incompatible
 from fusectl.formats import open_location
 from fusectl.formats.locate import COMMITTED, STEP_METADATA, locate
@@ -24,6 +23,7 @@ from fusectl.formats.store import MANIFEST, Files, ocdbt
 from fusectl.formats.tree import Checkpoint
 from fusectl.formats.zarr import METADATA_FILE
 from fusectl.parallel import Progress, Silent, default_jobs, default_max_memory_bytes
+from fusectl.sources import recognized
 from fusectl.transforms.optimizer import find_state
 from fusectl.verify.files import check_files
 
@@ -199,7 +199,7 @@ def _commit_problems(checkpoint: Checkpoint, notes: list[str]) -> Iterator[str]:
 
 def _slot_problems(checkpoint: Checkpoint, arch: str | None, notes: list[str]) -> Iterator[str]:
     try:
-        tree = recognize(checkpoint.shapes, checkpoint.path, arch)
+        tree = recognized(checkpoint, arch)
     except Incompatible as error:
         notes.append(f"the optimizer's slots were not compared with their parameters: {error.message}")
         return

@@ -3,25 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from fusectl.archs import Recognized, recognize
+from fusectl.archs import Recognized, family_named, match, nearest_row, parameters_of
+from fusectl.archs.table import Family, Row
 from fusectl.errors import Corrupt, Incompatible, counted, shorten
 from fusectl.formats import FORMATS, open_checkpoint
 from fusectl.formats.tree import Checkpoint
+from fusectl.packed import unpacked
+from fusectl.sources import recognized
 from fusectl.transforms.optimizer import OptimizerState, find_state
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """An opened checkpoint and what its tree turned out to be. `tree` is None when no family's table describes it."""
+    """An opened checkpoint and what its tree turned out to be. `tree` is None when no family's table describes it.
+
+    `rows` are those that took its tensors, by their full names: of the family that was asked for also where its table
+    does not describe all of them, as `refused` says. `nearest` has the patterns that come nearest to the others' names.
+    """
 
     checkpoint: Checkpoint
     tree: Recognized | None
     unrecognized: tuple[str, ...]
     state: OptimizerState
     missing: tuple[str, ...]
+    rows: Mapping[str, Row] = field(default_factory=dict)
+    nearest: Mapping[str, str] = field(default_factory=dict)
+    refused: Incompatible | None = None
+
+    def require_recognized(self) -> None:
+        """Raises Incompatible when it is not of the family that was asked for."""
+        if self.refused is not None:
+            raise self.refused
 
     def require_complete(self) -> None:
         """Raises Corrupt when chunks are missing."""
@@ -70,6 +85,8 @@ class Inspection:
             "tensors": [
                 {
                     "name": leaf.name,
+                    "row": self.rows[leaf.name].pattern if leaf.name in self.rows else None,
+                    **({"nearest_row": self.nearest[leaf.name]} if leaf.name in self.nearest else {}),
                     "axes": list(self.axes(leaf.name) or ()) or None,
                     "shape": list(leaf.shape),
                     "dtype": leaf.dtype,
@@ -82,25 +99,35 @@ class Inspection:
 
     def axes(self, name: str) -> tuple[str, ...] | None:
         """The names of a parameter's axes, or None for what the family's table does not describe."""
-        if self.tree is None or not name.startswith(self.tree.prefix):
-            return None
-        row = self.tree.rows.get(name.removeprefix(self.tree.prefix))
+        row = self.rows.get(name)
         return row.spec.axes if row else None
 
 
 def inspect(path: str, arch: str | None = None) -> Inspection:
-    """The Inspection of a checkpoint; a tree of no known family is described all the same."""
+    """The Inspection of a checkpoint; a tree of no known family, or not of that of `arch`, is described all the same.
+
+    Raises Incompatible where no family is called `arch`.
+    """
     checkpoint = open_checkpoint(path)
+    apart = unpacked(checkpoint)
+    family = family_named(arch) if arch else None
     missing = tuple(chunk for name in checkpoint.leaves for chunk in checkpoint.missing_chunks(name))
     unknown = OptimizerState("unknown", ())
     try:
-        tree = recognize(checkpoint.shapes, checkpoint.path, arch)
+        tree = recognized(apart, family)
     except Incompatible as error:
-        if arch is not None:
-            raise
-        return Inspection(checkpoint, None, error.details, unknown, missing)
+        seen = Inspection(checkpoint, None, error.details, unknown, missing)
+        return seen if family is None else _matched(seen, family, error)
     try:
-        state = find_state(checkpoint.shapes, tree, checkpoint.path)
+        state = find_state(apart.shapes, tree, checkpoint.path)
     except Incompatible:
         state = unknown
-    return Inspection(checkpoint, tree, (), state, missing)
+    return Inspection(checkpoint, tree, (), state, missing, {tree.full(name): row for name, row in tree.rows.items()})
+
+
+def _matched(seen: Inspection, family: Family, refused: Incompatible) -> Inspection:
+    """An inspection with the rows of a family's table that its tensors fall under, though not all do."""
+    prefix, inside = parameters_of(seen.checkpoint.shapes)
+    rows, _ = match(family, inside)
+    nearest = {prefix + name: nearest_row(family, name) for name in inside if name not in rows}
+    return replace(seen, rows={prefix + name: row for name, row in rows.items()}, nearest=nearest, refused=refused)

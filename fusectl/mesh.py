@@ -26,6 +26,8 @@ STANDARD_RULES: Rules = (
     ("embed", None),
     ("mlp", "model"),
     ("heads", "model"),
+    # Of MaxText, for rules of one's own: T5X has none, and replicates it.
+    ("kv_heads", None),
     ("kv", None),
     ("joined_kv", "model"),
     ("relpos_buckets", None),

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from fusectl.chunks import TOLERATED_EXCESS_BYTES
 from fusectl.errors import Incompatible, NotEnoughSpace
+from fusectl.exactness import Exactness
 from fusectl.formats.tree import EmptyNode, Key
 from fusectl.formats.zarr import Storage, np_dtype
 from fusectl.layout import Block, Layout, Region, Term, place_in_grid, shifted, size, tiles_in
@@ -37,6 +38,10 @@ class Output:
     noise_name: str
     # The tensor of the source that it is a part of: its parts are worked on side by side, to decode its chunks once.
     part_of: str | None = None
+    # The generator of keys of random numbers, if it is made of them.
+    random_key: str | None = None
+    # How exactly a parameter of a fusion does its part; None for what is no such parameter.
+    exactness: Exactness | None = None
 
     @property
     def chunks(self) -> tuple[int, ...]:
@@ -93,6 +98,10 @@ class Plan:
     check_sources: bool = True
     # The devices that are going to restore it: no chunk is needed by two different shards.
     mesh: Mesh | None = None
+    # How exactly it is going to compute the mean of its sources' logits; None where nothing is fused.
+    exactness: Exactness | None = None
+    # What the trainer has noted of the step.
+    custom: Mapping[str, object] = field(default_factory=dict, repr=False)
     # The learning rates that continue the trajectory, by parameter.
     rates: Mapping[str, Rate] = field(default_factory=dict, repr=False)
 
@@ -199,6 +208,7 @@ def summary(plan: Plan) -> Mapping[str, object]:
             "seed": plan.record.fill.seed,
         },
         "optimizer": plan.record.optimizer,
+        "exactness": _as_json(plan.exactness),
         "tensors": len(plan.outputs),
         "bytes": plan.nbytes,
         "nonzero_bytes": plan.nonzero_bytes,
@@ -221,7 +231,12 @@ def summary(plan: Plan) -> Mapping[str, object]:
                 "codec": o.codec,
                 "blocks": len(o.layout.blocks),
                 "passed_bytes": o.passed_bytes,
+                "exactness": _as_json(o.exactness),
             }
             for o in plan.outputs
         ],
     }
+
+
+def _as_json(exactness: Exactness | None) -> Mapping[str, object] | None:
+    return None if exactness is None else {"kind": exactness.kind, "because": list(exactness.because)}

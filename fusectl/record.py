@@ -3,7 +3,8 @@
 {"schema": "fusectl/record/3", "version": …, "command": "fuse", "family": "t5-1.1", "parameters": "target/",
  "sources": [{"path": …, "format": …, "step": …, "fingerprint": …, "norm_groups": [512]}, …],
  "weights": [0.5, 0.5], "widths": {"embed": [512, 512], …}, "norm_groups": [512, 512],
- "norm": "rule", "residual_scales": [1.0, 0.98], "fill": {"kind": "gaussian", "noise_scale": 0.1, "seed": 0},
+ "norm": "rule", "residual_scales": [1.0, 0.98], "network": {"tied_logits_power": -0.5, …}, "kv_repeats": [1, 1],
+ "means_shared": false, "table": null, "fill": {"kind": "gaussian", "noise_scale": 0.1, "seed": 0},
  "optimizer": "reset", "step": null, "copy": null, "origin": null,
  "tensors": {"target/…": {"shape": […], "dtype": …, "chunks": […], "crc32": ["9ae0daaf", …], "metadata": …}, …},
  "files": {"checkpoint": "5c1f0b2e", …},
@@ -24,6 +25,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from fusectl.archs.network import T5, Network
 from fusectl.errors import Corrupt, UsageError
 
 
@@ -34,6 +36,8 @@ _OLDER = frozenset({"fusectl/record/2", "fusectl/record/1"})
 _OWN_CRC32 = re.compile(rb',\n "crc32": "([0-9a-f]{8})"\n}\n\Z')
 # What a residual stream may be multiplied with, or its inverse: float32 holds the squares.
 _SMALLEST_SCALE = 1e-18
+# Of the table of a family, in characters.
+LARGEST_TABLE = 1 << 20
 # How far the weights of a mean may be from summing to one.
 SUM_TOLERANCE = 1e-6
 # Relative to the kernel's standard deviation.
@@ -153,6 +157,13 @@ class Record:
     residual_scales: tuple[float, ...] = ()
     # The step that was set; None where it is the first source's.
     step: int | None = None
+    # What its network computes, as far as no tree tells it, and how often each kv head of a source was repeated.
+    network: Network = T5
+    kv_repeats: tuple[int, ...] = ()
+    # Whether tensors that do not grow are the weighted mean of the sources' instead of equal to each.
+    means_shared: bool = False
+    # The text of the table of its family, where fusectl does not bring that along.
+    table: str | None = field(default=None, repr=False)
     # The checkpoint that it was converted from; all else tells of that one.
     copy: Copy | None = None
     # Where the tree came from, if its format cannot tell.
@@ -164,6 +175,8 @@ class Record:
     def __post_init__(self) -> None:
         if not self.residual_scales:
             object.__setattr__(self, "residual_scales", (1.0,) * len(self.weights))
+        if not self.kv_repeats:
+            object.__setattr__(self, "kv_repeats", (1,) * len(self.weights))
 
     @property
     def fused(self) -> bool:
@@ -177,7 +190,7 @@ class Record:
 
     def to_json(self) -> bytes:
         """The record as the bytes of its file."""
-        return signed({"schema": SCHEMA, **dataclasses.asdict(self)})
+        return signed({"schema": SCHEMA, **dataclasses.asdict(self), "network": self.network.as_json()})
 
     @classmethod
     def from_json(cls, raw: bytes, where: str) -> Record:
@@ -194,7 +207,7 @@ class Record:
             record = cls(
                 version=str(tree["version"]),
                 command=str(tree["command"]),
-                family=_text(tree["family"]),
+                family=_family(tree["family"]),
                 parameters=_text(tree["parameters"]),
                 sources=tuple(_source(entry) for entry in tree["sources"]),
                 weights=tuple(map(float, tree["weights"])),
@@ -206,6 +219,11 @@ class Record:
                 norm=_text(tree.get("norm", "rule")),
                 residual_scales=tuple(map(float, tree.get("residual_scales", ()))),
                 step=None if tree.get("step") is None else int(tree["step"]),
+                # Before there were other families.
+                network=Network.from_json(tree["network"]) if "network" in tree else T5,
+                kv_repeats=tuple(map(int, tree.get("kv_repeats", ()))),
+                means_shared=bool(tree.get("means_shared", False)),
+                table=None if tree.get("table") is None else _text(tree["table"]),
                 copy=None if tree.get("copy") is None else _copy(tree["copy"]),
                 origin=None if tree.get("origin") is None else _origin(tree["origin"]),
                 tensors={name: _checksums(entry) for name, entry in tree["tensors"].items()},
@@ -226,10 +244,14 @@ class Record:
             raise ValueError(f"widths of {wrong or 'no axis'}")
         if self.norm not in NORMS:
             raise ValueError(f"no norm is called {self.norm!r}")
+        if self.table is not None and len(self.table) > LARGEST_TABLE:
+            raise ValueError(f"the table of a family, of {len(self.table):,} characters")
         if len(self.residual_scales) != count or not all(
             _SMALLEST_SCALE < scale < 1 / _SMALLEST_SCALE for scale in self.residual_scales
         ):
             raise ValueError(f"residual scales {list(self.residual_scales)} of {count} sources")
+        if len(self.kv_repeats) != count or min(self.kv_repeats) < 1:
+            raise ValueError(f"kv heads repeated {list(self.kv_repeats)} times, of {count} sources")
         of_sources = tuple(width for source in self.sources for width in source.norm_groups)
         if self.sources and of_sources != self.norm_groups:
             raise ValueError(f"norm groups {list(self.norm_groups)} of sources with {list(of_sources)}")
@@ -290,6 +312,14 @@ def _text(value: object) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{value!r} is no text")
     return value
+
+
+def _family(value: object) -> str:
+    name = _text(value)
+    if name.endswith(".toml"):
+        # It would be read; a table is in the record itself.
+        raise ValueError(f"a family in the file {name}")
+    return name
 
 
 def _source(entry: Mapping[str, Any]) -> SourceRecord:

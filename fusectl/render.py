@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
-from fusectl.errors import FusectlError, NotEnoughSpace, StorageError
+from fusectl.errors import FusectlError, NotEnoughSpace, StorageError, UsageError
 from fusectl.memory import peak_rss_bytes
 
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from fusectl.demo import DemoRow
     from fusectl.diff import Diff
+    from fusectl.exactness import Exactness
     from fusectl.formats.objects import Place
     from fusectl.fsck import Fsck
     from fusectl.heatmap import HeatMap
@@ -133,20 +134,20 @@ class Screen:
         if not self._json:
             print(output)  # noqa: T201
 
-    def inspection(self, seen: Inspection, *, tree: bool) -> None:
-        """Prints what a checkpoint is."""
+    def inspection(self, seen: Inspection, *, tree: bool, rows: bool = False) -> None:
+        """Prints what a checkpoint is: with `tree` every tensor, with `rows` also the row of the table that took it."""
         # Of thousands of tensors it takes its time.
         self._result = seen.as_json() if self._json else None
         for note in seen.checkpoint.location.notes:
             self.note(note)
         if not self._json:
-            _print_inspection(self._console(sys.stdout), seen, tree=tree)
+            _print_inspection(self._console(sys.stdout), seen, tree=tree, rows=rows)
 
     def restart(self, found: Restart) -> None:
         """Prints what a trainer has to be told."""
         self._result = found.as_json()
         if not self._json:
-            print(found.gin(), end="")  # noqa: T201
+            print(found.text(), end="")  # noqa: T201
 
     @property
     def is_silent(self) -> bool:
@@ -155,8 +156,8 @@ class Screen:
 
     def restart_lines(self, found: Restart) -> None:
         """Tells what a trainer has to be told, beside the result."""
-        bindings = [line for line in found.gin().splitlines() if not line.startswith("#")]
-        self._say("\n".join([f"T5X goes on with (more: fusectl restart-config {found.path}):", *bindings]))
+        more = f"{found.trainer_name} goes on with (more: fusectl restart-config {found.path}):"
+        self._say("\n".join([more, *found.settings]))
 
     def fsck(self, found: Fsck) -> None:
         """Prints what is wrong with a checkpoint, all of it, and what nobody could have noticed."""
@@ -216,12 +217,15 @@ class Screen:
         else:
             message, details, code, name = f"unexpected {type(error).__name__}: {error}", (), 1, "unexpected"
             hint = "--debug shows where; please report it"
-        shown = (
-            details
-            if len(details) <= MOST_DETAILS
-            else (*details[: MOST_DETAILS - 1], f"... {len(details) - MOST_DETAILS + 1} more; --json lists them")
-        )
-        lines = [f"error: {message}", *(f"  {_one_line(d)}" for d in shown), *([f"  hint: {hint}"] if hint else [])]
+        if isinstance(error, UsageError):
+            # What somebody has to change is shown as it was written, all of it, with a caret below the place.
+            shown = [line for detail in details for line in detail.splitlines()]
+        else:
+            left_out = len(details) - MOST_DETAILS + 1
+            shown = [_one_line(detail) for detail in details[: MOST_DETAILS - (left_out > 1)]]
+            shown += [f"... {left_out} more; --json lists them"] * (left_out > 1)
+        lines = [f"error: {message}", *(f"  {line}" for line in shown)]
+        lines += [f"  hint: {hint}"] if hint else []
         lines += [f"  to go on: {self._resume}"] if self._resume else []
         self._say("\n".join(lines))
         failed = code == 3
@@ -372,6 +376,11 @@ def _print_diff(console: Console, found: Diff) -> None:
     console.print(f"{found.equal:,} tensors are equal", soft_wrap=True)
 
 
+def _exactness(found: Exactness) -> str:
+    """How exactly the mean of the logits is computed, and why not more so."""
+    return f"{found.kind}: {'; '.join(found.because)}" if found.because else found.kind
+
+
 def _print_plan(console: Console, plan: Plan, output: Place) -> None:
     record = plan.record
     facts = [
@@ -386,6 +395,7 @@ def _print_plan(console: Console, plan: Plan, output: Place) -> None:
             "widths",
             ", ".join(f"{axis} {' + '.join(map(str, sizes))} = {sum(sizes)}" for axis, sizes in record.widths.items()),
         ),
+        *([("function", _exactness(plan.exactness))] if plan.exactness is not None else []),
         ("fill", _fill(record.fill)),
         ("optimizer", record.optimizer),
         ("tensors", f"{len(plan.outputs):,}, {human(plan.nbytes)}, of which {human(plan.nonzero_bytes)} not zero"),
@@ -442,7 +452,7 @@ def _print_fsck(console: Console, found: Fsck) -> None:
     _print_facts(console, facts)
 
 
-def _print_inspection(console: Console, seen: Inspection, *, tree: bool) -> None:
+def _print_inspection(console: Console, seen: Inspection, *, tree: bool, rows: bool) -> None:
     checkpoint, found = seen.checkpoint, seen.tree
     step = checkpoint.step
     facts = [
@@ -471,14 +481,21 @@ def _print_inspection(console: Console, seen: Inspection, *, tree: bool) -> None
     _print_facts(console, facts)
     if not tree:
         return
-    rows = [("tensor", "shape", "axes", "dtype", "chunks", "codec")]
+    lines = [("tensor", "shape", "axes", "dtype", "chunks", "codec", *(["row"] if rows else []))]
     for leaf in checkpoint.leaves.values():
         stored = leaf.stored
         axes = " ".join(seen.axes(leaf.name) or ())
         where = (_shape(stored.chunks), stored.codec) if stored else ("", "in the index")
-        rows.append((leaf.name, _shape(leaf.shape), axes, leaf.dtype, *where))
+        lines.append((leaf.name, _shape(leaf.shape), axes, leaf.dtype, *where, *([_row(seen, leaf.name)] * rows)))
     console.print()
-    _print_columns(console, rows)
+    _print_columns(console, lines)
+
+
+def _row(seen: Inspection, name: str) -> str:
+    """The row that took a tensor, or the one that comes nearest to what should have been taken."""
+    if name in seen.nearest:
+        return f"none; nearest: {seen.nearest[name]}"
+    return seen.rows[name].pattern if name in seen.rows else ""
 
 
 def _fill(fill: Fill) -> str:

@@ -19,13 +19,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fusectl.archs import FAMILIES, Recognized, recognize
-from fusectl.archs.table import Family, Row
+from fusectl.archs import FAMILIES, Recognized
+from fusectl.archs.table import Family, Row, stack_of
 from fusectl.errors import Incompatible
-from fusectl.formats.tree import Checkpoint, Leaf, dict_keys, kept_shapes
+from fusectl.formats.tree import Checkpoint, Key, Leaf, View, dict_keys, kept_shapes
 from fusectl.formats.zarr import np_dtype
 from fusectl.layout import Region, chunk_at, intersect, places_in_grid, slices, whole
-from fusectl.transforms.optimizer import FIRST_MOMENTS, FLAX_STATE, UNUSED, OptimizerState, find_state
+from fusectl.sources import recognized
+from fusectl.transforms.optimizer import FIRST_MOMENTS, UNUSED, OptimizerState, find_state
 
 
 Array = npt.NDArray[Any]
@@ -61,30 +62,20 @@ class _Layer:
         return np.ascontiguousarray(chunks.read(*self.tensors, there).squeeze(self.axis))
 
 
-class Restacked(Checkpoint):
+class Restacked(View):
     """A checkpoint whose tensors have the names and shapes that another stacking of its layers gives them."""
 
     def __init__(
         self, source: Checkpoint, leaves: Mapping[str, Leaf], parts: Mapping[str, _Stack | _Layer], cache_bytes: int
     ) -> None:
-        super().__init__(
-            source.location,
-            source.format,
-            leaves,
-            files=source.files,
-            file_of=source.file_of,
-            empty=source.empty,
-            lenient=source.lenient,
-            record=source.record,
-        )
-        self._source = source
+        super().__init__(source, leaves)
         self._parts = parts
         self._chunks = _Chunks(source, cache_bytes)
 
     def read(self, name: str, region: Region | None = None) -> Array:
         if name not in self._parts:
             return super().read(name, region)
-        return self._parts[name].read(self._source, region or whole(self.leaves[name].shape), self._chunks)
+        return self._parts[name].read(self.source, region or whole(self.leaves[name].shape), self._chunks)
 
     def can_be_taken(self, name: str) -> bool:
         # The bytes would be the same where a chunk is one layer; its key is not.
@@ -93,7 +84,7 @@ class Restacked(Checkpoint):
     def missing_chunks(self, name: str) -> list[str]:
         if name not in self._parts:
             return super().missing_chunks(name)
-        return [chunk for tensor in self._parts[name].tensors for chunk in self._source.missing_chunks(tensor)]
+        return [chunk for tensor in self._parts[name].tensors for chunk in self.source.missing_chunks(tensor)]
 
 
 def restacked(
@@ -110,15 +101,10 @@ def restacked(
     factored in one layout and not in the other.
     """
     shapes = kept_shapes(checkpoint.shapes, drop)
-    tree = recognize(shapes, checkpoint.path, arch)
+    tree = recognized(checkpoint, arch, drop)
     if tree.scanned == (layers == "scanned"):
         raise Incompatible(f"{checkpoint.path}: its layers are {layers} already")
     state = find_state(shapes, tree, checkpoint.path)
-    if any(name.startswith(FLAX_STATE) for name in shapes):
-        raise Incompatible(
-            f"{checkpoint.path}: fusectl does not know which layers the optimizer's state in opt_state belongs to",
-            hint="--drop-optimizer leaves it out",
-        )
     pairs = list(_pairs(tree, checkpoint.path))
     gone = {name for pair in pairs for name in pair.names_of_sources(state)}
     leaves = {name: checkpoint.leaves[name] for name in shapes if name not in gone}
@@ -205,7 +191,7 @@ def _without_layers(axes: tuple[str, ...]) -> tuple[str, ...]:
 def _pairs(tree: Recognized, where: str) -> Iterator[_Pair]:
     """Every parameter of a tree that another stacking of its layers moves."""
     for layer, layer_row, stack, stack_row in _other_layout(tree, where):
-        depth = tree.depths[stack.split("/", 1)[0]]
+        depth = tree.depths[stack_of(stack)] // layer_row.every
         layers = tuple(layer.replace("#", str(i)) for i in range(depth))
         axis = stack_row.spec.axes.index("layers")
         if tree.scanned:
@@ -221,7 +207,8 @@ def _other_layout(tree: Recognized, where: str) -> list[tuple[str, Row, str, Row
 
     Raises Incompatible where no family is the same but for the axis `layers`.
     """
-    for family in FAMILIES:
+    # A table that stands in a file tells of one layout only, even if it is that of a family here.
+    for family in FAMILIES if tree.family.table is None else ():
         layered, stacked = (family, tree.family) if tree.scanned else (tree.family, family)
         found = _counterparts(layered, stacked)
         if found:
@@ -253,6 +240,17 @@ def _counterparts(layered: Family, stacked: Family) -> list[tuple[str, Row, str,
     return [] if stacks else found
 
 
+def _keys(leaf: Leaf, name: str) -> tuple[Key, ...]:
+    """The keys of a tensor called `name` that lies where a leaf does: those that they share are of the same kinds."""
+    shared: tuple[Key, ...] = ()
+    for key in leaf.keys:
+        if not name.startswith("/".join(each.name for each in (*shared, key)) + "/"):
+            break
+        shared = (*shared, key)
+    rest = name.removeprefix("".join(f"{key.name}/" for key in shared))
+    return (*shared, *dict_keys(rest))
+
+
 def _seen(leaf: Leaf, name: str, axis: int, layers: int) -> Leaf:
     """A leaf with an axis of `layers` more, each in a chunk of its own; without that axis for none."""
 
@@ -265,7 +263,7 @@ def _seen(leaf: Leaf, name: str, axis: int, layers: int) -> Leaf:
         stored = replace(
             stored, shape=with_axis(stored.shape, layers), chunks=with_axis(stored.chunks, 1), storage=storage
         )
-    seen = Leaf(name, dict_keys(name), with_axis(leaf.shape, layers), leaf.dtype, stored=stored)
+    seen = Leaf(name, _keys(leaf, name), with_axis(leaf.shape, layers), leaf.dtype, stored=stored)
     # One layer of a stack is read from chunks that may hold all of them.
     return seen if layers else replace(seen, through=leaf)
 

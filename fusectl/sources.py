@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
 
-from fusectl.archs import Recognized, recognize
-from fusectl.errors import Corrupt, Incompatible, counted, shorten
+from fusectl.archs import Recognized, configured, recognize
+from fusectl.archs.config import Config
+from fusectl.archs.network import STORED
+from fusectl.archs.table import Family
+from fusectl.archs.userfile import parse_family
+from fusectl.errors import Corrupt, Incompatible, UsageError, counted, shorten
 from fusectl.formats import open_checkpoint
-from fusectl.formats.tree import Checkpoint, is_dropped
+from fusectl.formats.tree import Checkpoint, is_dropped, kept_shapes
 from fusectl.formats.zarr import is_float
-from fusectl.record import norm_groups
+from fusectl.packed import unpacked
+from fusectl.record import FILE_NAME, norm_groups
 from fusectl.transforms.grow import require_widths
 
 
@@ -36,24 +41,79 @@ class Opened:
         return self.tree.full(parameter)
 
 
-def open_source(path: str, arch: str | None = None, drop: tuple[str, ...] = ()) -> Opened:
+def own_family(checkpoint: Checkpoint) -> Family | None:
+    """The family whose table a checkpoint's record holds, so that the file that it came from may go.
+
+    None without such a table; raises Corrupt for one that is none.
+    """
+    if checkpoint.record is None or checkpoint.record.table is None:
+        return None
+    where = f"{checkpoint.path}/{FILE_NAME}"
+    try:
+        return parse_family(checkpoint.record.table, where)
+    except UsageError as error:
+        raise Corrupt(f"{where}: the table of its family cannot be read", details=error.details) from error
+
+
+def recognized(
+    checkpoint: Checkpoint,
+    arch: str | Family | None = None,
+    drop: Collection[str] = (),
+    config: Config | None = None,
+) -> Recognized:
+    """The tree of an opened checkpoint, what matches `drop` left out: of the family `arch`, else of the one whose table
+    its record holds, else of the one that it is recognised as.
+
+    What its network computes is told by the record of one that fusectl wrote, and before that by `config`. Raises
+    Incompatible as `recognize` does, and where the config is of another model.
+    """
+    shapes = kept_shapes(checkpoint.shapes, drop)
+    before = checkpoint.record.family if checkpoint.record is not None else None
+    tree = with_record(recognize(shapes, checkpoint.path, arch or own_family(checkpoint), before=before), checkpoint)
+    if config is None:
+        return tree
+    own = configured(tree, config, checkpoint.path)
+    changed = [
+        f"{setting}: {now} by {config.where}, {then} by its {FILE_NAME}"
+        for setting, then, now in tree.network.differences(own.network)
+        if setting in STORED and tree.told is not None
+    ]
+    if changed:
+        # What it was stored with would be of another network.
+        raise Incompatible(f"{checkpoint.path}: fused for another network than the config's", details=changed)
+    return own
+
+
+def open_source(path: str, arch: str | None = None, drop: tuple[str, ...] = (), config: Config | None = None) -> Opened:
     """The source at a path, ready for planning, as `ready` has it."""
-    return ready(open_checkpoint(path), arch, drop)
+    return ready(open_checkpoint(path), arch, drop, config)
 
 
-def ready(checkpoint: Checkpoint, arch: str | None = None, drop: tuple[str, ...] = ()) -> Opened:
-    """An opened checkpoint as a source; raises Corrupt if a chunk of it is missing, all of them listed."""
+def ready(
+    checkpoint: Checkpoint, arch: str | None = None, drop: tuple[str, ...] = (), config: Config | None = None
+) -> Opened:
+    """An opened checkpoint as a source; raises Corrupt if a chunk of it is missing, all of them listed.
+
+    What its network computes is told by `config`, else by the record of one that fusectl wrote. Packed queries, keys
+    and values are seen apart.
+    """
+    checkpoint = unpacked(checkpoint)
     dropped = tuple(name for name in checkpoint.leaves if is_dropped(name, drop))
-    shapes = {name: shape for name, shape in checkpoint.shapes.items() if name not in dropped}
-    tree = recognize(shapes, checkpoint.path, arch)
+    tree = recognized(checkpoint, arch, drop, config)
     if checkpoint.record is not None:
         require_widths(tree, checkpoint.record, checkpoint.path)
     dtypes = {name: checkpoint.leaves[name].dtype for name in map(tree.full, tree.shapes)}
     integers = [f"{name}: {dtype}" for name, dtype in dtypes.items() if not is_float(dtype)]
     if integers:
         raise Incompatible(f"{checkpoint.path}: parameters that are no real numbers", details=shorten(integers))
-    require_chunks(checkpoint, shapes)
+    require_chunks(checkpoint, kept_shapes(checkpoint.shapes, drop))
     return Opened(checkpoint, tree, dropped)
+
+
+def with_record(tree: Recognized, checkpoint: Checkpoint) -> Recognized:
+    """A checkpoint's tree with what its record tells of the network, if it has one of the same family."""
+    record = checkpoint.record
+    return tree if record is None or record.family != tree.family.name else replace(tree, told=record.network)
 
 
 def require_chunks(checkpoint: Checkpoint, names: Iterable[str]) -> None:

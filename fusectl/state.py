@@ -13,11 +13,11 @@ from fusectl.transforms.carry import Carry, same_models
 from fusectl.transforms.grow import Fusion
 from fusectl.transforms.optimizer import (
     FIRST_MOMENTS,
-    STATE,
     OptimizerState,
     factored_axes,
     find_state,
     fresh_slots,
+    is_state,
     slot_axes,
 )
 
@@ -32,7 +32,7 @@ def plan_state(builder: Builder, opened: Sequence[Opened], fusion: Fusion, optio
     What was done, in a word, and which optimizer's slots there are.
     """
     first = opened[0]
-    with_state = [any(n.startswith(STATE) and n not in o.dropped for n in o.checkpoint.leaves) for o in opened]
+    with_state = [any(is_state(n) and n not in o.dropped for n in o.checkpoint.leaves) for o in opened]
     if not any(with_state) or options.optimizer == "drop":
         if any(with_state):
             builder.notes.append("optimizer: dropped; the trainer begins a new one, whose first updates need a warm-up")

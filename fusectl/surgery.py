@@ -10,16 +10,24 @@ bytes.
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePath
 
+import numpy as np
+
 import fusectl
+from fusectl.archs import Recognized
+from fusectl.archs.config import read_config
 from fusectl.builder import Builder, Options, notes_on_mesh, plan_step, source_record, target_of
 from fusectl.equalize import Equalize, residual_scales
 from fusectl.errors import Corrupt, FusectlError, Incompatible, OutputExists, UsageError, counted, shorten
+from fusectl.exactness import Exactness, least, of_model, of_tensor
 from fusectl.execute import Work, execute
+from fusectl.expand import expanded, repeats
 from fusectl.formats import format_named, open_checkpoint, open_location
 from fusectl.formats.locate import is_checkpoint
 from fusectl.formats.objects import ObjectPath, Place
@@ -28,20 +36,23 @@ from fusectl.formats.sink import Manner, Sink, names_written
 from fusectl.formats.staging import can_be_resumed, check_space, clear_journal, staged, staging_of, storage_errors
 from fusectl.formats.tree import Checkpoint
 from fusectl.formats.upload import require_free
-from fusectl.formats.zarr import np_dtype
+from fusectl.formats.zarr import epsilon, np_dtype
 from fusectl.journal import Journal, digest_of, require_same_plan
+from fusectl.packed import packed_name
 from fusectl.parallel import Progress, Silent, default_jobs
 from fusectl.plan import Plan
 from fusectl.record import LEFT_OUT, Fill, Record, mean_weights
 from fusectl.sources import Opened, open_source
 from fusectl.state import plan_state
 from fusectl.transforms.grow import Fusion, check_fill, equal_widths, filled, fused, line_up
-from fusectl.transforms.optimizer import STATE, slot_axes
+from fusectl.transforms.optimizer import is_state, slot_axes
 from fusectl.transforms.rates import in_words, module, rates, table
 
 
 # Above this, antisymmetric noise loses digits of the kernels that it is taken off from.
 LARGE_NOISE_SCALE = 0.5
+# The streams of random numbers in MaxText's training states, which no width changes.
+_AUXILIARY = re.compile(r"nnx_aux/(.+/)?rngs/")
 # Threads, where most of their time is spent on waiting for a server.
 REMOTE_JOBS = 16
 
@@ -64,11 +75,15 @@ def plan_fusion(
     if len(paths) < 2:
         raise UsageError("fusing takes two checkpoints or more", hint="fusectl self-fuse CKPT --copies 2 for one")
     shares = mean_weights(weights, len(paths))
-    by_path = {path: open_source(path, options.arch, options.drop) for path in dict.fromkeys(paths)}
-    opened = [by_path[path] for path in paths]
+    opened = _open_sources(paths, options)
+    kv_repeats = repeats([o.tree for o in opened]) if options.expand_kv else (1,) * len(opened)
+    by_place = {(o, times): expanded(o, times) for o, times in zip(opened, kv_repeats, strict=True)}
+    opened = [by_place[o, times] for o, times in zip(opened, kv_repeats, strict=True)]
     first = opened[0]
     fusion = line_up([o.tree for o in opened], shares, [o.label for o in opened])
     _require_one_dtype(opened, options)
+    _require_state_to_carry(opened, kv_repeats, options)
+    fusion = replace(fusion, means_shared=_shared_differ(opened, fusion, options))
     check_fill(fusion, options.fill)
     on_mesh = notes_on_mesh(options.mesh, first.tree, {name: fusion.fused_shape(name) for name in first.tree.shapes})
     if equalize is not None:
@@ -82,6 +97,9 @@ def plan_fusion(
         builder.add(prefix + parameter, layout, like=tensors[0], noise_name=parameter)
     optimizer, kind = plan_state(builder, opened, fusion, options)
     plan_step(builder, first, options, out_format)
+    for name in first.checkpoint.leaves:
+        if _AUXILIARY.match(name) and name not in first.dropped:
+            builder.copy(name)
     record = Record(
         version=fusectl.__version__,
         command=command,
@@ -97,13 +115,18 @@ def plan_fusion(
         norm=options.norm,
         residual_scales=fusion.residual_scales,
         step=options.step,
+        network=first.tree.network,
+        kv_repeats=kv_repeats,
+        means_shared=fusion.means_shared,
+        table=first.tree.family.table,
     )
     # Between different models blocks do not move alike.
     found = rates(fusion) if record.self_fused else {}
     notes = [*builder.notes, *_notes_on(opened, options, record), *on_mesh]
     if kind is not None and (words := in_words(found, kind)):
         notes.append(f"at an unchanged rate it moves faster; {kind} goes on as before with {words} (--lr-table FILE)")
-    return replace(builder.plan(record, item, notes), rates=found), [o.checkpoint for o in opened]
+    plan = replace(builder.plan(record, item, notes), rates=found)
+    return _with_exactness(plan, fusion, opened), [o.checkpoint for o in opened]
 
 
 def plan_noise_fill(path: str, options: Options, *, copies: int | None = None) -> tuple[Plan, list[Checkpoint]]:
@@ -124,7 +147,7 @@ def plan_noise_fill(path: str, options: Options, *, copies: int | None = None) -
     if copies not in {None, len(record.weights)}:
         raise UsageError(f"--copies {copies}, but {opened.label} is a fusion of {len(record.weights)}")
     _refuse_widening(opened, options)
-    fusion = Fusion(opened.tree, record.weights, record.widths, record.residual_scales)
+    fusion = Fusion(opened.tree, record.weights, record.widths, record.residual_scales, record.means_shared)
     check_fill(fusion, options.fill)
     on_mesh = notes_on_mesh(options.mesh, opened.tree, opened.tree.shapes)
     out_format, item, prefix = target_of(opened, options)
@@ -139,11 +162,13 @@ def plan_noise_fill(path: str, options: Options, *, copies: int | None = None) -
         if name not in builder.used and name not in opened.dropped:
             axes = slot_axes(name, opened.checkpoint.leaves[name].shape, opened.tree, opened.tree.shapes)
             builder.copy(name, axes=axes)
-    kept = any(output.name.startswith(STATE) for output in builder.outputs)
+    kept = any(is_state(output.name) for output in builder.outputs)
     record = replace(
         record,
         version=fusectl.__version__,
         command="noise-fill",
+        family=opened.tree.family.name,
+        table=opened.tree.family.table,
         fill=options.fill,
         parameters=prefix,
         optimizer=record.optimizer if kept else "drop",
@@ -154,7 +179,23 @@ def plan_noise_fill(path: str, options: Options, *, copies: int | None = None) -
         files={},
     )
     notes = [*opened.checkpoint.location.notes, *builder.notes, *_notes_on_fill(options.fill), *on_mesh]
-    return builder.plan(record, item, notes), [opened.checkpoint]
+    return _with_exactness(builder.plan(record, item, notes), fusion, [opened]), [opened.checkpoint]
+
+
+def _with_exactness(plan: Plan, fusion: Fusion, opened: Sequence[Opened]) -> Plan:
+    """The plan with what each parameter, and all of them, do for the mean of the logits."""
+    dtypes = {output.name: output.layout.dtype for output in plan.outputs}
+    found: dict[str, Exactness] = {}
+    for parameter in fusion.tree.rows:
+        name = plan.record.parameters + parameter
+        # Of those that are packed again.
+        name = name if name in dtypes else packed_name(name)
+        stored = [epsilon(o.checkpoint.leaves[o.full(parameter)].dtype) for o in opened]
+        dtype = dtypes[name]
+        narrowed = epsilon(dtype) > min(stored)
+        found[name] = least((found.get(name), of_tensor(fusion, plan.record, parameter, dtype, narrowed=narrowed)))
+    outputs = tuple(replace(output, exactness=found.get(output.name)) for output in plan.outputs)
+    return replace(plan, outputs=outputs, exactness=of_model(list(found.values()), plan.record))
 
 
 def carry_out(
@@ -220,7 +261,7 @@ def carry_out(
             if any(isinstance(place, ObjectPath) for place in (output, *(s.location.home for s in sources))):
                 jobs = max(jobs, REMOTE_JOBS)
             sums = execute(plan, work, sink, jobs=jobs, progress=progress, journal=journal)
-        sink.finish(replace(plan.record, tensors=sums), plan.empty)
+        sink.finish(replace(plan.record, tensors=sums), plan.empty, plan.custom)
         written = open_location(sink.location)
         _check_written(plan, written)
         if check is not None:
@@ -299,6 +340,60 @@ def _real(at: Place) -> PurePath:
     return Path(os.path.realpath(at)) if isinstance(at, Path) else PurePath(at.scheme, at.bucket, at.key)
 
 
+def _open_sources(paths: Sequence[str], options: Options) -> list[Opened]:
+    """The sources, one that is named several times opened once, with the configs that tell of them."""
+    configs = [read_config(path) for path in options.configs]
+    if len(configs) > 1 and len(configs) != len(paths):
+        raise UsageError(
+            f"{len(configs)} configs for {len(paths)} sources", hint="one for all of them, or one for each"
+        )
+    each = [*configs, *[configs[0] if configs else None] * (len(paths) - len(configs))]
+    keys = list(zip(paths, each, strict=True))
+    found = {key: open_source(key[0], options.arch, options.drop, key[1]) for key in dict.fromkeys(keys)}
+    return [found[key] for key in keys]
+
+
+def _require_state_to_carry(opened: Sequence[Opened], kv_repeats: Sequence[int], options: Options) -> None:
+    """Raises Incompatible where the moments of repeated kv heads would have to be known."""
+    if set(kv_repeats) == {1} or options.optimizer in {"reset", "drop"}:
+        return
+    if any(is_state(name) and name not in o.dropped for o in opened for name in o.checkpoint.leaves):
+        raise Incompatible(
+            "kv heads are repeated, and the moments of each of the twins are not known",
+            hint="--optimizer reset, or --optimizer drop",
+        )
+
+
+def _shared_differ(opened: Sequence[Opened], fusion: Fusion, options: Options) -> bool:
+    """Whether sources differ in a tensor that does not grow, of which a fused model has one for all of them.
+
+    Raises Incompatible where they do and nobody has said that the mean will do.
+    """
+    distinct = list(dict.fromkeys(opened))
+    shared = [name for name in fusion.tree.shapes if fusion.is_shared(name)]
+    differ = [
+        f"{name}: {first.label} and {other.label}, by up to {off:.3g}"
+        for first, *others in [distinct]
+        for other in others
+        for name in shared
+        if (off := _furthest(first, other, name))
+    ]
+    if differ and not options.mean_shared:
+        raise Incompatible(
+            "a parameter that all heads share, and that is different in the sources",
+            details=shorten(differ),
+            hint="--mean-shared takes the mean, which is approximate; a model fused with itself has one of them only",
+        )
+    return bool(differ)
+
+
+def _furthest(one: Opened, other: Opened, name: str) -> float:
+    """How far apart two sources' values of a tensor are, at most."""
+    a, b = (each.checkpoint.read(each.full(name)).astype(np.float64) for each in (one, other))
+    off = np.abs(a - b)
+    return math.inf if np.isnan(off).any() else float(off.max(initial=0.0))
+
+
 def _require_one_dtype(opened: Sequence[Opened], options: Options) -> None:
     """Raises Incompatible when a source would be cast without anybody having asked for it."""
     if options.dtype is not None:
@@ -347,15 +442,41 @@ def _notes_on(opened: Sequence[Opened], options: Options, record: Record) -> lis
         notes.append("antisymmetric noise cancels between equal copies only; these sources' function changes")
     if record.norm == "property":
         groups = ", ".join(map(str, record.norm_groups))
-        notes.append(f"to be trained with a norm per source: fusectl.archs.t5_flax, norm_groups = ({groups})")
+        network = "t5_flax" if opened[0].tree.family.trainer == "t5x" else "decoder_flax"
+        notes.append(f"to be trained with a norm per source: fusectl.archs.{network}, norm_groups = ({groups})")
     elif not record.self_fused:
         notes.append(
-            "with a norm per source this is the mean of the logits; T5's one norm deviates: verify says how far"
+            "with a norm per source this is the mean of the logits; the trainer's one deviates: verify says how far"
         )
+    if record.means_shared:
+        notes.append("scales that all heads share differ, and become their mean: approximate, verify says how far")
+    if not record.self_fused and record.network.logits_soft_cap is not None:
+        notes.append("the logits are capped behind their mean: approximate, verify says how far")
+    untold = _untold(opened[0].tree, alone=record.self_fused)
+    if untold:
+        notes.append(f"no checkpoint tells {untold}: taken as the family has it by default; --config FILE tells")
     if any(scale != 1.0 for scale in record.residual_scales):
         scales = ", ".join(f"{scale:.6g}" for scale in record.residual_scales)
         notes.append(f"the sources' residual streams are multiplied with {scales}")
     return notes
+
+
+def _untold(tree: Recognized, *, alone: bool) -> str:
+    """What of a decoder's network nobody has told and the fusion depends on, in words.
+
+    A model that is fused with itself, `alone`, need not agree with another one.
+    """
+    if tree.family.trainer == "t5x":
+        return ""
+    # What gemma's configs tell; MaxText's tell more.
+    settings = {"attending": "rotary positions and windows", "attention_soft_cap": "soft caps"}
+    if tree.family.trainer == "maxtext":
+        settings |= {"norm_epsilon": "epsilon", "activation": "the activation"}
+    if alone:
+        settings.clear()
+    if tree.family.trainer == "maxtext" and tree.family.tied:
+        settings["tied_logits_power"] = "normalize_embedding_logits"
+    return ", ".join(words for setting, words in settings.items() if setting not in tree.network.told)
 
 
 def _record_for(opened: Opened, copies: int | None) -> Record:
@@ -376,6 +497,7 @@ def _record_for(opened: Opened, copies: int | None) -> Record:
         norm_groups=widths["embed"],
         fill=Fill(),
         optimizer="kept",
+        network=opened.tree.network,
     )
 
 

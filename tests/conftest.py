@@ -45,6 +45,18 @@ def decoders(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def logits(tmp_path_factory) -> Path:
+    """Networks of MaxText's and of the gemma package's with their configs, parameters, tokens and logits:
+    maxtext/CASE/{config.json,model.npz}, gemma/CASE/{config.json,logits.npz,params,…}; training states that MaxText
+    wrote, maxtext-trained/CASE; and the trees of its other blocks, refused/BLOCK.json.
+    """
+    root = tmp_path_factory.mktemp("logits")
+    with tarfile.open(DATA / "decoders-logits.tar.xz") as archive:
+        archive.extractall(root, filter="data")
+    return root / "decoders-more"
+
+
 @pytest.fixture
 def sources(written) -> list[str]:
     """Two T5 1.1 models, one in each of T5X's formats."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import sys
@@ -9,9 +10,12 @@ from pathlib import Path
 
 from fusectl.archs import FAMILIES, family_named
 from fusectl.cli import run
-from fusectl.demo import random_t5x_state
-from fusectl.formats import open_checkpoint
-from fusectl.formats.sink import save
+from fusectl.demo import parameter_shapes, random_parameters, random_t5x_state
+from fusectl.formats import format_named, open_checkpoint
+from fusectl.formats.encoding import Encoding
+from fusectl.formats.sink import Manner, NewTensor, Sink, save
+from fusectl.formats.tree import dict_keys
+from fusectl.formats.zarr import new_storage
 from fusectl.journal import Journal
 from fusectl.record import FILE_NAME, signed
 
@@ -19,14 +23,42 @@ from fusectl.record import FILE_NAME, signed
 SIZES = {"vocab": 41, "embed": 12, "heads": 3, "kv": 5, "joined_kv": 15, "mlp": 22, "relpos_buckets": 32}
 WIDER = {**SIZES, "embed": 14, "heads": 2, "joined_kv": 10, "mlp": 26}
 LAYERS = {"encoder": 3, "decoder": 2}
+# Of decoders, whose heads share kv heads; head_dim is even, for its rotary planes.
+DECODER_SIZES = {"vocab": 41, "embed": 12, "heads": 6, "kv_heads": 3, "kv": 4, "mlp": 22}
+WIDER_DECODER = {**DECODER_SIZES, "embed": 14, "heads": 4, "kv_heads": 2, "mlp": 26}
 
-FAMILY_NAMES = [family.name for family in FAMILIES]
+ALL_NAMES = [family.name for family in FAMILIES]
+# Those of T5X.
+FAMILY_NAMES = [family.name for family in FAMILIES if family.trainer == "t5x"]
+DECODER_NAMES = [family.name for family in FAMILIES if family.trainer != "t5x"]
 # Not recognised by itself; the tests that need no --arch leave it out.
 RECOGNIZED = [family.name for family in FAMILIES if not family.by_name_only]
 
 
-def state(family: str, seed: int, sizes=SIZES, layers=LAYERS, **kwargs):
-    return random_t5x_state(family_named(family), sizes, layers, seed, **kwargs)
+def state(family: str, seed: int, sizes=None, layers=None, **kwargs):
+    """A random state as the family's trainer has it: T5X's with Adafactor, others' parameters alone."""
+    found = family_named(family)
+    if found.trainer == "t5x":
+        return random_t5x_state(found, sizes or SIZES, layers or LAYERS, seed, **kwargs)
+    prefix = "params/params/" if found.trainer == "maxtext" else ""
+    parameters = random_parameters(found, sizes or sizes_of(found), layers or layers_of(found), seed)
+    return {prefix + name: values for name, values in parameters.items()}
+
+
+def sizes_of(family) -> dict[str, int]:
+    """The sizes that the tests give a family's axes."""
+    if family.trainer == "t5x":
+        return SIZES
+    grouped = any("kv_heads" in row.spec.axes for row in family.rows)
+    return {axis: n for axis, n in DECODER_SIZES.items() if grouped or axis != "kv_heads"}
+
+
+def layers_of(family) -> dict[str, int]:
+    """The depths that the tests give a family's stacks: whole groups of layers, and some that remain."""
+    if family.trainer == "t5x":
+        return LAYERS
+    group = max(row.every for row in family.rows)
+    return {"decoder": 7 if group == 6 else 2 * group if group > 1 else 3}
 
 
 def start(*words) -> multiprocessing.process.BaseProcess:
@@ -69,9 +101,23 @@ def ends_at(n: int, error: BaseException, monkeypatch) -> None:
     monkeypatch.setattr(Journal, "add", failing)
 
 
-def checkpoint(
-    at: Path, family: str = "t5-1.1", seed: int = 0, sizes=SIZES, layers=LAYERS, format="t5x", **kwargs
-) -> str:
+def checkpoint(at: Path, family: str = "t5-1.1", seed: int = 0, sizes=None, layers=None, format="t5x", **kwargs) -> str:
     """Writes a random training state as T5X would; its path."""
     save(at, state(family, seed, sizes, layers, **kwargs), format)
     return str(at)
+
+
+def metadata_only(at: Path, family: str, sizes, layers, dtype: str) -> Path:
+    """A checkpoint of a family's shapes in Orbax's layout whose arrays are sparse: none of their chunks is there."""
+    found, itemsize = family_named(family), 2 if dtype == "bfloat16" else 4
+    prefix = "params/params/" if found.trainer == "maxtext" else ""
+    tensors = []
+    for name, _, shape in parameter_shapes(found, sizes, layers):
+        # Rows of about 16 MiB, as a trainer on many devices writes them.
+        rows = max(1, (16 << 20) // (itemsize * math.prod(shape[1:])))
+        storage = new_storage(3, (min(shape[0], rows), *shape[1:]), dtype, Encoding("zstd", 3, crc32c=True))
+        tensors.append(NewTensor(prefix + name, dict_keys(prefix + name), shape, dtype, storage))
+    sink = Sink(at, at, format_named("orbax"), None, Manner(sparse=True))
+    sink.create(tensors)
+    sink.finish()
+    return at

@@ -39,6 +39,23 @@ def test_braces_multiply():
     assert expand("{a,b}/x_{0,1}") == ("a/x_0", "a/x_1", "b/x_0", "b/x_1")
 
 
-def test_a_stray_brace_is_pointed_at():
-    with pytest.raises(PatternError, match="without its partner"):
-        expand("a/{b/c")
+@pytest.mark.parametrize(
+    ("pattern", "message", "caret"),
+    [
+        ("a/{b/c", "without its partner", 2),
+        ("{a,b}/{c", "without its partner", 6),
+        ("{a,b}/c}", "without its partner", 7),
+        ("{a,{b}}", "without its partner", 0),
+        ("a_#/{b,c_#}", "second #", 9),
+        ("x/" + "{a,b}" * 7, "more than 100 names", 2),
+    ],
+)
+def test_a_path_that_cannot_be_read_is_shown_with_a_caret(pattern, message, caret):
+    with pytest.raises(PatternError, match=message) as error:
+        expand(pattern)
+
+    assert error.value.at == caret
+
+
+def test_alternatives_may_have_a_number_each():
+    assert expand("{a_#,b_#}/c") == ("a_#/c", "b_#/c")

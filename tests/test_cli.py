@@ -179,6 +179,7 @@ def test_inspect_tells_what_a_checkpoint_is(models, fusectl):
     kernel = next(t for t in result["tensors"] if t["name"] == "target/encoder/layers_0/mlp/wo/kernel")
     assert kernel == {
         "name": kernel["name"],
+        "row": "{encoder,decoder}/layers_#/mlp/wo/kernel",
         "axes": ["mlp", "embed"],
         "shape": [22, 12],
         "dtype": "float32",

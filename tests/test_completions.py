@@ -12,6 +12,7 @@ from fusectl import cli
 from fusectl.equalize import MEASURES
 from fusectl.formats import FORMATS
 from fusectl.record import FILLS, NORMS
+from fusectl.restart import TRAINERS
 
 
 COMPLETIONS = Path(__file__).parents[1] / "completions"
@@ -77,3 +78,4 @@ def test_the_choices_that_the_parser_spells_out_are_the_ones_that_exist():
     assert choices(cli.FormatName) == tuple(FORMATS)
     assert choices(cli.Norm) == NORMS
     assert choices(cli.EqualizeBy) == MEASURES
+    assert choices(cli.TrainerName) == tuple(TRAINERS)

@@ -1,13 +1,22 @@
-"""The gin bindings for a restart, parsed by gin, with modules in place of T5X's."""
+"""What trainers are told: gin's bindings, parsed by gin with modules in place of T5X's; MaxText's overrides on what it
+wrote; and Gemma's config, parsed and compared with that of the model.
+"""
 
+import ast
 import json
+import shutil
+from dataclasses import replace
 
 import gin
 import pytest
+import yaml
 from models import LAYERS, SIZES, checkpoint
 
-from fusectl.archs import t5_flax
-from fusectl.restart import restart
+from fusectl.archs import family_named, recognize, t5_flax
+from fusectl.errors import Incompatible
+from fusectl.formats import open_checkpoint
+from fusectl.formats.tree import Checkpoint, Leaf, Location
+from fusectl.restart import restart, restart_of
 
 
 T5X = {
@@ -162,3 +171,291 @@ def test_what_is_no_checkpoint_is_told(tmp_path, fusectl):
 def test_the_bindings_are_those_of_the_library(tmp_path):
     found = restart(checkpoint(tmp_path / "a"))
     assert json.loads(json.dumps(found.as_json()))["network"]["emb_dim"] == SIZES["embed"]
+
+
+LLAMA = {
+    "base_emb_dim": 16,
+    "base_num_query_heads": 4,
+    "base_num_kv_heads": 2,
+    "head_dim": 8,
+    "base_mlp_dim": 32,
+    "vocab_size": 64,
+    "base_num_decoder_layers": 2,
+    "override_model_config": True,
+}
+GROWN = ("base_emb_dim", "base_num_query_heads", "base_num_kv_heads", "base_mlp_dim")
+FULL, RUN, PARAMETERS = "load_full_state_path", "base_output_directory", "load_parameters_path"
+
+
+@pytest.fixture
+def trained(logits):
+    """The newest step of one of MaxText's runs."""
+    return lambda name: logits / "maxtext-trained" / name / "checkpoints/2"
+
+
+def overrides(done):
+    """The overrides as a shell and OmegaConf would take them: words at spaces, values as YAML."""
+    assert done.code == 0, done.err
+    words = " ".join(line for line in done.out.splitlines() if not line.startswith("#")).split()
+    pairs = [word.split("=", 1) for word in words]
+    assert len(dict(pairs)) == len(pairs)
+    return {key: yaml.safe_load(value) for key, value in pairs}
+
+
+def notes(done):
+    return [line for line in done.out.splitlines() if line.startswith("# ")]
+
+
+def grown(sizes):
+    return {key: 2 * n if key in GROWN else n for key, n in sizes.items()}
+
+
+def test_maxtext_takes_the_sizes_of_the_fused_model(decoders, tmp_path, fusectl):
+    out = tmp_path / "runs/grown/checkpoints/2"
+    source = decoders / "maxtext-written/llama2_scanned/seed1/2"
+    own = overrides(fusectl("restart-config", source))
+    done = fusectl("self-fuse", source, "-o", out)
+    assert done.code == 0, done.err
+
+    printed = fusectl("restart-config", out)
+
+    found = overrides(printed)
+    sizes = {key: found[key] for key in LLAMA}
+    assert sizes == grown({key: own[key] for key in LLAMA})
+    shape = open_checkpoint(str(out)).shapes["params/params/decoder/layers/self_attention/query/kernel"]
+    names = ("base_emb_dim", "base_num_decoder_layers", "base_num_query_heads", "head_dim")
+    assert shape == tuple(found[name] for name in names)
+    assert {key: value for key, value in found.items() if key not in LLAMA} == {
+        "scan_layers": True,
+        "param_scan_axis": 1,
+        "logits_via_embedding": False,
+        RUN: str(tmp_path / "runs"),
+        "run_name": "grown",
+    }
+    assert any("llama2, mistral or qwen2" in note for note in notes(printed))
+    assert any("learning rates as before" in note for note in notes(printed))
+    assert any(f"{FULL}={out / 'items'}" in note for note in notes(printed))
+    # The same at the end of the command that wrote it, without the comments.
+    ended = done.err.partition("MaxText goes on with ")[2].splitlines()[1:]
+    assert ended == [line for line in printed.out.splitlines() if not line.startswith("#")]
+    result = fusectl("restart-config", out, "--json").json["result"]
+    assert (result["trainer"], result["overrides"], result["shell"]) == ("maxtext", found, printed.out)
+
+
+def test_maxtext_is_told_what_a_config_told(trained, logits, tmp_path, fusectl):
+    config = tmp_path / "model.yml"
+    config.write_text(
+        "decoder_block: gemma2\nmlp_activations: [gelu, linear]\nattn_logits_soft_cap: 5\nfinal_logits_soft_cap: 3\n"
+        "normalization_layer_epsilon: 1e-6\nnormalize_embedding_logits: false\nsliding_window_size: 8\n"
+        "rope_max_timescale: 500000\nlocal_rope_max_timescale: 100\nrope_linear_scaling_factor: 8\n"
+    )
+    out = tmp_path / "grown"
+    assert fusectl("self-fuse", trained("gemma2_scan"), "-o", out, "--config", config).code == 0
+
+    printed = fusectl("restart-config", out)
+
+    assert overrides(printed) == {
+        **grown(LLAMA),
+        "decoder_block": "gemma2",
+        "scan_layers": True,
+        "param_scan_axis": 1,
+        "logits_via_embedding": True,
+        "normalize_embedding_logits": False,
+        "use_post_attn_norm": True,
+        "use_post_ffw_norm": True,
+        "mlp_activations": ["gelu", "linear"],
+        "normalization_layer_epsilon": "1e-06",
+        "attn_logits_soft_cap": 5.0,
+        "final_logits_soft_cap": 3.0,
+        "rope_max_timescale": 500_000,
+        "rope_linear_scaling_factor": 8.0,
+        "local_rope_max_timescale": 100,
+        "sliding_window_size": 8,
+        FULL: str(out / "items"),
+    }
+    # Two pairs: the tree holds four layers.
+    assert any("counts pairs" in note for note in notes(printed))
+    assert sum(recognize(open_checkpoint(str(out)).shapes, "").depths.values()) == 4
+    plain = overrides(fusectl("restart-config", trained("gemma2_scan")))
+    assert plain["normalize_embedding_logits"] is True
+    assert not plain.keys() & {"mlp_activations", "attn_logits_soft_cap", "rope_max_timescale", "sliding_window_size"}
+
+
+@pytest.mark.parametrize(
+    ("layout", "flags"),
+    [
+        ("orbax", {}),
+        ("orbax-ocdbt-zarr2", {"zarr3": False}),
+        ("orbax-zarr2", {"ocdbt": False, "zarr3": False}),
+        ("orbax-zarr3", {"ocdbt": False}),
+    ],
+)
+def test_maxtext_is_told_how_it_lies_on_disk(trained, tmp_path, fusectl, layout, flags):
+    out = tmp_path / "3"
+    assert fusectl("convert", trained("llama2_unscan"), "-o", out, "--format", layout).code == 0
+
+    found = overrides(fusectl("restart-config", out))
+
+    told = {key: value for key, value in found.items() if key.startswith("checkpoint_storage_")}
+    assert told == {f"checkpoint_storage_use_{name}": value for name, value in flags.items()}
+    assert found["scan_layers"] is False
+    assert "param_scan_axis" not in found
+
+
+def test_maxtext_goes_on_with_a_run_only_from_its_newest_step(trained, tmp_path, fusectl):
+    step = tmp_path / "runs/a/checkpoints/2"
+    shutil.copytree(trained("llama2_unscan"), step)
+    in_run = {RUN: str(tmp_path / "runs"), "run_name": "a"}
+
+    def loading():
+        found = overrides(fusectl("restart-config", step))
+        return {key: value for key, value in found.items() if key in {*in_run, FULL, PARAMETERS}}
+
+    (step.parent / "1").mkdir()
+    assert loading() == in_run
+    (step.parent / "10").mkdir()
+    assert loading() == {FULL: str(step / "items")}
+    # A run looks for its state in the item `items`.
+    (step.parent / "10").rmdir()
+    (step / "items").rename(step / "state")
+    assert loading() == {FULL: str(step / "state")}
+
+
+def test_maxtext_loads_parameters_alone(trained, tmp_path, fusectl):
+    out = tmp_path / "runs/a/checkpoints/0"
+    assert fusectl("self-fuse", trained("llama2_unscan"), "-o", out, "--optimizer", "drop").code == 0
+
+    printed = fusectl("restart-config", out)
+
+    found = overrides(printed)
+    assert found[PARAMETERS] == str(out / "items")
+    assert not found.keys() & {FULL, RUN, "run_name"}
+    assert any("without optimizer state" in note for note in notes(printed))
+    assert not any("MaxText looks for" in note or "spaces" in note for note in notes(printed))
+    # In directories of this name it looks for bare parameters.
+    (out / "items").rename(out / "model")
+    assert any("MaxText looks for" in note for note in notes(fusectl("restart-config", out)))
+    spaced = out.rename(tmp_path / "with space")
+    assert any("spaces" in note for note in notes(fusectl("restart-config", spaced)))
+
+
+def test_a_norm_per_source_is_not_maxtexts(trained, tmp_path, fusectl):
+    source, out = trained("llama2_unscan"), tmp_path / "out"
+    other = shutil.copytree(source, tmp_path / "other")
+    for norm, said in (("property", True), ("rule", False)):
+        assert fusectl("fuse", source, other, "-o", out, "--norm", norm, "--force").code == 0
+        found = [note for note in notes(fusectl("restart-config", out)) if "norm_groups = (16, 16)" in note]
+        assert bool(found) is said
+
+
+def described(name, tmp_path, **sizes):
+    """The overrides and the notes for a tree of one of MaxText's families, whose values do not matter."""
+    family = family_named(name)
+    shapes = {}
+    for row in family.rows:
+        for parameter in row.alternatives:
+            if row.optional:
+                continue
+            number = parameter.replace("#", "0")
+            shapes[number] = tuple({"stack": len(row.roles), **sizes}[axis] for axis in row.spec.axes)
+    location = Location(tmp_path / "0/items", tmp_path / "0", "orbax", item="items")
+    leaves = {f"params/params/{name}": Leaf(name, (), shape, "float32") for name, shape in shapes.items()}
+    opened = Checkpoint(location, "orbax", leaves, files=None, file_of={})
+    found = restart_of(opened, recognize(opened.shapes, "", name))
+    return dict(line.split("=", 1) for line in found.lines), found.notes
+
+
+AXES = {"embed": 24, "heads": 6, "kv_heads": 3, "kv": 10, "mlp": 40, "vocab": 50, "layers": 5}
+
+
+@pytest.mark.parametrize(
+    ("family", "wanted"),
+    [
+        ("maxtext-qwen3-tied-scanned-0", {"use_qk_norm": "True", "param_scan_axis": "0", "scan_layers": "True"}),
+        ("maxtext-qwen2-scanned", {"attention_bias": "True", "decoder_block": "qwen2", "param_scan_axis": "1"}),
+        ("maxtext-llama-fused-mlp-scanned", {"fused_mlp": "True", "logits_via_embedding": "False"}),
+        ("maxtext-gemma-tied-scanned", {"decoder_block": "gemma", "normalize_embedding_logits": "True"}),
+        ("maxtext-gemma3-tied-scanned", {"use_qk_norm": "True", "base_num_decoder_layers": "30"}),
+    ],
+)
+def test_maxtext_is_told_what_the_tree_has(tmp_path, family, wanted):
+    found, notes = described(family, tmp_path, **AXES)
+
+    assert found == {**found, **wanted}
+    assert {"use_qk_norm", "attention_bias", "fused_mlp"} & found.keys() <= wanted.keys()
+    assert any("model_name stays gemma3-4b" in note for note in notes) == ("gemma3-" in family)
+    sizes = {"base_emb_dim": "24", "base_num_query_heads": "6", "base_num_kv_heads": "3", "head_dim": "10"}
+    assert found == {**found, **sizes, "base_mlp_dim": "40", "vocab_size": "50"}
+
+
+def config_of(text):
+    """The fields of the one call of TransformerConfig in a module, and what load_params is called with."""
+    calls = {ast.unparse(call.func): call for call in ast.walk(ast.parse(text)) if isinstance(call, ast.Call)}
+    fields = {}
+    for keyword in calls["gm.nn.config.TransformerConfig"].keywords:
+        value = keyword.value
+        if isinstance(value, ast.Attribute):
+            fields[keyword.arg] = value.attr
+        elif isinstance(value, ast.Call):
+            # As the package's make_attention_layers_types has it.
+            pattern = [kind.attr for kind in value.args[0].elts]
+            (layers,) = (each.value.value for each in value.keywords)
+            fields[keyword.arg] = [pattern[i % len(pattern)] for i in range(layers)]
+        else:
+            fields[keyword.arg] = ast.literal_eval(value)
+    return fields, ast.literal_eval(calls["gm.ckpts.load_params"].args[0])
+
+
+@pytest.mark.parametrize("case", ["gemma1_mqa", "gemma1_qkv", "gemma2", "gemma2_27b", "gemma3", "gemma3_mqa"])
+def test_gemma_takes_the_config_of_the_fused_model(logits, tmp_path, fusectl, case):
+    home, out = logits / "gemma" / case, tmp_path / "out"
+    wanted = json.loads((home / "config.json").read_text())
+    del wanted["vision_encoder"]
+    assert fusectl("self-fuse", home / "params", "-o", out, "--config", home / "config.json").code == 0
+
+    printed = fusectl("restart-config", out)
+
+    wanted |= {name: 2 * wanted[name] for name in ("embed_dim", "hidden_dim", "num_heads", "num_kv_heads")}
+    assert config_of(printed.out) == (wanted, str(out))
+    assert any("keeps its value" in note for note in notes(printed)) == (case == "gemma2_27b")
+    assert not any("public models" in note for note in notes(printed))
+    result = fusectl("restart-config", out, "--json").json["result"]
+    assert (result["config"], result["params"], result["python"]) == (wanted, str(out), printed.out)
+
+
+def test_what_no_config_told_of_gemma_is_that_of_the_public_models(logits, fusectl):
+    printed = fusectl("restart-config", logits / "gemma/gemma2/params")
+
+    found = config_of(printed.out)[0]
+    assert (found["final_logit_softcap"], found["attn_logits_soft_cap"]) == (30.0, 50.0)
+    assert any("final_logit_softcap" in note and "no --config" in note for note in notes(printed))
+
+
+@pytest.mark.parametrize(("trainer", "of"), [("maxtext", "t5x"), ("gemma", "maxtext"), ("t5x", "gemma")])
+def test_another_trainer_than_the_familys_is_refused(trained, logits, tmp_path, fusectl, trainer, of):
+    paths = {
+        "t5x": lambda: checkpoint(tmp_path / "a"),
+        "maxtext": lambda: trained("llama2_unscan"),
+        "gemma": lambda: logits / "gemma/gemma2/params",
+    }
+    path = paths[of]()
+    done = fusectl("restart-config", path, "--trainer", trainer)
+    assert (done.code, f"--trainer {of}" in done.err, done.out) == (6, True, "")
+    assert fusectl("restart-config", path, "--trainer", of).out == fusectl("restart-config", path).out != ""
+
+
+def test_what_the_decoders_trainers_do_not_have_is_refused(trained, logits, tmp_path, fusectl):
+    for path in (trained("llama2_unscan"), logits / "gemma/gemma2/params"):
+        done = fusectl("restart-config", path, "--lr-offset", "-1")
+        assert (done.code, "--lr-offset -1" in done.err, done.out) == (2, True, "")
+        out = tmp_path / path.parent.name
+        assert fusectl("convert", path, "-o", out, "--format", "t5x").code == 0
+        done = fusectl("restart-config", out)
+        assert (done.code, f"fusectl convert {out} --format orbax" in done.err, done.out) == (6, True, "")
+
+
+def test_a_family_without_a_trainer_is_refused(trained):
+    opened = open_checkpoint(str(trained("llama2_unscan")))
+    tree = recognize(opened.shapes, opened.path)
+    with pytest.raises(Incompatible, match="no trainer is known for the family mine"):
+        restart_of(opened, replace(tree, family=replace(tree.family, name="mine", trainer="")))

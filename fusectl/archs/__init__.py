@@ -9,17 +9,24 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 
+from fusectl.archs.config import Config
+from fusectl.archs.gemma import GEMMA_FAMILIES
+from fusectl.archs.maxtext import MAXTEXT_FAMILIES
+from fusectl.archs.network import Network
 from fusectl.archs.t5 import T5_FAMILIES
-from fusectl.archs.table import Family, Row
+from fusectl.archs.table import Family, Row, stack_of, ways
+from fusectl.archs.unsupported import unsupported
+from fusectl.axes import STACKED
 from fusectl.errors import Incompatible, shorten
 
 
-FAMILIES: tuple[Family, ...] = (*T5_FAMILIES,)
+FAMILIES: tuple[Family, ...] = (*T5_FAMILIES, *MAXTEXT_FAMILIES, *GEMMA_FAMILIES)
 
 # That of a tree which no table explains.
 _NO_FAMILY = Family("", (), frozenset(), lambda _: "no family")
@@ -37,10 +44,12 @@ class Recognized:
     shapes: Mapping[str, tuple[int, ...]]
     evidence: str
     rows: Mapping[str, Row] = field(repr=False)
+    # What its network computes, where it is told and not the family's default.
+    told: Network | None = None
 
     @cached_property
     def sizes(self) -> dict[str, int]:
-        """The size of every axis, `layers` aside, in the order of the table."""
+        """The size of every axis that is no stack of kernels, in the order of the table."""
         return {name: n for row_name, row in self.rows.items() for name, n in self._named(row_name, row)}
 
     @cached_property
@@ -48,13 +57,24 @@ class Recognized:
         """The number of layers of each stack: `{"encoder": 12, "decoder": 12}`."""
         depths: dict[str, int] = {}
         for name, row in self.rows.items():
-            stack = name.split("/", 1)[0]
-            number = row.index(name)
-            if number is not None:
-                depths[stack] = max(depths.get(stack, 0), number + 1)
-            elif "layers" in row.spec.axes:
-                depths[stack] = self.shapes[name][row.spec.axes.index("layers")]
+            for layer in self.layers_of(name) if "#" in row.pattern or "layers" in row.spec.axes else ():
+                stack = stack_of(name)
+                depths[stack] = max(depths.get(stack, 0), layer + 1)
         return dict(sorted(depths.items(), reverse=True))
+
+    def layers_of(self, name: str) -> range:
+        """The layers of its stack that a tensor is, in the order in which they lie along its axis `layers`."""
+        row = self.rows[name]
+        first = row.first + row.every * (row.index(name) or 0)
+        if row.behind:
+            first += max(self.layers_of(other)[-1] + 1 for other, each in self.rows.items() if _before(each))
+        places = self.shapes[name][row.spec.axes.index("layers")] if "layers" in row.spec.axes else 1
+        return range(first, first + row.every * places, row.every)
+
+    @cached_property
+    def network(self) -> Network:
+        """What the network computes, as far as the family's trees do not tell: by its config, else by default."""
+        return self.told or self.family.network({**self.sizes, "layers": sum(self.depths.values())})
 
     @property
     def scanned(self) -> bool:
@@ -71,14 +91,27 @@ class Recognized:
         return sum(math.prod(shape) for shape in self.shapes.values())
 
     def _named(self, name: str, row: Row) -> Iterator[tuple[str, int]]:
-        return ((a, n) for a, n in zip(row.spec.axes, self.shapes[name], strict=True) if a != "layers")
+        return ((a, n) for a, n in zip(row.spec.axes, self.shapes[name], strict=True) if a not in STACKED)
+
+
+def _before(row: Row) -> bool:
+    """Whether a row is about the layers that others stand behind."""
+    return "layers" in row.spec.axes and not row.behind
 
 
 UNKNOWN = Recognized(_NO_FAMILY, "", {}, "", {})
 
 
 def family_named(name: str) -> Family:
-    """The family of this name or alias; raises Incompatible with the nearest names."""
+    """The family of this name or alias, or of the table in the file `name`, which ends with .toml.
+
+    Raises Incompatible with the nearest names, NotFound where there is no such file, UsageError with all that is wrong
+    in it.
+    """
+    if name.endswith(".toml"):
+        from fusectl.archs.userfile import read_family
+
+        return read_family(Path(name))
     for family in FAMILIES:
         if name in (family.name, *family.aliases):
             return family
@@ -88,33 +121,88 @@ def family_named(name: str) -> Family:
     raise Incompatible(f"no model family is called {name!r}", hint=hint)
 
 
-def recognize(shapes: Mapping[str, tuple[int, ...]], where: str, arch: str | None = None) -> Recognized:
+def recognize(
+    shapes: Mapping[str, tuple[int, ...]],
+    where: str,
+    arch: str | Family | None = None,
+    config: Config | None = None,
+    *,
+    before: str | None = None,
+) -> Recognized:
     """The family that every parameter of a tree falls under, with the evidence.
 
-    `shapes` maps full tensor names to shapes, optimizer state included. Raises Incompatible, listing what the nearest
-    family's table does not explain, when none fits, or when `arch` names one that does not.
+    `shapes` maps full tensor names to shapes, optimizer state included; `arch` is the family or names it, `config` has
+    told of the network. Of several families that fit it is the one called `before`, which a record may know. Raises
+    Incompatible, listing what the nearest family's table does not explain, when none fits, when several do, when `arch`
+    names one that does not, and when the config is of another network.
     """
-    candidates = [family_named(arch)] if arch else [f for f in FAMILIES if not f.by_name_only]
-    failures: list[tuple[int, Family, list[str]]] = []
-    for prefix in PARAMETER_PREFIXES:
-        inside = {name.removeprefix(prefix): s for name, s in shapes.items() if name.startswith(prefix)}
-        if not inside:
-            continue
-        for family in candidates:
-            rows, problems = match(family, inside)
-            if not problems:
-                return Recognized(family, prefix, inside, family.evidence(inside), rows)
-            failures.append((len(problems) - len(rows), family, problems))
-        if prefix:
-            # A tree with `target/` is T5X's: its optimizer state must not be mistaken for parameters.
-            break
-    _, nearest, problems = min(failures, key=lambda failure: failure[0], default=(0, candidates[0], ["no tensors"]))
-    title = f"does not have the tree of {arch}" if arch else "matches no model family that fusectl knows"
+    named = family_named(arch) if isinstance(arch, str) and arch else arch or None
+    candidates = [named] if named else [f for f in FAMILIES if not f.by_name_only]
+    prefix, inside = parameters_of(shapes)
+    # Most families do not know one of the first names.
+    explaining = [family for family in candidates if all(family.row_of(name) is not None for name in inside)]
+    matched = [(family, *match(family, inside)) for family in explaining]
+    fitting = [
+        Recognized(family, prefix, inside, family.evidence(inside), rows)
+        for family, rows, problems in matched
+        if inside and not problems
+    ]
+    if fitting:
+        tree = _one_of([each for each in fitting if each.family.name == before] or fitting, where)
+        return tree if config is None else configured(tree, config, where)
+    wrong = {family: len(problems) for family, _, problems in matched}
+
+    def off(family: Family) -> int:
+        # Of families that explain the names, or as many of them, the one with fewer that are missing.
+        strange = sum(family.row_of(name) is None for name in inside)
+        return strange + wrong.get(family, 0) + _absent(family, inside)
+
+    family, problems = candidates[0], ["no tensors"]
+    if inside:
+        family = min(candidates, key=off)
+        refused = None if named else unsupported(name for name in inside if family.row_of(name) is None)
+        if refused is not None:
+            raise Incompatible(f"{where}: {refused.what}", details=refused.details, hint=refused.hint)
+        _, problems = match(family, inside)
+    title = f"does not have the tree of {named.name}" if named else "matches no model family that fusectl knows"
     raise Incompatible(
         f"{where}: {title}",
-        details=(*(() if arch else (f"nearest: {nearest.name}",)), *shorten(problems)),
+        details=(*(() if named else (f"nearest: {family.name}",)), *shorten(problems)),
         hint="--arch NAME chooses a family; --drop PATTERN leaves tensors out on purpose",
     )
+
+
+def parameters_of(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, dict[str, tuple[int, ...]]]:
+    """The prefix of a tree's parameters, and the shapes of these by their names without it.
+
+    A tree with `target/` is T5X's: its optimizer state must not be mistaken for parameters.
+    """
+    prefix = next(each for each in PARAMETER_PREFIXES if not each or any(name.startswith(each) for name in shapes))
+    return prefix, {name.removeprefix(prefix): s for name, s in shapes.items() if name.startswith(prefix)}
+
+
+def _absent(family: Family, names: Collection[str]) -> int:
+    """How many kinds of tensors of a family's there are none of."""
+    there = {way for name in names for way in ways(name)}
+    return sum(alternative not in there for row in family.rows if not row.optional for alternative in row.alternatives)
+
+
+def _one_of(fitting: list[Recognized], where: str) -> Recognized:
+    """The one tree that fits; raises Incompatible where several do."""
+    if len(fitting) > 1:
+        raise Incompatible(
+            f"{where}: a tree of several families",
+            details=[f"{each.family.name}: {each.evidence}" for each in fitting],
+            hint="--arch NAME says which",
+        )
+    (tree,) = fitting
+    return tree
+
+
+def configured(tree: Recognized, config: Config, where: str) -> Recognized:
+    """A tree with what a config tells of its network; raises Incompatible where it is of another one."""
+    config.require_fit(tree, where)
+    return replace(tree, told=config.applied(tree.network, tied=tree.family.tied))
 
 
 def match(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, Row], list[str]]:
@@ -124,7 +212,7 @@ def match(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[s
     for name in shapes:
         row = family.row_of(name)
         if row is None:
-            problems.append(f"{name}: no row for it; nearest: {_nearest(family, name)}")
+            problems.append(f"{name}: no row for it; nearest: {nearest_row(family, name)}")
         else:
             rows[name] = row
     problems += _missing(family, rows)
@@ -132,8 +220,9 @@ def match(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[s
     return rows, problems
 
 
-def _nearest(family: Family, name: str) -> str:
-    generic = "/".join("layers_#" if part.startswith("layers_") else part for part in name.split("/"))
+def nearest_row(family: Family, name: str) -> str:
+    """The pattern of a family's, without braces, that comes nearest to a name which no row is about."""
+    generic = re.sub(r"(layers?_)\d+", r"\1#", name)
     alternatives = [a for row in family.rows for a in row.alternatives]
     near = difflib.get_close_matches(generic, alternatives, n=1, cutoff=0.0)
     return near[0] if near else "none"
@@ -141,16 +230,17 @@ def _nearest(family: Family, name: str) -> str:
 
 def _missing(family: Family, rows: Mapping[str, Row]) -> Iterator[str]:
     """Tensors that the table demands: each alternative once, or once per layer of its stack."""
-    depth: dict[str, int] = defaultdict(int)
+    depth: dict[tuple[str, bool], int] = {}
     for name, row in rows.items():
         number = row.index(name)
         if number is not None:
-            stack = name.split("/", 1)[0]
-            depth[stack] = max(depth[stack], number + 1)
+            of = stack_of(name), row.optional
+            depth[of] = max(depth.get(of, 0), number + 1)
     for row in family.rows:
         for alternative in row.alternatives:
-            stack = alternative.split("/", 1)[0]
-            numbers: Iterable[int | None] = range(depth[stack] or 1) if "#" in alternative else [None]
+            least = 0 if row.optional else 1
+            there = depth.get((stack_of(alternative), row.optional), least)
+            numbers: Iterable[int | None] = range(there) if "#" in alternative else [None] * least
             for number in numbers:
                 wanted = alternative.replace("#", str(number))
                 if wanted not in rows:
@@ -166,8 +256,12 @@ def _sizes_that_disagree(rows: Mapping[str, Row], shapes: Mapping[str, tuple[int
             yield f"{name}: shape {shape} has {len(shape)} axes, the table has {len(axes)} ({' '.join(axes)})"
             continue
         for axis, n in zip(axes, shape, strict=True):
+            if axis == "stack":
+                if n != len(row.roles):
+                    yield f"{name}: {n} kernels in one, expected those of {', '.join(row.roles)}"
+                continue
             # The encoder and the decoder may have different depths.
-            key = f"{axis} of {name.split('/', 1)[0]}" if axis == "layers" else axis
+            key = f"{axis} of the {stack_of(name)}" if axis == "layers" else axis
             seen, elsewhere = first.setdefault(key, (n, name))
             if seen != n:
                 yield f"{name}: axis {axis!r} is {n} here and {seen} in {elsewhere}"

@@ -32,6 +32,9 @@ import numpy.typing as npt
 from flax.linen import partitioning
 from jax import lax
 
+from fusectl.archs import layers_flax
+from fusectl.archs.layers_flax import normalized, require_groups
+
 
 Array = Any
 
@@ -79,10 +82,7 @@ class T5Config:
         # gin hands over lists; a config must be hashable.
         for name in ("mlp_activations", "norm_groups", "norm_epsilons"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        if self.norm_groups and sum(self.norm_groups) != self.emb_dim:
-            raise ValueError(f"norm groups {list(self.norm_groups)} do not sum up to emb_dim {self.emb_dim}")
-        if self.norm_epsilons and len(self.norm_epsilons) != len(self.norm_groups):
-            raise ValueError(f"{len(self.norm_epsilons)} norm epsilons for {len(self.norm_groups)} norm groups")
+        require_groups(self.norm_groups, self.emb_dim, self.norm_epsilons, "norm epsilons")
 
     def replace(self, **changes: Any) -> T5Config:
         """The config with these fields changed."""
@@ -116,11 +116,7 @@ class RMSNorm(nn.Module):
         x = jnp.asarray(x, cfg.wide)
         groups = cfg.norm_groups or (x.shape[-1],)
         epsilons = cfg.norm_epsilons or (EPSILON,) * len(groups)
-        normalized = []
-        for group, epsilon in zip(jnp.split(x, np.cumsum(groups)[:-1], axis=-1), epsilons, strict=True):
-            mean_square = jnp.mean(lax.square(group), axis=-1, keepdims=True, dtype=cfg.accumulate)
-            normalized.append(group * lax.rsqrt(mean_square + epsilon).astype(cfg.wide))
-        y = jnp.concatenate(normalized, axis=-1).astype(cfg.dtype)
+        y = normalized(x, groups, epsilons, cfg.accumulate).astype(cfg.dtype)
         scale = partitioning.param_with_axes(
             "scale", nn.initializers.ones, (x.shape[-1],), jnp.float32, axes=("embed",)
         )
@@ -588,7 +584,7 @@ def pairs(queries: Array, keys: Array) -> Array:
 
 def contract(config: T5Config, equation: str, a: Array, b: Array) -> Array:
     """An einsum in the arrays' dtype, its sums accumulated as the config says."""
-    return jnp.einsum(equation, a, b, preferred_element_type=config.accumulate).astype(a.dtype)
+    return layers_flax.contract(equation, a, b, config.accumulate)
 
 
 def _and_segments(mask: Array, queries: Array | None, keys: Array | None) -> Array:

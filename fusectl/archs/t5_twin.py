@@ -32,7 +32,6 @@ from fusectl.archs.twin import Array, Part, Stage, State, Step, Tap, tapped
 from fusectl.tokens import Tokens
 
 
-EPSILON = t5_flax.EPSILON
 EMBEDDING = "token_embedder/embedding"
 HEAD = "decoder/logits_dense/kernel"
 # Attention to the encoder reads its keys and values at the encoder's positions.
@@ -44,7 +43,7 @@ def config_of(
     norm_groups: tuple[int, ...],
     dtype: Any,
     *,
-    norm_epsilons: tuple[float, ...] = (),
+    stream_scales: tuple[float, ...] = (),
     accumulate: Any = None,
 ) -> T5Config:
     """The config of a tree's network. No tree names its activations: gated ones are taken to be T5 1.1's GELU."""
@@ -64,7 +63,7 @@ def config_of(
         logits_via_embedding=HEAD not in tree.shapes,
         relpos_buckets=sizes["relpos_buckets"],
         norm_groups=norm_groups,
-        norm_epsilons=norm_epsilons,
+        norm_epsilons=tuple(t5_flax.EPSILON * scale**2 for scale in stream_scales),
         accumulate=None if accumulate is None else np.dtype(accumulate),
     )
 

@@ -77,19 +77,20 @@ class Stage:
 class Twin(Protocol):
     """A module that runs the networks of a family."""
 
-    # What norms add to the mean square before they divide by its root.
-    EPSILON: float
-
     def config_of(
         self,
         tree: Recognized,
         norm_groups: tuple[int, ...],
         dtype: Any,
         *,
-        norm_epsilons: tuple[float, ...] = (),
+        stream_scales: tuple[float, ...] = (),
         accumulate: Any = None,
     ) -> Any:
-        """The network's config, with norms over these groups; sums are accumulated in the dtype `accumulate`."""
+        """The network's config, with norms over these groups; sums are accumulated in the dtype `accumulate`.
+
+        With `stream_scales`, what the residual stream of each group was multiplied with, norms of the stream add as
+        much more before they divide: then they make the same of it. Logits are not capped.
+        """
 
     def whole(self, tree: Recognized) -> list[Stage]:
         """The network as one stage."""

@@ -24,6 +24,8 @@ from fusectl.formats.tree import Location
 
 T5X_INDEX = "checkpoint"
 ORBAX_INDEX = "_METADATA"
+# Beside it; that of the first process is all that fusectl reads and writes.
+ARRAY_METADATAS = "array_metadatas/process_0"
 STEP_METADATA = "_CHECKPOINT_METADATA"
 COMMITTED = "commit_success.txt"
 TEMPORARY_SUFFIX = ".fusectl-tmp"

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fusectl.errors import Corrupt, FusectlError, StorageError
-from fusectl.formats.locate import ORBAX_INDEX
+from fusectl.formats.locate import ARRAY_METADATAS, ORBAX_INDEX, STEP_METADATA
 from fusectl.formats.objects import Place, read_small
 from fusectl.formats.store import MANIFEST, Files, directory, ocdbt
 from fusectl.formats.tree import Checkpoint, EmptyNode, Key, Leaf, Location, array_directory, stored_arrays
@@ -32,6 +32,7 @@ LARGEST_INDEX_BYTES = 16 << 20
 HANDLER = "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckpointHandler"
 # With this type a restore without a target gives numpy arrays on any number of devices, without `_sharding`.
 NUMPY = "np.ndarray"
+_RANDOM_KEY = "random_key_impl"
 _ARRAYS = frozenset({NUMPY, "jax.Array", "scalar", "int", "float"})
 
 
@@ -72,10 +73,12 @@ def open_orbax(
     zarr = 3 if any(name.endswith("/" + METADATA_FILE[3]) for name in files.names) else 2
     file_of = {name: base for name, (_, base) in arrays.items()}
     leaves: dict[str, Leaf] = {}
+    random_keys = _random_keys(location.index)
     for name, stored in stored_arrays(files, file_of, zarr, record, fault).items():
         keys, base = arrays[name]
         store = ocdbt(at, base + "/") if in_ocdbt else directory(f"{at}/{base}")
-        leaves[name] = Leaf(name, keys, stored.shape, stored.dtype, stored=stored, store=store)
+        random_key = random_keys.get(".".join(key.name for key in keys))
+        leaves[name] = Leaf(name, keys, stored.shape, stored.dtype, stored=stored, store=store, random_key=random_key)
     layout = ("orbax" if zarr == 3 else "orbax-ocdbt-zarr2") if in_ocdbt else f"orbax-zarr{zarr}"
     return Checkpoint(
         location,
@@ -87,7 +90,47 @@ def open_orbax(
         # Without the flag, Orbax before 0.5 or another writer left chunks of zeros out.
         lenient=not meta.get("store_array_data_equal_to_fill_value", False),
         record=record,
+        custom=_custom_metadata(location.home),
     )
+
+
+def _random_keys(index: Place) -> dict[str, str]:
+    """The generators of the keys of random numbers in an item, by their parameters' names; none where it has no list.
+
+    It is beside the point of almost all checkpoints: what is wrong in it loses the keys' type, and nothing else.
+    """
+    try:
+        listed = json.loads(read_small(index / ARRAY_METADATAS, LARGEST_INDEX_BYTES))["array_metadatas"]
+        found = ((each["array_metadata"]["param_name"], each["array_metadata"]["ext_metadata"]) for each in listed)
+        return {str(name): str(more[_RANDOM_KEY]) for name, more in found if more and _RANDOM_KEY in more}
+    except (OSError, ValueError, LookupError, TypeError, RecursionError, FusectlError):
+        return {}
+
+
+def _custom_metadata(home: Place) -> Mapping[str, Any]:
+    """What the trainer has noted of a step."""
+    try:
+        custom = json.loads(read_small(home / STEP_METADATA, LARGEST_INDEX_BYTES))["custom_metadata"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError, FusectlError):
+        return {}
+    return custom if isinstance(custom, dict) else {}
+
+
+def array_metadatas(leaves: Iterable[Leaf]) -> bytes | None:
+    """The list of arrays that Orbax restores as keys of random numbers; None where there are none."""
+    listed = [
+        {
+            "array_metadata": {
+                "param_name": ".".join(key.name for key in leaf.keys),
+                "write_shape": list(leaf.shape),
+                "chunk_shape": list(leaf.chunks),
+                "ext_metadata": {_RANDOM_KEY: leaf.random_key},
+            }
+        }
+        for leaf in leaves
+        if leaf.random_key is not None
+    ]
+    return json.dumps({"array_metadatas": listed}).encode() if listed else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +159,7 @@ def item_metadata(leaves: Iterable[Leaf], empty: Iterable[EmptyNode], form: Form
     return json.dumps(meta).encode()
 
 
-def step_metadata(item: str | None, started_ns: int) -> bytes:
+def step_metadata(item: str | None, started_ns: int, custom: Mapping[str, Any]) -> bytes:
     """A `_CHECKPOINT_METADATA`, which names the item's handler and says that the step is committed."""
     meta = {
         "item_handlers": {item: HANDLER} if item else HANDLER,
@@ -124,7 +167,7 @@ def step_metadata(item: str | None, started_ns: int) -> bytes:
         "performance_metrics": {},
         "init_timestamp_nsecs": started_ns,
         "commit_timestamp_nsecs": time.time_ns(),
-        "custom_metadata": {},
+        "custom_metadata": dict(custom),
     }
     return json.dumps(meta).encode()
 

@@ -17,9 +17,9 @@ import numpy.typing as npt
 from fusectl.errors import Corrupt, StorageError
 from fusectl.formats import Format, format_named
 from fusectl.formats.encoding import ZSTD_LEVEL, BadChunk, Buffer, Encoding, checksum
-from fusectl.formats.locate import COMMITTED, JOURNAL, ORBAX_INDEX, STEP_METADATA, T5X_INDEX
+from fusectl.formats.locate import ARRAY_METADATAS, COMMITTED, JOURNAL, ORBAX_INDEX, STEP_METADATA, T5X_INDEX
 from fusectl.formats.objects import Place
-from fusectl.formats.orbax import Form, item_metadata, marker, step_metadata
+from fusectl.formats.orbax import Form, array_metadatas, item_metadata, marker, step_metadata
 from fusectl.formats.staging import remove_any, staged, storage_errors
 from fusectl.formats.store import MANIFEST, translate
 from fusectl.formats.t5x import kept_in_index, new_index
@@ -52,6 +52,8 @@ class NewTensor:
     shape: tuple[int, ...]
     dtype: str
     storage: Storage
+    # The generator of keys of random numbers, if it is made of them.
+    random_key: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +133,9 @@ class Sink:
             raw = new_metadata(tensor.storage, tensor.shape, tensor.dtype, sparse=self._manner.sparse)
             stored = parse_metadata(raw, tensor.name)
             self._metadata[tensor.name] = crc32_of(raw)
-            self._leaves[tensor.name] = Leaf(tensor.name, tensor.keys, tensor.shape, tensor.dtype, stored=stored)
+            self._leaves[tensor.name] = Leaf(
+                tensor.name, tensor.keys, tensor.shape, tensor.dtype, stored=stored, random_key=tensor.random_key
+            )
             with self._errors(tensor.name):
                 self._target.write(f"{_base(tensor.keys)}/{METADATA_FILE[self._format.zarr]}", [raw])
 
@@ -223,11 +227,19 @@ class Sink:
             raise Corrupt(f"{source.path}: {tensor}: cannot be decoded", details=(str(error),)) from error
         self._write(name, chunk, pieces)
 
-    def finish(self, record: Record | None = None, empty: Iterable[EmptyNode] = ()) -> None:
-        """Commits what is pending, then writes the record, the index and the markers, in this order."""
+    def finish(
+        self,
+        record: Record | None = None,
+        empty: Iterable[EmptyNode] = (),
+        custom: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Commits what is pending, then writes the record, the index and the markers, in this order.
+
+        `custom` is what the trainer has noted of the step.
+        """
         with self._errors():
             self._target.finish()
-        files = self._closing_files(empty)
+        files = self._closing_files(empty, custom or {})
         if record is not None:
             tensors = {name: replace(sums, metadata=self._metadata.get(name)) for name, sums in record.tensors.items()}
             sums = {name: crc32_of(raw) for name, raw in files.items()}
@@ -237,16 +249,19 @@ class Sink:
             if isinstance(path, Path):
                 # What an interrupted run has left may have other names.
                 path.unlink(missing_ok=True)
+                path.parent.mkdir(exist_ok=True)
             path.write_bytes(raw)
 
-    def _closing_files(self, empty: Iterable[EmptyNode]) -> dict[str, bytes]:
+    def _closing_files(self, empty: Iterable[EmptyNode], custom: Mapping[str, Any]) -> dict[str, bytes]:
         """The files that make a checkpoint of what has been written, by their path in it, in the order of writing."""
         if self._format.name == "t5x":
             return {T5X_INDEX: new_index({**self._leaves, **self._kept}, empty)}
         form = Form(self._format.zarr, in_ocdbt=self._format.ocdbt, sparse=self._manner.sparse)
         below = f"{self._item}/" if self._item else ""
+        keys = array_metadatas(self._leaves.values())
         files = {
-            STEP_METADATA: step_metadata(self._item, self._started_ns),
+            STEP_METADATA: step_metadata(self._item, self._started_ns, custom),
+            **({f"{below}{ARRAY_METADATAS}": keys} if keys is not None else {}),
             f"{below}{ORBAX_INDEX}": item_metadata(self._leaves.values(), empty, form),
         }
         if self._item:
@@ -289,7 +304,8 @@ def names_written(keys: Iterable[Sequence[Key]], format: Format, item: str | Non
     """The names that a checkpoint of arrays with these keys has in it, but for those that start with fusectl."""
     if format.name == "t5x":
         return {T5X_INDEX, *map(_base, keys)}
-    inside = {MANIFEST, "d", ORBAX_INDEX} if format.ocdbt else {ORBAX_INDEX, *map(_base, keys)}
+    arrays = {MANIFEST, "d"} if format.ocdbt else set(map(_base, keys))
+    inside = {ORBAX_INDEX, ARRAY_METADATAS.split("/", 1)[0], *arrays}
     return {COMMITTED, STEP_METADATA, *({item} if item else inside)}
 
 

@@ -92,6 +92,8 @@ class Leaf:
     # The leaf that this is a part of: reading it decodes that one's chunks.
     through: Leaf | None = field(default=None, repr=False)
     value: npt.NDArray[Any] | None = field(default=None, repr=False)
+    # The generator that keys of random numbers are for, which Orbax restores as such; None for numbers.
+    random_key: str | None = None
 
     @property
     def itemsize(self) -> int:
@@ -208,12 +210,15 @@ class Checkpoint:
         empty: tuple[EmptyNode, ...] = (),
         lenient: bool = False,
         record: Record | None = None,
+        custom: Mapping[str, Any] | None = None,
     ) -> None:
         self.location = location
         self.format = format
         self.leaves = dict(leaves)
         self.empty = empty
         self.record = record
+        # What the trainer has noted of the step, such as MaxText's scan_layers.
+        self.custom = dict(custom or {})
         self.lenient = lenient
         self.files = files
         # The directory of each array, relative to the checkpoint.
@@ -409,3 +414,21 @@ class Checkpoint:
             with self._lock:
                 self._open[leaf.name] = store
         return store
+
+
+class View(Checkpoint):
+    """A checkpoint seen with other tensors, some of which are made of `source`'s; the others are read as they are."""
+
+    def __init__(self, source: Checkpoint, leaves: Mapping[str, Leaf]) -> None:
+        super().__init__(
+            source.location,
+            source.format,
+            leaves,
+            files=source.files,
+            file_of=source.file_of,
+            empty=source.empty,
+            lenient=source.lenient,
+            record=source.record,
+            custom=source.custom,
+        )
+        self.source = source

@@ -25,6 +25,11 @@ from fusectl.layout import tiles
 METADATA_FILE = {2: ".zarray", 3: "zarr.json"}
 
 
+def epsilon(dtype: str) -> float:
+    """The distance from 1 to the next number of a dtype."""
+    return float(ml_dtypes.finfo(np_dtype(dtype)).eps)
+
+
 def np_dtype(name: str) -> np.dtype[Any]:
     """The numpy dtype of this name, bfloat16 and its relatives included.
 

@@ -11,6 +11,8 @@ Adam's or Adafactor's moments of each source:
                        c^2 * mean_over_out(nu_j) * mean_over_in(nu_i) / sqrt(mean(nu_i) mean(nu_j))
     v_row, v_col       the means of that over the axes that T5X drops for the fused shape
     m                  an average of updates, not of gradients: times RMS(fused kernel) / RMS(kernel)
+    shared parameters  all copies' gradients add up: the weighted mean of mu_i, and of nu_i's roots, squared, which
+                       takes different models' gradients for alike; with equal copies that is exact, too
 
 What a slot indexes follows from the shape of its parameter, the source's from the source's: a `v` may become `v_row`
 and `v_col`, and these two may change places. Source: Deep Fusion, Lemma 2; t5x/adafactor.py.
@@ -24,7 +26,7 @@ from dataclasses import dataclass, replace
 
 from fusectl.errors import Incompatible
 from fusectl.layout import Block, Factor, Mean, Product, Region, Term, whole
-from fusectl.transforms.grow import Fusion, stored_scale
+from fusectl.transforms.grow import Fusion, stored_offset, stored_scale
 from fusectl.transforms.optimizer import FIRST_MOMENTS, UNUSED, Axes, OptimizerState
 
 
@@ -42,13 +44,11 @@ class Carry:
     def slots(self) -> Iterator[tuple[str, tuple[int, ...], tuple[Block, ...]]]:
         """Name, shape and blocks of every slot of the fused model; its name is the first source's, too.
 
-        Counters are not among them. Raises Incompatible for a parameter that does not grow.
+        Counters are not among them.
         """
         first = self.states[0]
         for parameter in self.fusion.tree.shapes:
             shape, spec = self.fusion.fused_shape(parameter), self.fusion.tree.rows[parameter].spec
-            if not self.fusion.widths.keys() & set(spec.axes):
-                raise Incompatible(f"{parameter}: no axis of it grows, and its optimizer state cannot be carried")
             for slot in first.moments:
                 kept = first.axes_of(slot, shape, spec)
                 if kept is None:
@@ -60,6 +60,8 @@ class Carry:
     def _blocks(self, parameter: str, slot: str, kept: Axes) -> tuple[Block, ...]:
         """The blocks of a slot that has the axes `kept` of its parameter."""
         fused = self.fusion.fused_shape(parameter)
+        if self.fusion.is_shared(parameter):
+            return (Block(whole(tuple(fused[axis] for axis in kept)), tuple(self._of_shared(parameter, slot, kept))),)
         blocks: dict[Region, dict[object, Term | Product]] = {}
         for reads, writes, cell in self._cells(parameter):
             if self.only_first and (reads or writes):
@@ -72,6 +74,29 @@ class Carry:
                 before = terms[key].scale if key in terms else 0.0
                 terms[key] = replace(term, scale=before + share * term.scale)
         return tuple(Block(at, tuple(terms.values())) for at, terms in blocks.items() if terms)
+
+    def _of_shared(self, parameter: str, slot: str, kept: Axes) -> Iterator[Term | Product]:
+        """What a slot of a parameter that all copies share consists of."""
+        shares: dict[int, float] = {}
+        for model, weight in zip(self.models, self.fusion.weights, strict=True):
+            shares[model] = shares.get(model, 0.0) + weight
+        if len(shares) == 1:
+            # The weights' sum, not to be rounded.
+            shares = dict.fromkeys(shares, 1.0)
+        every = tuple(range(len(kept)))
+        for one, share in shares.items():
+            if slot in FIRST_MOMENTS:
+                tensor = self.states[one].slot(parameter, slot)
+                yield Term(one, tensor, whole(self.fusion.source_shape(parameter, one)), share)
+                continue
+            mean = self._mean(one, parameter, kept)
+            if len(shares) == 1 and not mean.over:
+                shape = self.fusion.source_shape(parameter, one)
+                yield Term(one, mean.tensor, whole(tuple(shape[axis] for axis in kept)))
+                continue
+            for two, other in shares.items():
+                pair = (mean,) if one == two else (mean, self._mean(two, parameter, kept))
+                yield Product(tuple(Factor(each, every, 1 / len(pair)) for each in pair), share * other)
 
     def _cells(self, parameter: str) -> Iterator[tuple[int, int, Region]]:
         """Every block of a fused parameter, with the sources that it reads from and writes to."""
@@ -91,6 +116,11 @@ class Carry:
         if slot in FIRST_MOMENTS:
             if self.models[reads] == own:
                 by = scale if slot == "mu" else growth(self.fusion, parameter)
+                if math.isnan(by):
+                    raise Incompatible(
+                        f"{parameter}: Adafactor's momentum of a norm that multiplies with 1 + scale cannot be carried",
+                        hint="--optimizer reset",
+                    )
                 yield Term(own, self.states[own].slot(parameter, slot), whole(shape), by)
         elif self.models[reads] == own:
             mean = self._mean(own, parameter, kept)
@@ -127,13 +157,22 @@ class Carry:
 
 
 def gradient_scale(fusion: Fusion, parameter: str, source: int) -> float:
-    """What a source's gradients are multiplied with in the fused model."""
+    """What a source's gradients are multiplied with in the fused model; a shared parameter has those of all copies."""
+    if fusion.is_shared(parameter):
+        return 1.0
     return fusion.weights[source] / stored_scale(fusion, fusion.tree.rows[parameter], source)
 
 
 def growth(fusion: Fusion, parameter: str) -> float:
-    """RMS of a fused parameter over that of a source, as if all sources had one; noise is left out of account."""
+    """RMS of a fused parameter over that of a source, as if all sources had one; noise is left out of account.
+
+    NaN where more than a factor is between the two: a norm that multiplies with 1 + scale.
+    """
+    if fusion.is_shared(parameter):
+        return 1.0
     row, total = fusion.tree.rows[parameter], math.prod(fusion.fused_shape(parameter))
+    if any(stored_offset(fusion, row, i) for i in range(fusion.copies)):
+        return math.nan
     squares = (
         stored_scale(fusion, row, i) ** 2 * math.prod(fusion.source_shape(parameter, i)) / total
         for i in range(fusion.copies)

@@ -2,26 +2,27 @@
 
 One rule places every tensor, by the names of its axes:
 
-    no grown axis                   the weighted mean of the sources
+    no grown axis                   shared: equal in all sources, or their weighted mean
     grown axes                      source i in cell (i, …, i) of them: one concatenates, two make a block diagonal
     grown on the input side only    (the output head) K streams meet: times the source's weight
-    the norm before a tied head     times weight * sqrt(D / d), since T5 divides these logits by sqrt(D)
+    the embedding                   times (d / D) ** p, where embedded tokens are multiplied with width ** p (Gemma)
+    the norm before a tied head     times weight * (d / D) ** (q - p), its logits being multiplied with width ** q (T5)
     all that writes to the stream   times the source's constant, where streams are made equally large (equalize.py);
                                     every norm divides by it again, and the norm before a tied head is divided by it
 
-and noise goes where an input of one source would meet an output of another.
+and noise goes where an input of one source would meet an output of another. What a norm multiplies with is its scale,
+or one more (Gemma): then that is what the factors are for, f * (1 + scale) - 1 being stored.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from fusectl.archs import Recognized
-from fusectl.archs.table import Row
+from fusectl.archs.table import EMBEDDING, Row
 from fusectl.errors import Incompatible
-from fusectl.layout import Block, Layout, Noise, Region, Term, whole
+from fusectl.layout import Block, Layout, Noise, Product, Region, Term, whole
 from fusectl.record import Fill, Record
 
 
@@ -37,6 +38,8 @@ class Fusion:
     widths: Mapping[str, tuple[int, ...]]
     # What each source's residual stream is multiplied with.
     residual_scales: tuple[float, ...]
+    # Whether tensors that do not grow are the mean of the sources', which differ in them.
+    means_shared: bool = False
 
     @property
     def copies(self) -> int:
@@ -65,6 +68,10 @@ class Fusion:
         """For each source, the region of a fused parameter that is its own."""
         return [self.cell(name, dict.fromkeys(self.widths, i)) for i in range(self.copies)]
 
+    def is_shared(self, name: str) -> bool:
+        """Whether a parameter does not grow: all copies use the same one."""
+        return not self.widths.keys() & set(self.tree.rows[name].spec.axes)
+
     def _axes(self, name: str) -> Iterator[tuple[str, int]]:
         return zip(self.tree.rows[name].spec.axes, self.tree.shapes[name], strict=True)
 
@@ -72,6 +79,9 @@ class Fusion:
 def line_up(sources: Sequence[Recognized], weights: Sequence[float], labels: Sequence[str]) -> Fusion:
     """The Fusion of these sources, streams as they are; raises Incompatible with all their differences, if any."""
     first = sources[0]
+    uneven = [problem for source, label in zip(sources, labels, strict=True) for problem in _uneven(source, label)]
+    if uneven:
+        raise Incompatible("heads that no network has", details=tuple(dict.fromkeys(uneven)))
     differences = [
         difference
         for other, label in zip(sources[1:], labels[1:], strict=True)
@@ -81,9 +91,18 @@ def line_up(sources: Sequence[Recognized], weights: Sequence[float], labels: Seq
         raise Incompatible(
             f"{len(sources)} sources that do not fit together",
             details=differences,
-            hint="grown axes (embed, heads, mlp) may differ in size; everything else must be equal",
+            hint=_way_out(differences),
         )
     return Fusion(first, tuple(weights), widths_of(sources), (1.0,) * len(sources))
+
+
+def _uneven(tree: Recognized, label: str) -> Iterator[str]:
+    """Numbers of heads, or of their features, that do not go together."""
+    heads, kv_heads = tree.sizes.get("heads", 1), tree.sizes.get("kv_heads", 1)
+    if heads % kv_heads:
+        yield f"{heads} heads do not share {kv_heads} kv heads evenly in {label}"
+    if tree.family.trainer in {"maxtext", "gemma"} and tree.sizes["kv"] % 2:
+        yield f"head_dim {tree.sizes['kv']} is odd in {label}: rotary positions turn pairs of features"
 
 
 def widths_of(sources: Sequence[Recognized]) -> dict[str, tuple[int, ...]]:
@@ -107,6 +126,8 @@ def equal_widths(tree: Recognized, copies: int, where: str) -> dict[str, tuple[i
 def _differences(first: Recognized, other: Recognized, a: str, b: str) -> Iterator[str]:
     if other.family.name != first.family.name:
         yield f"family: {first.family.name} in {a}, {other.family.name} in {b}"
+    elif (other.family.rows, other.family.grown) != (first.family.rows, first.family.grown):
+        yield f"{first.family.name}: another table in {b} than in {a}"
     if other.depths != first.depths:
         for stack, depth in first.depths.items():
             if other.depths.get(stack) != depth:
@@ -118,11 +139,52 @@ def _differences(first: Recognized, other: Recognized, a: str, b: str) -> Iterat
         if axis not in first.family.grown and other.sizes.get(axis, n) != n:
             yield f"axis {axis!r} is shared but differs: {n} in {a}, {other.sizes[axis]} in {b}"
     yield from _head_dims_that_differ(first, other, a, b)
+    yield from _groups_of_heads_that_differ(first, other, a, b)
+    if other.family.name == first.family.name:
+        for setting, one, two in first.network.differences(other.network):
+            yield f"{setting}: {_in_words(one)} in {a}, {_in_words(two)} in {b}"
+        if first.network.query_scale == "embed_over_heads":
+            one, two = (s.sizes["embed"] // s.sizes["heads"] for s in (first, other))
+            if one != two:
+                yield f"embed // heads, by which queries are scaled: {one} in {a}, {two} in {b}"
+
+
+def _in_words(value: object) -> str:
+    """A setting in words."""
+    if not isinstance(value, tuple):
+        return str(value)
+    return "; ".join(
+        f"rope {each.rope_base:g}{f' / {each.rope_scale:g}' if each.rope_scale != 1 else ''}"
+        f"{f' window {each.window}' if each.window else ''}"
+        for each in dict.fromkeys(value)
+    )
+
+
+def _way_out(differences: Sequence[str]) -> str:
+    if all(difference.startswith(_RATIO) for difference in differences):
+        return "--expand-kv repeats the kv heads of the one that has fewer for its heads"
+    return "grown axes (embed, heads, kv_heads, mlp) may differ in size; everything else must be equal"
+
+
+def query_groups(tree: Recognized) -> int:
+    """How many heads share a kv head; 1 where each has its own."""
+    heads = tree.sizes.get("heads", 1)
+    return heads // tree.sizes.get("kv_heads", heads)
+
+
+_RATIO = "heads for each kv head"
+
+
+def _groups_of_heads_that_differ(first: Recognized, other: Recognized, a: str, b: str) -> Iterator[str]:
+    """Head n reads kv head n // (heads / kv_heads), wherever it stands."""
+    one, two = query_groups(first), query_groups(other)
+    if one != two:
+        yield f"{_RATIO}: {one} in {a}, {two} in {b}"
 
 
 def _head_dims_that_differ(first: Recognized, other: Recognized, a: str, b: str) -> Iterator[str]:
     """joined_kv hides head_dim: it is joined_kv / heads."""
-    if "joined_kv" not in first.sizes or "joined_kv" not in other.sizes:
+    if not all({"joined_kv", "heads"} <= tree.sizes.keys() for tree in (first, other)):
         return
     one, two = (s.sizes["joined_kv"] / s.sizes["heads"] for s in (first, other))
     if one != two:
@@ -131,15 +193,23 @@ def _head_dims_that_differ(first: Recognized, other: Recognized, a: str, b: str)
 
 def stored_scale(fusion: Fusion, row: Row, source: int) -> float:
     """The factor of a source's tensor: it makes the output the weighted mean of the logits, and the streams equal."""
-    stream = fusion.residual_scales[source]
-    if row.tied_head:
+    stream, network = fusion.residual_scales[source], fusion.tree.network
+    if row.tied_head or row.role == EMBEDDING:
         widths = fusion.widths["embed"]
-        return fusion.weights[source] * math.sqrt(sum(widths) / widths[source]) / stream
+        part = widths[source] / sum(widths)
+        embedded: float = part**network.embedding_power
+        logits: float = part**network.tied_logits_power
+        return stream * embedded if row.role == EMBEDDING else fusion.weights[source] * logits / embedded / stream
     if row.writes_stream:
         return stream
     reads_streams = bool(row.spec.inputs & fusion.widths.keys())
     writes_streams = bool(row.spec.outputs & fusion.widths.keys())
     return fusion.weights[source] if reads_streams and not writes_streams else 1.0
+
+
+def stored_offset(fusion: Fusion, row: Row, source: int) -> float:
+    """What is added to a source's scaled tensor: a norm that multiplies with 1 + scale has its 1 scaled, too."""
+    return stored_scale(fusion, row, source) - 1.0 if row.is_norm and fusion.tree.network.norm_adds_one else 0.0
 
 
 def fused(fusion: Fusion, name: str, dtype: str, fill: Fill, tensors: Sequence[str]) -> Layout:
@@ -150,11 +220,21 @@ def fused(fusion: Fusion, name: str, dtype: str, fill: Fill, tensors: Sequence[s
         Term(i, tensor, whole(fusion.source_shape(name, i)), stored_scale(fusion, row, i))
         for i, tensor in enumerate(tensors)
     ]
-    if not fusion.widths.keys() & set(axes):
-        mean = tuple(replace(term, scale=weight) for term, weight in zip(kernels, fusion.weights, strict=True))
-        return Layout(axes, shape, dtype, (Block(whole(shape), mean),))
-    own = [Block(at, (kernel,)) for at, kernel in zip(fusion.cells(name), kernels, strict=True)]
+    if fusion.is_shared(name):
+        return Layout(axes, shape, dtype, (Block(whole(shape), _shared(fusion, kernels)),))
+    own = [
+        Block(at, (kernel, *([Product((), offset)] if offset else [])))
+        for i, (at, kernel) in enumerate(zip(fusion.cells(name), kernels, strict=True))
+        for offset in [stored_offset(fusion, row, i)]
+    ]
     return Layout(axes, shape, dtype, tuple(with_noise(fusion, name, fill, own, kernels)))
+
+
+def _shared(fusion: Fusion, kernels: Sequence[Term]) -> tuple[Term, ...]:
+    """What stands for a tensor that does not grow: that of the first source, if the others' are said to be equal."""
+    if fusion.means_shared:
+        return tuple(replace(term, scale=weight) for term, weight in zip(kernels, fusion.weights, strict=True))
+    return (kernels[0],)
 
 
 def filled(fusion: Fusion, name: str, dtype: str, fill: Fill, tensor: str) -> Layout:

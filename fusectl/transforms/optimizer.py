@@ -2,6 +2,7 @@
 
     state/param_states/<parameter>/{m,v,v_row,v_col}      T5X's Adafactor: all four exist, unused ones are (1,) zeros
     state/param_states/<n>/{mu,nu}/<parameter>            optax's Adam inside T5X, with state/param_states/<n>/count
+    opt_state/<n>/{mu,nu}/params/<parameter>              and in a training state of Flax or MaxText
 
 Slot shapes are a function of the parameter's shape and axes, never of the source's slots: growing can turn `v` into
 `v_row` and `v_col`, or swap what they index. Source: t5x/adafactor.py, `HeuristicRule` and
@@ -24,6 +25,7 @@ from fusectl.errors import Incompatible, shorten
 # Where T5X keeps it, and Flax's training loops.
 STATE = "state/param_states/"
 FLAX_STATE = "opt_state/"
+STATES = (STATE, FLAX_STATE)
 UNUSED = (1,)
 ADAM = ("mu", "nu")
 ADAFACTOR = ("m", "v", "v_row", "v_col")
@@ -36,8 +38,9 @@ COLUMN = frozenset({"vocab", "mlp", "heads", "kv", "joined_kv"})
 
 Axes = tuple[int, ...]
 
-_OPTAX = re.compile(r"(\d+)/(mu|nu)/(.+)")
-_COUNT = re.compile(r"\d+/count")
+# Below the states of the transformations that optax chains or wraps: by their places, or by their fields' names.
+_OPTAX = re.compile(r"(?:(?:\d+|inner_state)/)*(mu|nu)/(.+)")
+_COUNT = re.compile(r"(?:(?:\d+|inner_state)/)*(count|gradient_step|mini_step)")
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,8 @@ class OptimizerState:
     momentum: bool = False
     # Whether nothing in it is large enough to tell if it is factored: then T5X's default is assumed.
     may_be_either: bool = False
+    # What stands before a parameter's name below mu and nu.
+    inside: str = ""
 
     @property
     def moments(self) -> tuple[str, ...]:
@@ -78,32 +83,59 @@ class OptimizerState:
 
     def names_of(self, slot: str) -> tuple[str | None, str]:
         """The parameter and the slot that a full name says; no parameter for a counter."""
-        name = slot.removeprefix(STATE)
         if self.kind == "adafactor":
-            parameter, _, what = name.rpartition("/")
+            parameter, _, what = slot.removeprefix(STATE).rpartition("/")
             return parameter, what
-        found = _OPTAX.fullmatch(name)
-        return (found.group(3), found.group(2)) if found else (None, name)
+        found = _moment(slot, self.inside)
+        return found or (None, without_root(slot))
 
     @cached_property
     def _adam(self) -> Mapping[tuple[str, str], str]:
-        found = ((_OPTAX.fullmatch(name.removeprefix(STATE)), name) for name in self.names)
-        return {(match.group(2), match.group(3)): name for match, name in found if match}
+        found = ((_moment(name, self.inside), name) for name in self.names)
+        return {(pair[1], pair[0]): name for pair, name in found if pair}
+
+
+def is_state(name: str) -> bool:
+    """Whether a tensor is part of the optimizer's state."""
+    return name.startswith(STATES)
+
+
+def without_root(name: str) -> str:
+    """The name of a slot below the node that all of the optimizer's state is in."""
+    root = next((root for root in STATES if name.startswith(root)), "")
+    return name.removeprefix(root)
+
+
+def _shape_of(moment: tuple[str, str] | None, tree: Recognized) -> tuple[int, ...] | None:
+    """The shape that a slot has to have: that of its parameter; None where there is no such parameter."""
+    return None if moment is None else tree.shapes.get(moment[0])
+
+
+def _moment(slot: str, inside: str) -> tuple[str, str] | None:
+    """The parameter and the moment, mu or nu, that a slot of Adam is; None for others."""
+    found = _OPTAX.fullmatch(without_root(slot))
+    if found is None or not found.group(2).startswith(inside):
+        return None
+    return found.group(2).removeprefix(inside), found.group(1)
 
 
 def find_state(shapes: Mapping[str, tuple[int, ...]], tree: Recognized, where: str) -> OptimizerState:
     """The optimizer state in a tree; raises Incompatible for slots that fusectl does not know or that do not fit."""
-    slots = {name.removeprefix(STATE): shape for name, shape in shapes.items() if name.startswith(STATE)}
-    names = tuple(STATE + name for name in slots)
+    names = tuple(name for name in shapes if is_state(name))
+    slots = {name.removeprefix(STATE): shapes[name] for name in names}
     if not slots:
         return OptimizerState("none", ())
-    if all(_OPTAX.fullmatch(name) or _COUNT.fullmatch(name) for name in slots):
+    if all(_OPTAX.fullmatch(without_root(name)) or _COUNT.fullmatch(without_root(name)) for name in names):
+        # Moments are kept in trees like that of the parameters, in which Flax's collections are one level more.
+        collections = (moment[0] for name in names if (moment := _moment(name, "params/")))
+        inside = "params/" if any(parameter in tree.shapes for parameter in collections) else ""
+        moments = {name: _moment(name, inside) for name in names}
         wrong = [
-            f"{STATE}{name}: shape {list(shape)}"
-            for name, shape in slots.items()
-            if (found := _OPTAX.fullmatch(name)) and tree.shapes.get(found.group(3)) != shape
+            f"{name}: shape {list(shapes[name])}"
+            for name in names
+            if shapes[name] != (() if _COUNT.fullmatch(without_root(name)) else _shape_of(moments[name], tree))
         ]
-        times = Counter((found.group(2), found.group(3)) for name in slots if (found := _OPTAX.fullmatch(name)))
+        times = Counter((pair[1], pair[0]) for pair in moments.values() if pair)
         wrong += [
             f"{parameter}: {times[moment, parameter] or 'no'} slots {moment}, expected one"
             for parameter in tree.shapes
@@ -111,8 +143,10 @@ def find_state(shapes: Mapping[str, tuple[int, ...]], tree: Recognized, where: s
             if times[moment, parameter] != 1
         ]
         if not wrong:
-            return OptimizerState("adam", names)
+            return OptimizerState("adam", names, inside=inside)
         raise _unknown(where, wrong)
+    if not all(name.startswith(STATE) for name in names):
+        raise _unknown(where, [name for name in names if not _OPTAX.fullmatch(without_root(name))])
     momentum = any(name.endswith("/m") and shape != UNUSED for name, shape in slots.items())
     wrong_by = {f: _contradictions(slots, tree, factored=f, momentum=momentum) for f in (True, False)}
     fitting = [factored for factored, wrong in wrong_by.items() if not wrong]
@@ -126,7 +160,7 @@ def fresh_slots(
 ) -> dict[str, tuple[int, ...]]:
     """The names and shapes of the slots that the optimizer creates for parameters of the fused shapes."""
     if state.kind == "adam":
-        return {name: _adam_shape(name.removeprefix(STATE), fused) for name in state.names}
+        return {name: fused[p] if (p := state.names_of(name)[0]) is not None else () for name in state.names}
     if state.kind == "none":
         return {}
     return {
@@ -146,7 +180,7 @@ def slot_axes(
     All others have none (`unnamed`): T5X replicates them, v_row and v_col among them (t5x/adafactor.py,
     `derive_logical_axes`). Slots of optimizers that fusectl does not know are told by their names, too.
     """
-    parts = name.removeprefix(STATE).split("/")
+    parts = without_root(name).split("/")
     within = ("/".join(parts[i:j]) for i in range(len(parts)) for j in range(len(parts), i, -1))
     parameter = next((part for part in within if part in parameters), None)
     if parameter is None or parameters[parameter] != shape:
@@ -218,11 +252,6 @@ def _contradictions(
 
 def _shown(shape: tuple[int, ...] | None) -> str:
     return "none" if shape is None else str(list(shape))
-
-
-def _adam_shape(name: str, fused: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
-    found = _OPTAX.fullmatch(name)
-    return fused[found.group(3)] if found else ()
 
 
 def _unknown(where: str, wrong: list[str]) -> Incompatible:

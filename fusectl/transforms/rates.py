@@ -28,7 +28,8 @@ class Rate:
     kind: str
     sgd: float
     adam: float
-    adafactor: float
+    # None where Adafactor's steps, which grow with the RMS of the parameter, do not grow by a factor.
+    adafactor: float | None
     # And its gradients, and with them Adam's epsilon.
     gradient: float
 
@@ -44,12 +45,13 @@ def _rate(fusion: Fusion, parameter: str) -> Rate:
     row, grown = fusion.tree.rows[parameter], fusion.widths.keys()
     reads, writes = bool(row.spec.inputs & grown), bool(row.spec.outputs & grown)
     scale = stored_scale(fusion, row, 0)
-    other = "norm before the tied head" if row.tied_head else "other"
-    kind = "kernel" if reads and writes else "head" if reads else other
+    other = "norm before the tied head" if row.tied_head else "embedding" if scale != 1.0 else "other"
+    kind = "kernel" if reads and writes else "head" if reads else other if writes else "shared"
     add_up = fusion.copies if reads and writes else 1
     adam = scale / add_up
     gradient = gradient_scale(fusion, parameter, 0)
-    return Rate(kind, adam / gradient, adam, adam / growth(fusion, parameter), gradient)
+    wider = growth(fusion, parameter)
+    return Rate(kind, adam / gradient, adam, None if math.isnan(wider) else adam / wider, gradient)
 
 
 def table(found: Mapping[str, Rate]) -> dict[str, Any]:
@@ -132,6 +134,6 @@ def Adafactor(*args, **kwargs):
 
 def in_words(found: Mapping[str, Rate], optimizer: str) -> str | None:
     """The factors for an optimizer in a line; None where there are none, or nothing changes."""
-    by_kind = {rate.kind: float(getattr(rate, optimizer)) for rate in found.values()}
+    by_kind = {rate.kind: float(factor) for rate in found.values() if (factor := getattr(rate, optimizer)) is not None}
     changed = [f"{kind} x {factor:.4g}" for kind, factor in by_kind.items() if not math.isclose(factor, 1.0)]
     return ", ".join(changed) or None

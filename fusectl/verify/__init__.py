@@ -62,7 +62,7 @@ def verify_checkpoint(
     """The Report on an opened checkpoint."""
     how, watched = settings or Settings(), progress or Silent()
     report = Report(fused.path, fused.record or nothing_known(), notes=fused.location.notes, versions=_versions())
-    if "files" in how.levels:
+    if how.runs("files"):
         started = time.monotonic()
         files = check_files(fused, budget_bytes=how.read_bytes, jobs=how.threads, progress=watched)
         report = replace(report, files=replace(files, seconds=time.monotonic() - started))
@@ -95,13 +95,24 @@ def _against_sources(claim: Claim, settings: Settings, progress: Progress, repor
     if report.files is not None and not report.files.passed:
         # Damaged bytes would only be reported a second time, less clearly.
         return replace(report, notes=(*report.notes, "the other levels were not run on damaged files"))
-    # Bad tokens are said before the hours of work.
-    tokens = _tokens(claim, settings) if settings.runs_models else None
-    if "weights" in settings.levels:
+    # Bad tokens, and networks that nobody has, are said before the hours of work.
+    tokens = None
+    if settings.asks_for_models or (settings.runs_models and claim.tree.family.twin is not None):
+        claim.tree.family.require_twin()
+        tokens = _tokens(claim, settings)
+    elif settings.runs_models:
+        report = replace(report, notes=(*report.notes, _no_models(claim)))
+    if settings.runs("weights"):
         started = time.monotonic()
         weights = check_weights(claim, budget_bytes=settings.read_bytes, jobs=settings.threads, progress=progress)
         report = replace(report, weights=replace(weights, seconds=time.monotonic() - started))
     return report if tokens is None else _run_models(claim, tokens, settings, progress, report)
+
+
+def _no_models(claim: Claim) -> str:
+    """Why the levels with forward passes were not run, in words."""
+    family = claim.tree.family
+    return f"algebra and native were not run: fusectl has no network of {family.name} ({'; '.join(family.lacks)})"
 
 
 def _run_models(claim: Claim, tokens: Tokens, settings: Settings, progress: Progress, report: Report) -> Report:

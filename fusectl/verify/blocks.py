@@ -7,7 +7,6 @@ computes. They fit a whole tensor and any part of it that is cut along an axis t
 from __future__ import annotations
 
 import itertools
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +14,8 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from fusectl.archs.table import Row
-from fusectl.formats.zarr import np_dtype
+from fusectl.archs.table import EMBEDDING, Row
+from fusectl.formats.zarr import epsilon, np_dtype
 from fusectl.record import Record
 
 
@@ -57,12 +56,30 @@ class Blocks:
         It makes the sum of the heads the weighted mean of the logits, and the sources' residual streams equally large.
         """
         weight, stream = self.record.weights[i], self.record.residual_scales[i]
+        network, embed = self.record.network, self.record.widths["embed"]
+        if self.shared:
+            # All sources use one.
+            return weight if self.record.means_shared else 1.0
+        part = embed[i] / sum(embed)
+        # The fused model multiplies embedded tokens by more than the source did, and the logits of a tied head.
+        embedded: float = part**network.embedding_power
+        if self.row.role == EMBEDDING:
+            return stream * embedded
         if self.row.tied_head:
-            embed = self.record.widths["embed"]
-            return weight * math.sqrt(sum(embed) / embed[i]) / stream
+            divided: float = part**network.tied_logits_power
+            return weight * divided / embedded / stream
         if self.row.writes_stream:
             return stream
         return weight if self.row.spec.inputs == {"embed"} and self.row.spec.outputs == {"vocab"} else 1.0
+
+    @property
+    def shared(self) -> bool:
+        """Whether the tensor does not grow: all sources use the same."""
+        return not self.record.widths.keys() & set(self.row.spec.axes)
+
+    def offset(self, i: int) -> float:
+        """What is added to source i's scaled values: where a norm multiplies with 1 + scale, that 1 is scaled, too."""
+        return self.scale(i) - 1.0 if self.row.is_norm and self.record.network.norm_adds_one else 0.0
 
     def takes_noise_off(self, i: int) -> list[Slices]:
         """The gaps whose noise was subtracted from source i's own block."""
@@ -75,11 +92,14 @@ class Blocks:
 
         It is the scaled source, less the noise that was taken off after it had been rounded to `dtype`.
         """
-        values = source.astype(np.float64) * self.scale(i)
+        values = source.astype(np.float64) * self.scale(i) + self.offset(i)
         if not taken_off:
             return values
-        rounded = values.astype(dtype).astype(np.float64)
-        return np.asarray(rounded - sum(noise.astype(np.float64) for noise in taken_off))
+        values = values.astype(dtype).astype(np.float64)
+        # One after the other: in float64 their sum would be rounded differently.
+        for noise in taken_off:
+            values = values - noise.astype(np.float64)
+        return values
 
     def _at(self, place: dict[str, int]) -> Slices:
         cut = []
@@ -98,13 +118,5 @@ def within_rounding(values: Array, exact: Array) -> npt.NDArray[np.bool_]:
 
 def unit(dtype: str, magnitude: Array) -> Array:
     """At most two units in the last place of numbers of this magnitude, one of the smallest numbers."""
-    return np.asarray(np.maximum(epsilon(dtype) * magnitude, float(_finfo(dtype).smallest_subnormal)))
-
-
-def epsilon(dtype: str) -> float:
-    """The distance from 1 to the next number of a dtype."""
-    return float(_finfo(dtype).eps)
-
-
-def _finfo(dtype: str) -> Any:
-    return ml_dtypes.finfo(np_dtype(dtype))
+    smallest = float(ml_dtypes.finfo(np_dtype(dtype)).smallest_subnormal)
+    return np.asarray(np.maximum(epsilon(dtype) * magnitude, smallest))

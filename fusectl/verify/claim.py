@@ -6,11 +6,17 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import fusectl
-from fusectl.archs import Recognized, recognize
+from fusectl.archs import Recognized
+from fusectl.archs.config import read_config
+from fusectl.archs.network import Network
+from fusectl.archs.table import Family
 from fusectl.errors import Incompatible, NotFound, UsageError
+from fusectl.expand import expanded
 from fusectl.formats import fingerprint, open_checkpoint
-from fusectl.formats.tree import Checkpoint, kept_shapes
+from fusectl.formats.tree import Checkpoint
+from fusectl.packed import unpacked
 from fusectl.record import DEFAULT_NOISE_SCALE, Fill, Record, SourceRecord, mean_weights, norm_groups
+from fusectl.sources import Opened, own_family, recognized
 from fusectl.transforms.grow import require_widths, widths_of
 
 
@@ -24,6 +30,8 @@ class Declared:
     fill: str | None = None
     noise_scale: float | None = None
     arch: str | None = None
+    # A file that tells what the networks compute.
+    config: str | None = None
 
 
 @dataclass(frozen=True)
@@ -58,7 +66,7 @@ def make_claim(fused: Checkpoint, declared: Declared) -> Claim:
     Raises UsageError when nobody says what it was fused from, NotFound when a source has gone, Incompatible when the
     sizes rule out that it is a fusion of these sources.
     """
-    record = fused.record
+    fused, record = unpacked(fused), fused.record
     if record is None and not declared.sources:
         raise UsageError(f"{fused.path}: no fusectl.json that names its sources", hint="--sources A B")
     if record is not None and not record.sources and not declared.sources:
@@ -68,7 +76,7 @@ def make_claim(fused: Checkpoint, declared: Declared) -> Claim:
     for path in paths:
         if path not in by_path:
             try:
-                by_path[path] = open_checkpoint(path)
+                by_path[path] = unpacked(open_checkpoint(path))
             except NotFound as error:
                 raise NotFound(
                     f"source {path} is not there any more", hint="--sources A B names where it is now"
@@ -80,15 +88,21 @@ def make_claim(fused: Checkpoint, declared: Declared) -> Claim:
         )
     if record is not None and record.sources and len(sources) != len(record.sources):
         raise UsageError(f"{len(sources)} sources, but {fused.path} is a fusion of {len(record.sources)}")
-    arch = declared.arch or (record.family if record else None)
-    drop = record.drop if record else ()
-    trees = {}
-    for path, source in by_path.items():
-        trees[path] = recognize(kept_shapes(source.shapes, drop), path, arch)
-    tree = recognize(fused.shapes, fused.path, arch)
+    arch = declared.arch or own_family(fused) or (record.family if record else None)
+    tree = recognized(fused, arch)
+    network = _network(tree, _source_tree(by_path[paths[0]], arch, record), record, declared)
+    tree = replace(tree, told=network)
+    times = record.kv_repeats if record is not None and record.sources else (1,) * len(paths)
+    by_place: dict[tuple[str, int], Opened] = {}
+    for path, each in zip(paths, times, strict=True):
+        if (path, each) not in by_place:
+            own = replace(_source_tree(by_path[path], arch, record), told=network)
+            by_place[path, each] = expanded(Opened(by_path[path], own, ()), each)
+    seen = [by_place[place] for place in zip(paths, times, strict=True)]
+    sources, trees = tuple(o.checkpoint for o in seen), tuple(o.tree for o in seen)
     changed = _changed(sources, record)
-    record = _record(fused, record, sources, tuple(trees[p] for p in paths), declared)
-    claim = Claim(fused, tree, sources, tuple(trees[p] for p in paths), record, changed)
+    record = _record(fused, record, sources, trees, declared, network)
+    claim = Claim(fused, tree, sources, trees, record, changed)
     try:
         require_widths(tree, record, fused.path)
         _require_depths(claim)
@@ -115,6 +129,7 @@ def _record(
     sources: tuple[Checkpoint, ...],
     trees: tuple[Recognized, ...],
     declared: Declared,
+    network: Network,
 ) -> Record:
     """What to hold the checkpoint against: its own record, with what the caller declares put over it."""
     count = len(sources)
@@ -123,7 +138,9 @@ def _record(
     then = tuple(entry.norm_groups for entry in record.sources) if record else ()
     groups = then if tuple(map(sum, then)) == tuple(map(sum, own)) else own
     if record is None:
-        record = replace(nothing_known(), family=trees[0].family.name, weights=(1.0 / count,) * count)
+        record = replace(
+            nothing_known(), family=trees[0].family.name, weights=(1.0 / count,) * count, kv_repeats=(1,) * count
+        )
     if declared.sources or not record.sources:
         entries = tuple(
             SourceRecord(s.path, s.format, s.step, fingerprint(s), g) for s, g in zip(sources, groups, strict=True)
@@ -136,7 +153,34 @@ def _record(
     if len(record.weights) != count:
         raise UsageError(f"{len(record.weights)} weights for {count} sources of {fused.path}")
     # The widths are measured, never taken on trust.
-    return replace(record, widths=widths_of(trees))
+    return replace(record, widths=widths_of(trees), network=network)
+
+
+def _source_tree(source: Checkpoint, arch: str | Family | None, record: Record | None) -> Recognized:
+    """The tree of a source, which must be of the fused checkpoint's family."""
+    try:
+        return recognized(source, arch, record.drop if record else ())
+    except Incompatible as error:
+        if record is None or record.copy is None or not record.copy.layers:
+            raise
+        hint = f"the fusion's layers are {record.copy.layers}: name copies of its sources that are so, too (convert)"
+        raise Incompatible(error.message, details=error.details, hint=hint) from error
+
+
+def _network(tree: Recognized, first: Recognized, record: Record | None, declared: Declared) -> Network:
+    """What the networks compute: as a config tells, else the record, else as the family does by default.
+
+    Raises Incompatible for a config that is neither the fused model's, of this tree, nor that of the first source.
+    """
+    known = tree.network if record is None else record.network
+    if declared.config is None:
+        return known
+    config = read_config(declared.config)
+    try:
+        config.require_fit(tree, "the fused model")
+    except Incompatible:
+        config.require_fit(first, "its first source")
+    return config.applied(known, tied=tree.family.tied)
 
 
 def _fill(recorded: Fill, declared: Declared) -> Fill:

@@ -12,15 +12,17 @@ from functools import partial
 
 import numpy as np
 
-from fusectl.archs import UNKNOWN, recognize
+from fusectl.archs import UNKNOWN
+from fusectl.archs.table import Family
 from fusectl.errors import Incompatible, NotFound
 from fusectl.formats import fingerprint, open_checkpoint
-from fusectl.formats.tree import NONE, STEPS, T5X_STEP, Checkpoint, Key, dict_keys, is_dropped, kept_shapes
+from fusectl.formats.tree import NONE, STEPS, T5X_STEP, Checkpoint, Key, dict_keys, is_dropped
 from fusectl.layout import Region, common_tile, size, tiles
 from fusectl.parallel import Progress, in_parallel
 from fusectl.record import Copy, Origin
 from fusectl.restack import restacked
-from fusectl.transforms.optimizer import FLAX_STATE, STATE
+from fusectl.sources import own_family, recognized
+from fusectl.transforms.optimizer import is_state
 from fusectl.verify.report import WeightsResult
 
 
@@ -68,7 +70,7 @@ def check_copy(fused: Checkpoint, path: str, *, budget_bytes: int, jobs: int, pr
     problems += [f"{to}: {n:,} values are not those of {path}" for to, n in sorted(wrong.items())]
     if problems and fingerprint(pair.source) != pair.copy.source.fingerprint:
         problems.insert(0, f"{path} has changed since it was converted")
-    slots = sum(to.startswith((STATE, FLAX_STATE)) for to in compared.values())
+    slots = sum(map(is_state, compared.values()))
     return WeightsResult(not problems, len(compared), 0, 0, slots, tuple(problems), bytes_read=read)
 
 
@@ -114,7 +116,7 @@ class _Pair:
 
     def problems(self) -> Iterator[str]:
         """What is wrong with names, keys, shapes, dtypes, the step, empty nodes and the record."""
-        parameters = _parameters(self.source, self.copy, self.record.family)
+        parameters = _parameters(self.source, self.copy, own_family(self.fused) or self.record.family)
         for name, to in self.names.items():
             found, like = self.fused.leaves.get(to), self.source.leaves[name]
             if found is None:
@@ -216,13 +218,12 @@ def _back(kept: Sequence[str], own: Mapping[str, Pairs], origin: Origin) -> dict
     return found
 
 
-def _parameters(source: Checkpoint, copy: Copy, family: str) -> frozenset[str]:
+def _parameters(source: Checkpoint, copy: Copy, family: Family | str) -> frozenset[str]:
     """The full names of the source's parameters, where they were cast."""
     if copy.dtype is None:
         return frozenset()
-    shapes = kept_shapes(source.shapes, copy.drop)
     try:
-        tree = recognize(shapes, source.path)
+        tree = recognized(source, None, copy.drop)
     except Incompatible:
-        tree = recognize(shapes, source.path, family) if family else UNKNOWN
+        tree = recognized(source, family, copy.drop) if family else UNKNOWN
     return frozenset(map(tree.full, tree.shapes))

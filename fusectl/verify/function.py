@@ -21,10 +21,11 @@ import numpy.typing as npt
 
 from fusectl.archs import Recognized
 from fusectl.archs.twin import Part, Tap
+from fusectl.formats.zarr import epsilon
 from fusectl.forward import Model, Outcome, Passes, Shelf, head_of, plan_passes, positions, run_stages, twin_of
 from fusectl.parallel import Progress
 from fusectl.tokens import Tokens
-from fusectl.verify.blocks import Blocks, epsilon, within_rounding
+from fusectl.verify.blocks import Blocks, within_rounding
 from fusectl.verify.claim import Claim
 from fusectl.verify.logits import LogitsComparison
 from fusectl.verify.report import Difference, FunctionResult, TraceRow
@@ -105,14 +106,12 @@ class _Comparison:
                 found[self._plain_names[i]] = self._model(self._plain_names[i], claim.trees[i], width, values)
         if settings.runs_algebra:
             # A residual stream that was rescaled keeps its function exactly if the epsilon of its norms is, too.
-            epsilons = tuple(
-                twin_of(tree).EPSILON * scale**2
-                for scale, groups in zip(record.residual_scales, claim.source_groups, strict=True)
-                for _ in groups
+            streams = tuple(
+                scale for scale, groups in zip(record.residual_scales, claim.source_groups, strict=True) for _ in groups
             )
             rescaled = any(scale != 1.0 for scale in record.residual_scales)
             values = self._as_ensemble if self._rounded or self._noise_shifts else stored
-            found["algebra"] = self._model("algebra", tree, record.norm_groups, values, epsilons if rescaled else ())
+            found["algebra"] = self._model("algebra", tree, record.norm_groups, values, streams if rescaled else ())
             if self._rounded or rescaled:
                 values = self._without_noise if self._noise_shifts else stored
                 found["stored"] = self._model("stored", tree, record.norm_groups, values)
@@ -139,14 +138,20 @@ class _Comparison:
             noise = ", noise taken out" if self._noise_shifts else ""
             stored = self._logits["stored"].max_abs if "stored" in self._logits else None
             limit, limit_says = self._tolerance("algebra", as_stored=False)
-            algebra = self._logits["algebra"].result(limit, limit_says, f"a norm per source{noise}", stored, None)
-            if not algebra.passed:
+            says = f"a norm per source{noise}"
+            if self._claim.record.means_shared:
+                limit, limit_says, says = None, "", f"{says}, shared scales averaged: approximate"
+            algebra = self._logits["algebra"].result(limit, limit_says, says, stored, None)
+            if algebra.passed is False:
                 algebra = replace(algebra, first_difference=self._first or self._logits["algebra"].worst)
         if self._settings.runs_native:
             # One norm does not mix copies of one model, and antisymmetric noise cancels between them. What rounding
             # all weights to a narrower dtype does to a function has no bound worth the name.
             coarse = self._narrowed or (self._claim.record.fill.kind == "antisymmetric" and self._is_coarse)
-            exact = (self._claim.record.self_fused or not self._one_norm) and not (self._noise_shifts or coarse)
+            mixes_models = self._one_norm or self._claim.record.network.logits_soft_cap is not None
+            exact = (self._claim.record.self_fused or not mixes_models) and not (
+                self._noise_shifts or coarse or self._claim.record.means_shared
+            )
             limit, limit_says = self._tolerance("native", as_stored=True) if exact else (None, "")
             says = f"{'one norm' if self._one_norm else 'a norm per source'}, as it trains, noise in place"
             native = self._logits["native"].result(limit, limit_says, says, None, self._settings.max_native_rms)
@@ -165,11 +170,11 @@ class _Comparison:
         tree: Recognized,
         groups: tuple[int, ...],
         values: Any,
-        epsilons: tuple[float, ...] = (),
+        streams: tuple[float, ...] = (),
     ) -> Model:
         # Widening a model changes the order of summation, which must not show: sums are accumulated in float64.
         config = twin_of(tree).config_of(
-            tree, groups, self._settings.precision, norm_epsilons=epsilons, accumulate="float64"
+            tree, groups, self._settings.precision, stream_scales=streams, accumulate="float64"
         )
         return Model(name, config, values)
 
@@ -182,6 +187,8 @@ class _Comparison:
         blocks = Blocks(self._claim.tree.rows[part.name], self._claim.record)
         stored = self._shelf.of(self._claim.fused)(part)
         values = self._without_noise(part)
+        if blocks.shared:
+            return values
         for i in blocks.sources:
             at = blocks.own(i)
             source = self._shelf.of(self._claim.sources[i])(part)
@@ -208,9 +215,11 @@ class _Comparison:
         weights, wanted = self._claim.record.weights, outcome.tokens.compared
         for name, sources in (("algebra", self._names), ("stored", self._names), ("native", self._plain_names)):
             if name in outcome.logits and (name != "native" or self._settings.runs_native):
-                mean = sum(w * outcome.logits[n][wanted] for w, n in zip(weights, sources, strict=True))
+                # The mean of the logits is one before they are capped; what will train caps the mean.
+                cap = self._claim.record.network.logits_soft_cap if name == "native" else None
+                mean = sum(w * capped(outcome.logits[n][wanted], cap) for w, n in zip(weights, sources, strict=True))
                 comparison = self._logits.setdefault(name, LogitsComparison(head_of(self._claim.tree)))
-                comparison.add(outcome.tokens, outcome.logits[name][wanted], np.asarray(mean))
+                comparison.add(outcome.tokens, capped(outcome.logits[name][wanted], cap), np.asarray(mean))
 
     def _add_taps(self, outcome: Outcome) -> None:
         """Looks for the first module whose output leaves that of the sources by more than rounding."""
@@ -336,13 +345,19 @@ class _NormSums:
         )
 
 
+def capped(logits: Array, cap: float | None) -> Array:
+    """Logits drawn into (-cap, cap) by tanh; as they are for None."""
+    return logits if cap is None else np.tanh(logits / cap) * cap
+
+
 def _computed(claim: Claim) -> bool:
     """Whether values were computed whose rounding the comparison can see: scaled by more than a power of two, or less
     noise.
     """
     record = claim.record
-    scales = [Blocks(row, record).scale(i) for row in claim.tree.rows.values() for i in range(len(record.weights))]
-    return record.fill.kind == "antisymmetric" or any(math.frexp(scale)[0] != 0.5 for scale in scales)
+    blocks = [(Blocks(row, record), i) for row in claim.tree.rows.values() for i in range(len(record.weights))]
+    changed = any(math.frexp(each.scale(i))[0] != 0.5 or each.offset(i) for each, i in blocks)
+    return record.fill.kind == "antisymmetric" or changed
 
 
 def _narrowed(claim: Claim) -> bool:

@@ -13,13 +13,15 @@ LEVELS = ("files", "weights", "algebra", "native")
 
 @dataclass(frozen=True)
 class Settings:
-    """`tokens` is a file of them; without, `batch` rows of `length` random ones are drawn from `seed`.
+    """`levels` None are all that can be run: those with forward passes only where fusectl has the family's network.
+
+    `tokens` is a file of them; without, `batch` rows of `length` random ones are drawn from `seed`.
 
     `max_memory_bytes` None is 256 MiB of values in flight for the first two levels and half of the free memory for the
     others. `layered` None runs models whole where they fit. Raises UsageError for what makes no sense.
     """
 
-    levels: tuple[str, ...] = LEVELS
+    levels: tuple[str, ...] | None = None
     x64: bool = False
     tokens: str | None = None
     batch: int | None = None
@@ -32,26 +34,35 @@ class Settings:
     jobs: int | None = None
 
     def __post_init__(self) -> None:
-        unknown = [level for level in self.levels if level not in LEVELS]
+        unknown = [level for level in self.levels or () if level not in LEVELS]
         if unknown:
             raise UsageError(f"no level is called {unknown[0]!r}", hint=f"levels: {', '.join(LEVELS)}")
         limit = self.max_native_rms
-        if limit is not None and ("native" not in self.levels or not limit >= 0.0):
+        if limit is not None and not (self.runs_native and limit >= 0.0):
             raise UsageError("--max-native-rms: a distance, and the level native to hold to it")
         if self.trace and not self.runs_models:
             raise UsageError("--trace: of forward passes; it needs the level algebra or native")
 
+    def runs(self, level: str) -> bool:
+        return level in (LEVELS if self.levels is None else self.levels)
+
     @property
     def runs_algebra(self) -> bool:
-        return "algebra" in self.levels
+        return self.runs("algebra")
 
     @property
     def runs_native(self) -> bool:
-        return "native" in self.levels
+        return self.runs("native")
 
     @property
     def runs_models(self) -> bool:
         return self.runs_algebra or self.runs_native
+
+    @property
+    def asks_for_models(self) -> bool:
+        """Whether something was asked for that forward passes alone can tell, and not only all that can be told."""
+        wanted = self.levels is not None or self.trace or self.max_native_rms is not None or self.tokens is not None
+        return self.runs_models and wanted
 
     @property
     def precision(self) -> str:

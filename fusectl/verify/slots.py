@@ -50,6 +50,8 @@ class Slots:
 
     def expected(self, parameter: str, slot: str, kept: Axes, region: Region) -> Array:
         """The values of a region of a slot in float64."""
+        if Blocks(self._claim.tree.rows[parameter], self._claim.record).shared:
+            return self._of_shared(parameter, slot, kept, region)
         out = np.zeros(tuple(map(len, region)))
         first_only = self._claim.record.optimizer == "asymmetric"
         for reads, writes, cell in self._cells(parameter):
@@ -71,6 +73,15 @@ class Slots:
                 share * self._gradient(parameter, writes) ** 2 * self._second(parameter, reads, writes, kept, inside)
             )
         return out
+
+    def _of_shared(self, parameter: str, slot: str, kept: Axes, region: Region) -> Array:
+        """A region of the slot of a parameter that does not grow, and gets the gradients of all sources."""
+        weights = self._claim.record.weights
+        if slot in FIRST_MOMENTS:
+            first = [w * self._read(i, parameter, slot, region) for i, w in enumerate(weights)]
+            return np.asarray(sum(first))
+        roots = [w * np.sqrt(self._mean(i, parameter, kept)[slices(region)]) for i, w in enumerate(weights)]
+        return np.asarray(sum(roots) ** 2)
 
     def _cells(self, parameter: str) -> Iterator[tuple[int, int, Region]]:
         blocks = Blocks(self._claim.tree.rows[parameter], self._claim.record)

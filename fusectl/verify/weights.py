@@ -23,8 +23,9 @@ from fusectl.errors import FusectlError
 from fusectl.fill import unit_noise
 from fusectl.formats.tree import STEPS, Checkpoint
 from fusectl.layout import Region, common_tile, shifted, size, slices, tiles, tiles_in, whole
+from fusectl.packed import place_of
 from fusectl.parallel import Progress, in_parallel
-from fusectl.transforms.optimizer import STATE, find_state
+from fusectl.transforms.optimizer import find_state, is_state
 from fusectl.verify.blocks import Blocks, Slices, unit, within_rounding
 from fusectl.verify.claim import Claim
 from fusectl.verify.report import WeightsResult
@@ -50,7 +51,7 @@ SLAB = 1 << 18
 def check_weights(claim: Claim, *, budget_bytes: int, jobs: int, progress: Progress) -> WeightsResult:
     """Compares every parameter, the optimizer's slots and the step with what the sources and the record say."""
     tensors = [_Tensor(claim, name, row, progress) for name, row in claim.tree.rows.items()]
-    slots = [name for name in claim.fused.leaves if name.startswith(STATE)]
+    slots = [name for name in claim.fused.leaves if is_state(name)]
     read = sum(claim.fused.leaves[claim.tree.full(name)].nbytes for name in claim.tree.rows)
     slot_bytes = sum(claim.fused.leaves[name].nbytes for name in slots)
     sources = sum(
@@ -151,6 +152,9 @@ class _Tensor:
 
     def comparisons(self, budget_bytes: int) -> Iterator[Task]:
         """Tasks that compare each source's own blocks, and the gaps with zeros where they are declared to be zero."""
+        if self.blocks.shared and self.blocks.record.means_shared:
+            yield self._leaf.nbytes * BYTES_PER_VALUE, self._compare_mean
+            return
         # A source that is fused with itself is read once for all of its places.
         for i in self._claim.distinct:
             places = [k for k in self.blocks.sources if self._claim.sources[k] is self._claim.sources[i]]
@@ -203,6 +207,15 @@ class _Tensor:
     def _noisy(self) -> bool:
         return bool(self._gaps) and self.blocks.record.fill.kind != "zeros"
 
+    def _compare_mean(self) -> None:
+        """Compares a tensor that does not grow with the weighted mean of the sources'."""
+        sources = [c.read(t.full(self.name)) for c, t in zip(self._claim.sources, self._claim.trees, strict=True)]
+        weights = self.blocks.record.weights
+        expected = np.asarray(sum(w * s.astype(np.float64) for w, s in zip(weights, sources, strict=True)))
+        found = self._claim.fused.read(self._fused)
+        self._own[0].add(~within_rounding(found, expected), whole(found.shape), found, expected)
+        self._progress.advance(self.name, found.nbytes)
+
     def _compare(self, i: int, places: list[int], regions: list[Region], tile: Region) -> None:
         source = self._claim.sources[i].read(self._claim.trees[i].full(self.name), tile)
         for k, region in zip(places, regions, strict=True):
@@ -214,7 +227,7 @@ class _Tensor:
 
     def _compare_slab(self, k: int, at: Region, source: Array, found: Array, noise: list[Array]) -> None:
         scale = self.blocks.scale(k)
-        if scale == 1.0 and not noise:
+        if scale == 1.0 and not noise:  # and so no offset
             expected = source.astype(found.dtype, copy=False)
             self._own[k].add(found != expected, at, found, expected)
         else:
@@ -243,8 +256,10 @@ class _Tensor:
         if fill.seed is None:
             return
         kernel = self._kernels[gap.writes]
-        region = _within(gap.region, at)
-        noise = unit_noise(fill.seed, self.name, self._leaf.shape, region).astype(np.float64) * fill.noise_scale
+        # Of what is packed, the noise is laid out over the pack.
+        stored, shape, region = place_of(self._claim.fused, self._fused, _within(gap.region, at))
+        name = stored.removeprefix(self._claim.tree.prefix)
+        noise = unit_noise(fill.seed, name, shape, region).astype(np.float64) * fill.noise_scale
         expected = noise * self._by_layer(kernel.std, at)
         # The tool's own standard deviation is exact to 2**-18 of the largest magnitude.
         allowed = np.abs(noise) * self._by_layer(kernel.largest, at) * 2.0**-18
@@ -418,13 +433,19 @@ def _other_order(claim: Claim) -> list[str]:
     """Whether the sources are the right ones in another order, as their norms' scales tell."""
     if len(claim.distinct) < 2:
         return []
-    norms = [n for n, row in claim.tree.rows.items() if not row.spec.inputs and not row.tied_head]
+    norms = [
+        name
+        for name, row in claim.tree.rows.items()
+        if not row.spec.inputs and not row.tied_head and "stack" not in row.spec.axes and "embed" in row.spec.outputs
+    ]
     scales = [[claim.sources[i].read(claim.trees[i].full(name)) for name in norms] for i in range(len(claim.sources))]
     fused = [claim.fused.read(claim.tree.full(name)) for name in norms]
 
     def fits(order: tuple[int, ...]) -> bool:
         return all(
-            np.array_equal(np.concatenate([scales[i][k] for i in order]), values) for k, values in enumerate(fused)
+            np.array_equal(np.concatenate([scales[i][k] for i in order], axis), values)
+            for k, values in enumerate(fused)
+            for axis in [claim.tree.rows[norms[k]].spec.axes.index("embed")]
         )
 
     given = tuple(range(len(claim.sources)))

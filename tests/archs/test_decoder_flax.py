@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from fusectl.archs.decoder_flax import Attending, Decoder, DecoderConfig, rotated, seen
+from fusectl.archs.decoder_flax import Decoder, DecoderConfig, rotated, seen
+from fusectl.archs.network import Attending
 from fusectl.formats import open_checkpoint
 
 
@@ -127,12 +128,13 @@ def test_its_logits_are_those_of_the_gemma_package(gemma):
         {"attention_soft_cap": 1.0},
         {"logits_soft_cap": 3.0},
         {"norm_epsilon": 1e-1},
+        {"final_norm_epsilon": 1e-1},
         {"norm_adds_one": False},
         {"norms_behind": False},
         {"embedding_scale": 1.0},
         {"tied_logits_scale": 0.5},
         {"norm_groups": (8, 8)},
-        {"norm_groups": (8, 8), "norm_epsilons": (1e-6, 1e-1)},
+        {"norm_groups": (8, 8), "stream_scales": (1.0, 1e3)},
     ],
 )
 def test_every_feature_makes_a_difference(gemma, change):
@@ -192,7 +194,7 @@ def test_rotation_keeps_lengths_and_depends_on_distances_only():
     ("change", "says"),
     [
         ({"norm_groups": (8, 4)}, "do not sum up"),
-        ({"norm_groups": (8, 8), "norm_epsilons": (1e-6,)}, "1 norm epsilons for 2"),
+        ({"norm_groups": (8, 8), "stream_scales": (1.0,)}, "1 stream scales for 2"),
         ({"num_kv_heads": 3}, "do not share"),
         ({"mlp_activation": "mish"}, "no activation"),
     ],

@@ -1,7 +1,7 @@
 """The tables of the T5 family against the trees that T5X wrote, and the recognition of families."""
 
 import pytest
-from models import FAMILY_NAMES, LAYERS, RECOGNIZED, SIZES, state
+from models import ALL_NAMES, RECOGNIZED, SIZES, layers_of, sizes_of, state
 
 from fusectl.archs import FAMILIES, family_named, recognize
 from fusectl.errors import Incompatible
@@ -31,14 +31,15 @@ def test_every_family_recognizes_its_own_tree_and_no_other_does(name):
     tree = recognize(shapes(name), "here")
 
     assert tree.family.name == name
-    assert tree.depths == LAYERS
-    assert tree.sizes == {axis: SIZES[axis] for axis in tree.sizes}
+    assert tree.depths == layers_of(tree.family)
+    assert tree.sizes == {axis: n for axis, n in sizes_of(tree.family).items() if axis in tree.sizes}
 
 
-@pytest.mark.parametrize("name", FAMILY_NAMES)
+@pytest.mark.parametrize("name", ALL_NAMES)
 def test_every_tensor_hits_exactly_one_row_and_every_row_is_hit(name):
     family = family_named(name)
-    names = [n.removeprefix("target/") for n in shapes(name) if n.startswith("target/")]
+    prefix = {"t5x": "target/", "maxtext": "params/params/", "gemma": ""}[family.trainer]
+    names = [n.removeprefix(prefix) for n in shapes(name) if n.startswith(prefix)]
 
     for tensor in names:
         assert sum(row.matches(tensor) for row in family.rows) == 1, tensor

@@ -1,93 +1,32 @@
-"""What a trainer has to be told to go on with a checkpoint: T5X's gin bindings, and Flaxformer's macros.
+"""T5X's gin bindings, and Flaxformer's macros.
 
-The sizes are those of the tree itself. What no tree tells (dropout, the dtype of activations, the schedule) stays as it
-was. Source: t5x/examples/{t5,scalable_t5}/network.py for the config, t5x/utils.py for the restore.
+Source: t5x/examples/{t5,scalable_t5}/network.py for the config, t5x/utils.py for the restore.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fusectl.archs import Recognized, recognize
+from fusectl.archs import Recognized
 from fusectl.builder import LARGEST_STEP
 from fusectl.errors import UsageError
-from fusectl.formats import open_checkpoint
 from fusectl.formats.tree import Checkpoint
-from fusectl.transforms.optimizer import STATE
+from fusectl.restart.base import Restart, notes_on_history
+from fusectl.transforms.optimizer import is_state
 
 
-TRAINERS = ("t5x",)
 _HEAD = "decoder/logits_dense/kernel"
 
 
-@dataclass(frozen=True)
-class Restart:
-    """The bindings for a checkpoint."""
+def restart_of(checkpoint: Checkpoint, tree: Recognized, lr_offset: int) -> Restart:
+    """The gin file, to be included after the one that the small model was trained with.
 
-    path: str
-    # The lines that import what is bound, and what network.Transformer is to be, where that changes.
-    imports: tuple[str, ...]
-    # The network's config class, and its fields.
-    config: str
-    network: Mapping[str, Any]
-    restore: Mapping[str, Any]
-    # Of the learning rate's schedule.
-    schedule: Mapping[str, Any]
-    # The sizes by the names of Flaxformer's macros.
-    macros: Mapping[str, Any]
-    notes: tuple[str, ...]
-
-    def gin(self) -> str:
-        """The text of a gin file, to be included after the one that the small model was trained with."""
-        return "\n".join(self._lines()) + "\n"
-
-    def as_json(self) -> Mapping[str, Any]:
-        """The bindings as JSON, and the text."""
-        return {
-            "path": self.path,
-            "config": self.config,
-            "network": {name: getattr(value, "name", value) for name, value in self.network.items()},
-            "restore": dict(self.restore),
-            "schedule": dict(self.schedule),
-            "flaxformer": dict(self.macros),
-            "notes": list(self.notes),
-            "gin": self.gin(),
-        }
-
-    def _lines(self) -> Iterator[str]:
-        yield f"# {self.path}"
-        yield from (f"# {note}" for note in self.notes)
-        yield "from __gin__ import dynamic_registration"
-        yield from self.imports
-        yield f"INITIAL_CHECKPOINT_PATH = {self.path!r}"
-        yield f"{self.config}:"
-        yield from (f"  {name} = {_value(value)}" for name, value in self.network.items())
-        if self.restore:
-            yield "utils.RestoreCheckpointConfig:"
-            yield from (f"  {name} = {_value(value)}" for name, value in self.restore.items())
-        if self.schedule:
-            yield "utils.create_learning_rate_scheduler:"
-            yield from (f"  {name} = {_value(value)}" for name, value in self.schedule.items())
-        yield "# Flaxformer has macros for the sizes:"
-        yield from (f"# {name} = {_value(value)}" for name, value in self.macros.items())
-
-
-def restart(path: str, arch: str | None = None, *, lr_offset: int = 0) -> Restart:
-    """The Restart of a checkpoint.
-
-    With `lr_offset` the schedule goes on as if so many more steps had been made; fewer if it is negative, which holds
-    the maximal rate for longer (Deep Fusion, section 5.4). Raises Incompatible for a tree of no known family, and
-    UsageError for an offset that leads to before the schedule's first step.
+    `lr_offset` is the number of steps by which the schedule is to be ahead of the step; raises UsageError for one that
+    leads to before its first step.
     """
-    checkpoint = open_checkpoint(path)
-    return restart_of(checkpoint, recognize(checkpoint.shapes, checkpoint.path, arch), lr_offset=lr_offset)
-
-
-def restart_of(checkpoint: Checkpoint, tree: Recognized, *, lr_offset: int = 0) -> Restart:
-    """The Restart of an opened checkpoint of one of T5's families."""
     sizes, record = tree.sizes, checkpoint.record
     scalable = "kv" in sizes
     network: dict[str, Any] = {
@@ -130,14 +69,11 @@ def restart_of(checkpoint: Checkpoint, tree: Recognized, *, lr_offset: int = 0) 
             "dropout_rate": _Macro("DROPOUT_RATE"),
         }
     restore: dict[str, Any] = {}
-    if not any(name.startswith(STATE) for name in checkpoint.leaves):
+    if not any(map(is_state, checkpoint.leaves)):
         notes.append("without optimizer state: T5X begins a new one, which needs a warm-up")
         imports.append("from t5x import utils")
         restore = {"fallback_to_scratch": True, "assignment_map": (("state/param_states.*", None),)}
-    if record is not None and record.optimizer in {"reset", "asymmetric"}:
-        notes.append("optimizer state that starts from zeros, in part at least: its first updates need a warm-up")
-    if record is not None and record.self_fused:
-        notes.append("learning rates as before move it faster: fusectl self-fuse --lr-table says by how much")
+    notes += notes_on_history(record)
     if checkpoint.step is not None and not lr_offset:
         notes.append(f"step {checkpoint.step:,}: schedules such as rsqrt_decay go on from there")
     if lr_offset:
@@ -145,7 +81,32 @@ def restart_of(checkpoint: Checkpoint, tree: Recognized, *, lr_offset: int = 0) 
         imports = [*dict.fromkeys([*imports, "from t5x import utils"])]
     # T5X takes its offset off.
     schedule = {"step_offset": -lr_offset} if lr_offset else {}
-    return Restart(checkpoint.path, tuple(imports), config, network, restore, schedule, macros, tuple(notes))
+    values = {
+        "config": config,
+        "network": {name: getattr(value, "name", value) for name, value in network.items()},
+        "restore": restore,
+        "schedule": schedule,
+        "flaxformer": macros,
+    }
+    bound = {config: network, "utils.RestoreCheckpointConfig": restore}
+    bound["utils.create_learning_rate_scheduler"] = schedule
+    lines = tuple(_lines(checkpoint.path, imports, bound, macros))
+    return Restart("t5x", checkpoint.path, tuple(notes), lines, values)
+
+
+def _lines(
+    path: str, imports: Sequence[str], bound: Mapping[str, Mapping[str, Any]], macros: Mapping[str, Any]
+) -> Iterator[str]:
+    """The lines of gin: what they import, and per configurable the values of its parameters."""
+    yield "from __gin__ import dynamic_registration"
+    yield from imports
+    yield f"INITIAL_CHECKPOINT_PATH = {path!r}"
+    for configurable, values in bound.items():
+        if values:
+            yield f"{configurable}:"
+            yield from (f"  {name} = {_value(value)}" for name, value in values.items())
+    yield "# Flaxformer has macros for the sizes:"
+    yield from (f"# {name} = {_value(value)}" for name, value in macros.items())
 
 
 def _offset_in_words(checkpoint: Checkpoint, lr_offset: int) -> str:

@@ -1,0 +1,57 @@
+"""What a trainer has to be told to go on with a checkpoint: T5X, MaxText, or the gemma package.
+
+The sizes are those of the tree itself. What no tree tells (dropout, the dtype of activations, the schedule) stays as it
+was.
+
+base.py   Restart, and the notes that are the same for all     maxtext.py   overrides for the command line
+t5x.py    gin bindings                                         gemma.py     a TransformerConfig in Python
+"""
+
+from __future__ import annotations
+
+from fusectl.archs import Recognized
+from fusectl.errors import Incompatible, UsageError
+from fusectl.formats import open_checkpoint
+from fusectl.formats.tree import Checkpoint
+from fusectl.packed import unpacked
+from fusectl.restart import gemma, maxtext, t5x
+from fusectl.restart.base import TRAINERS, Restart
+from fusectl.sources import recognized
+
+
+__all__ = ["TRAINERS", "Restart", "restart", "restart_of"]
+
+
+def restart(path: str, arch: str | None = None, *, trainer: str | None = None, lr_offset: int = 0) -> Restart:
+    """The Restart of a checkpoint, for its family's trainer, which `trainer` may name.
+
+    With `lr_offset` T5X's schedule goes on as if so many more steps had been made; fewer if it is negative, which holds
+    the maximal rate for longer (Deep Fusion, section 5.4). Raises Incompatible for a tree of no known family, for
+    another trainer than the family's, and for a format that the trainer does not read; UsageError for an offset that
+    leads to before the schedule's first step, or for another trainer.
+    """
+    checkpoint = open_checkpoint(path)
+    tree = recognized(unpacked(checkpoint), arch)
+    return restart_of(checkpoint, tree, trainer=trainer, lr_offset=lr_offset)
+
+
+def restart_of(checkpoint: Checkpoint, tree: Recognized, *, trainer: str | None = None, lr_offset: int = 0) -> Restart:
+    """The Restart of an opened checkpoint whose tree is recognised, as `restart` has it."""
+    own = tree.family.trainer
+    if own not in TRAINERS:
+        raise Incompatible(
+            f"{checkpoint.path}: no trainer is known for the family {tree.family.name}",
+            hint="fusectl inspect shows the sizes that it has to be told",
+        )
+    if trainer not in {None, own}:
+        raise Incompatible(
+            f"{checkpoint.path}: {tree.family.name} is of {TRAINERS[own]}, and not to be trained with {trainer}",
+            hint=f"--trainer {own}, or none",
+        )
+    if own == "t5x":
+        return t5x.restart_of(checkpoint, tree, lr_offset)
+    if lr_offset:
+        raise UsageError(f"--lr-offset {lr_offset}: {TRAINERS[own]}'s schedules have none", hint="it is for T5X")
+    if own == "maxtext":
+        return maxtext.restart_of(checkpoint, tree)
+    return gemma.restart_of(checkpoint, tree)

@@ -1,0 +1,3 @@
+"""Scripts for other environments are not collected, not for doctests either."""
+
+collect_ignore = ["gemma_logits.py"]
