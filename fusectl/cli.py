@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -690,7 +691,7 @@ def run(arguments: Sequence[str]) -> int:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, handler)
     try:
-        code = app(args=argv, prog_name="fusectl", standalone_mode=False)
+        code = _with_only(command)(args=argv, prog_name="fusectl", standalone_mode=False)
         sys.stdout.flush()
     except typer.TyperException as error:
         return screen.usage_error(error)
@@ -711,6 +712,14 @@ def run(arguments: Sequence[str]) -> int:
         for timer in _TIMERS:
             timer.cancel()
     return int(code or 0)
+
+
+def _with_only(command: str) -> typer.Typer:
+    """The program with the command asked for alone, if it is one: Typer reads the signature of each that it has."""
+    found = [each for each in app.registered_commands if typer.main.get_command_name(each.callback.__name__) == command]
+    only = copy(app)
+    only.registered_commands = found or app.registered_commands
+    return only
 
 
 def _prepare_streams() -> None:
