@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+import fusectl
 from fusectl.archs import Recognized
 from fusectl.chunks import CODECS, Storing
 from fusectl.errors import Incompatible, UsageError, shorten
@@ -15,7 +17,17 @@ from fusectl.formats import Format, fingerprint, format_named
 from fusectl.formats.locate import COMMITTED, ORBAX_INDEX, STEP_METADATA, T5X_INDEX
 from fusectl.formats.store import MANIFEST
 from fusectl.formats.t5x import CHUNKED, kept_in_index
-from fusectl.formats.tree import SEQUENCE, STEPS, T5X_STEP, EmptyNode, Key, array_directory, dict_keys, is_dropped
+from fusectl.formats.tree import (
+    SEQUENCE,
+    STEPS,
+    T5X_STEP,
+    EmptyNode,
+    Key,
+    array_directory,
+    dict_keys,
+    is_dropped,
+    keys_beside,
+)
 from fusectl.formats.zarr import np_dtype
 from fusectl.layout import Block, Layout, Product, Term, whole
 from fusectl.mesh import Mesh
@@ -24,10 +36,12 @@ from fusectl.parallel import default_max_memory_bytes
 from fusectl.plan import Output, Plan
 from fusectl.record import FILE_NAME, NORMS, Fill, Record, SourceRecord
 from fusectl.sources import Opened
+from fusectl.transforms.grow import widths_of
 from fusectl.transforms.optimizer import STATES, is_state, unnamed
 
 
 OPTIMIZERS = ("carry", "reset", "drop", "asymmetric")
+_AUXILIARY = re.compile(r"nnx_aux/(.+/)?rngs/")
 # What formats name their own files.
 RESERVED = frozenset(
     {T5X_INDEX, ORBAX_INDEX, MANIFEST, COMMITTED, STEP_METADATA, FILE_NAME, "d", "_sharding", "array_metadatas"}
@@ -155,8 +169,8 @@ class Builder:
         tile, cost = storing.unit(layout, storage, leaves, passed)
         if keys is None:
             # T5X's trees are dictionaries, and their keys hold no slash.
-            inherits = leaf is not None and leaf.name == name and self._format.name != "t5x"
-            keys = leaf.keys if leaf is not None and inherits else dict_keys(name)
+            inherits = leaf is not None and self._format.name != "t5x"
+            keys = keys_beside(leaf, name) if leaf is not None and inherits else dict_keys(name)
         random_key = leaf.random_key if leaf is not None else None
         self.outputs.append(
             Output(name, keys, layout, storage, passed, tile, cost, noise_name or name, part_of, random_key)
@@ -309,6 +323,13 @@ def plan_step(
     builder.used |= {stored} if stored else set()
 
 
+def plan_auxiliary(builder: Builder, first: Opened) -> None:
+    """Plans copies of the streams of random numbers in MaxText's training states, which no growth changes."""
+    for name in first.checkpoint.leaves:
+        if _AUXILIARY.match(name) and name not in first.dropped:
+            builder.copy(name)
+
+
 def step_of(first: Opened) -> str | None:
     """The tensor that holds the step of a source."""
     return next((name for name in STEPS if name in first.checkpoint.leaves and name not in first.dropped), None)
@@ -329,7 +350,36 @@ def notes_on_mesh(mesh: Mesh | None, tree: Recognized, shapes: Mapping[str, tupl
     return [f"mesh {mesh}: a device's {share} of joined_kv are no whole heads of {head}: JAX allows it"]
 
 
+def own_record(opened: Opened, command: str) -> Record:
+    """What a record says of a source's own model: what its own does, or that it is no fusion."""
+    own, tree = opened.checkpoint.record, opened.tree
+    if own is None:
+        own = Record(
+            version="",
+            command="",
+            family="",
+            parameters="",
+            sources=(),
+            weights=(1.0,),
+            widths=widths_of([tree]),
+            norm_groups=opened.norm_groups,
+            fill=Fill(),
+            optimizer="kept",
+            network=tree.network,
+        )
+    return replace(
+        own,
+        version=fusectl.__version__,
+        command=command,
+        family=tree.family.name or own.family,
+        table=tree.family.table if tree.family.name else own.table,
+        tensors={},
+        files={},
+    )
+
+
 def source_record(opened: Opened) -> SourceRecord:
+    """What a record says of a checkpoint that went in."""
     checkpoint = opened.checkpoint
     return SourceRecord(
         checkpoint.path, checkpoint.format, checkpoint.step, fingerprint(checkpoint), opened.norm_groups

@@ -403,6 +403,68 @@ def convert(
 
 
 @app.command(
+    short_help="Make a checkpoint deeper, without data.",
+    epilog="Example: fusectl stack small/checkpoint_500000 --layers 24 --how identity",
+)
+def stack(
+    source: Source = None,
+    layers: Annotated[
+        int | None, typer.Option("--layers", help="How many layers each stack is to have.", min=1)
+    ] = None,
+    encoder_layers: Annotated[
+        int | None, typer.Option(help="How many layers the encoder is to have. [default: --layers, or as it is]", min=1)
+    ] = None,
+    decoder_layers: Annotated[
+        int | None, typer.Option(help="How many layers the decoder is to have. [default: --layers, or as it is]", min=1)
+    ] = None,
+    how: Annotated[
+        Literal["stack", "interleave", "identity"],
+        typer.Option(help="The whole stack again, each layer again, or new layers that add nothing at first."),
+    ] = "stack",
+    output: Output = None,
+    optimizer: Annotated[
+        Literal["carry", "reset", "drop"],
+        typer.Option(help="The optimizer's state: along with the layers, zeros, or none."),
+    ] = "carry",
+    step: Step = None,
+    format: FormatName = None,
+    arch: Arch = None,
+    drop: Drop = [],  # noqa: B006
+    dtype: Dtype = None,
+    codec: Codec = "auto",
+    sparse: Sparse = None,
+    mesh: MeshSizes = None,
+    axis_rules: AxisRules = None,
+    link: Link = False,
+    check: Check = True,
+    sync: Sync = True,
+    max_memory: MaxMemory = None,
+    jobs: Jobs = None,
+    force: Force = False,
+    resume: Resume = False,
+    dry_run: DryRun = False,
+    verify: Verify = False,
+    report: WithReport = True,
+    allow_nonfinite: AllowNonfinite = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Make a checkpoint deeper: its layers again, or new ones that keep the function, the optimizer's state along."""
+    screen = Screen("stack", json=json, quiet=quiet, debug=debug)
+    with screen.errors():
+        from fusectl.growth import plan_stack
+        from fusectl.record import Fill
+
+        stored = _Stored(codec, sparse, link, check, _mesh(mesh, axis_rules))
+        options = _options(Fill(), optimizer, format, arch, drop, dtype, stored, max_memory, step)
+        depths = {"encoder": encoder_layers, "decoder": decoder_layers}
+        plan, opened = plan_stack(_path(source), how, layers, depths, options)
+        writing = _Writing(output, force, jobs, dry_run, allow_nonfinite, verify, report, max_memory, sync, resume)
+        _write(screen, plan, opened, writing)
+
+
+@app.command(
     short_help="Prove that a fusion is what it should be.",
     epilog="Example: fusectl verify fused/checkpoint_1000000 --x64",
 )
@@ -716,7 +778,11 @@ def run(arguments: Sequence[str]) -> int:
 
 def _with_only(command: str) -> typer.Typer:
     """The program with the command asked for alone, if it is one: Typer reads the signature of each that it has."""
-    found = [each for each in app.registered_commands if typer.main.get_command_name(each.callback.__name__) == command]
+    found = [
+        each
+        for each in app.registered_commands
+        if each.callback is not None and typer.main.get_command_name(each.callback.__name__) == command
+    ]
     only = copy(app)
     only.registered_commands = found or app.registered_commands
     return only

@@ -10,9 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-import fusectl
 from fusectl.archs import UNKNOWN, Recognized
-from fusectl.builder import Builder, Options, notes_on_mesh, plan_step, source_record, step_of, target_of
+from fusectl.builder import Builder, Options, notes_on_mesh, own_record, plan_step, source_record, step_of, target_of
 from fusectl.errors import Incompatible, UsageError
 from fusectl.formats import open_checkpoint
 from fusectl.formats.tree import DICT, T5X_STEP, Checkpoint, EmptyNode, Key, dict_keys, is_dropped, kept_shapes
@@ -21,7 +20,6 @@ from fusectl.plan import Plan
 from fusectl.record import LAYERS, Copy, Fill, Origin, Record
 from fusectl.restack import restacked
 from fusectl.sources import Opened, ready, recognized, require_chunks
-from fusectl.transforms.grow import widths_of
 from fusectl.transforms.optimizer import STATES, slot_axes
 
 
@@ -218,33 +216,13 @@ def _prefix(places: Mapping[str, Keys], tree: Recognized) -> str:
 
 def _record(opened: Opened, options: Options, layers: str | None) -> Record:
     """What the record says of the model: what the source's own does, or that it is no fusion."""
-    own, tree = opened.checkpoint.record, opened.tree
-    if own is None:
-        own = Record(
-            version="",
-            command="",
-            family="",
-            parameters="",
-            sources=(),
-            weights=(1.0,),
-            widths=widths_of([tree]),
-            norm_groups=opened.norm_groups,
-            fill=Fill(),
-            optimizer="kept",
-            network=tree.network,
-        )
+    own = own_record(opened, "convert")
     moves_noise = own.fill.kind != "zeros" and layers is not None
     return replace(
         own,
-        version=fusectl.__version__,
-        command="convert",
-        family=tree.family.name or own.family,
-        table=tree.family.table if tree.family.name else own.table,
         fill=replace(own.fill, seed=None) if moves_noise else own.fill,
         # Those stand in the other layout.
         sources=() if layers is not None else own.sources,
         optimizer="drop" if options.optimizer == "drop" and own.optimizer != "none" else own.optimizer,
         step=own.step if options.step is None else options.step,
-        tensors={},
-        files={},
     )

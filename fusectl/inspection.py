@@ -75,7 +75,7 @@ class Inspection:
             if record is None
             else {
                 "command": record.command,
-                "sources": [source.path for source in record.sources],
+                "sources": [source.path for source in record.sources or record.made_from],
                 "weights": list(record.weights),
                 "widths": {axis: list(sizes) for axis, sizes in record.widths.items()},
                 "norm_groups": list(record.norm_groups),

@@ -136,7 +136,7 @@ def require_same_plan(at: Place, digest: str) -> None:
 def digest_of(plan: Plan, sources: Sequence[Checkpoint], *, allow_nonfinite: bool) -> str:
     """What tells whether two runs write the same bytes by the same names, from files that nobody has touched since."""
     told: list[Any] = [{key: value for key, value in summary(plan).items() if key not in _FREE}, allow_nonfinite]
-    told += [plan.record.version, [source.fingerprint for source in plan.record.sources]]
+    told += [plan.record.version, [source.fingerprint for source in plan.record.made_from]]
     told += [repr((output.layout, output.storage)) for output in plan.outputs]
     for index in dict.fromkeys(source.location.index for source in sources):
         if isinstance(index, ObjectPath):

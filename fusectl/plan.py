@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from fusectl.chunks import TOLERATED_EXCESS_BYTES
 from fusectl.errors import Incompatible, NotEnoughSpace
@@ -196,7 +196,8 @@ def summary(plan: Plan) -> Mapping[str, object]:
         "family": plan.record.family,
         "format": plan.format,
         "item": plan.item,
-        "sources": [{"path": s.path, "format": s.format, "step": s.step} for s in plan.record.sources],
+        "sources": [{"path": s.path, "format": s.format, "step": s.step} for s in plan.record.made_from],
+        "growth": None if plan.record.growth is None else asdict(plan.record.growth),
         "weights": list(plan.record.weights),
         "widths": {axis: list(sizes) for axis, sizes in plan.record.widths.items()},
         "norm": plan.record.norm,

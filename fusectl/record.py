@@ -107,6 +107,20 @@ class Copy:
     step: int | None
 
 
+@dataclass(frozen=True, slots=True)
+class Growth:
+    """How a checkpoint was made larger than one source otherwise than by fusing it.
+
+    `layers` has for each layer of each stack the source's layer that it is made from; those of `idle` add nothing to
+    the residual stream.
+    """
+
+    how: str
+    source: SourceRecord
+    layers: Mapping[str, tuple[int, ...]]
+    idle: Mapping[str, tuple[int, ...]]
+
+
 # In place of a chunk's CRC-32: it is all zeros and not on disk; it was taken over unread.
 LEFT_OUT, UNREAD = "left out", "unread"
 
@@ -166,6 +180,8 @@ class Record:
     table: str | None = field(default=None, repr=False)
     # The checkpoint that it was converted from; all else tells of that one.
     copy: Copy | None = None
+    # The checkpoint that it was grown from, and how.
+    growth: Growth | None = None
     # Where the tree came from, if its format cannot tell.
     origin: Origin | None = field(default=None, repr=False)
     tensors: Mapping[str, Checksums] = field(default_factory=dict, repr=False)
@@ -182,6 +198,13 @@ class Record:
     def fused(self) -> bool:
         """Whether it is a fusion, or the copy of one; the copy of any other checkpoint has a record, too."""
         return len(self.weights) > 1
+
+    @property
+    def made_from(self) -> tuple[SourceRecord, ...]:
+        """The checkpoints that it was fused, grown or converted from."""
+        if self.copy is not None:
+            return (self.copy.source,)
+        return self.sources if self.growth is None else (self.growth.source,)
 
     @property
     def self_fused(self) -> bool:
@@ -225,6 +248,7 @@ class Record:
                 means_shared=bool(tree.get("means_shared", False)),
                 table=None if tree.get("table") is None else _text(tree["table"]),
                 copy=None if tree.get("copy") is None else _copy(tree["copy"]),
+                growth=None if tree.get("growth") is None else _growth(tree["growth"]),
                 origin=None if tree.get("origin") is None else _origin(tree["origin"]),
                 tensors={name: _checksums(entry) for name, entry in tree["tensors"].items()},
                 files={_inside(name): _text(crc32) for name, crc32 in tree.get("files", {}).items()},
@@ -335,6 +359,13 @@ def _copy(entry: Mapping[str, Any]) -> Copy:
     dtype = None if entry["dtype"] is None else _text(entry["dtype"])
     step = None if entry["step"] is None else int(entry["step"])
     return Copy(_source(entry["source"]), dtype, layers, tuple(map(_text, entry["drop"])), step)
+
+
+def _growth(entry: Mapping[str, Any]) -> Growth:
+    layers, idle = (
+        {_text(stack): tuple(map(int, found)) for stack, found in entry[each].items()} for each in ("layers", "idle")
+    )
+    return Growth(_text(entry["how"]), _source(entry["source"]), layers, idle)
 
 
 def _origin(entry: Mapping[str, Any]) -> Origin:

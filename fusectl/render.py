@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from fusectl.inspection import Inspection
     from fusectl.parallel import Progress
     from fusectl.plan import Plan
-    from fusectl.record import Fill
+    from fusectl.record import Fill, Growth
     from fusectl.restart import Restart
     from fusectl.verify import Report
 
@@ -388,9 +388,11 @@ def _print_plan(console: Console, plan: Plan, output: Place) -> None:
         ("format", plan.format + (f", item {plan.item}" if plan.item else "")),
         ("family", record.family),
         *(
-            (f"source {i}", f"{s.path} ({s.format}, step {s.step}), weight {w:g}")
-            for i, (s, w) in enumerate(zip(record.sources, record.weights, strict=True))
+            (f"source {i}", f"{s.path} ({s.format}, step {s.step}){weight}")
+            for i, s in enumerate(record.made_from)
+            for weight in [f", weight {record.weights[i]:g}" if record.made_from == record.sources else ""]
         ),
+        *([] if record.growth is None else [(f"{s} from", _layers(record.growth, s)) for s in record.growth.layers]),
         (
             "widths",
             ", ".join(f"{axis} {' + '.join(map(str, sizes))} = {sum(sizes)}" for axis, sizes in record.widths.items()),
@@ -421,6 +423,12 @@ def _print_plan(console: Console, plan: Plan, output: Place) -> None:
     ]
     console.print()
     _print_columns(console, rows)
+
+
+def _layers(growth: Growth, stack: str) -> str:
+    """The layers that each layer of a stack is made from; those that add nothing are in brackets."""
+    idle = growth.idle[stack]
+    return " ".join(f"[{layer}]" if i in idle else str(layer) for i, layer in enumerate(growth.layers[stack]))
 
 
 def _print_columns(console: Console, rows: Sequence[Sequence[str]]) -> None:
@@ -472,9 +480,10 @@ def _print_inspection(console: Console, seen: Inspection, *, tree: bool, rows: b
     facts += [("optimizer", seen.state.kind + slots), ("tensors", f"{len(checkpoint.leaves):,}, {human(seen.nbytes)}")]
     record = checkpoint.record
     if record is not None:
-        paths = ", ".join(dict.fromkeys(source.path for source in record.sources)) or "unknown"
+        sources = record.sources or record.made_from
+        paths = ", ".join(dict.fromkeys(source.path for source in sources)) or "unknown"
         facts += [
-            ("made by", f"fusectl {record.version} {record.command} of {len(record.weights)}: {paths}"),
+            ("made by", f"fusectl {record.version} {record.command} of {len(sources) or len(record.weights)}: {paths}"),
             ("norm groups", " + ".join(map(str, record.norm_groups))),
             ("fill", _fill(record.fill)),
         ]

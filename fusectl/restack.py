@@ -22,7 +22,7 @@ import numpy.typing as npt
 from fusectl.archs import FAMILIES, Recognized
 from fusectl.archs.table import Family, Row, stack_of
 from fusectl.errors import Incompatible
-from fusectl.formats.tree import Checkpoint, Key, Leaf, View, dict_keys, kept_shapes
+from fusectl.formats.tree import Checkpoint, Leaf, View, dict_keys, kept_shapes, keys_beside
 from fusectl.formats.zarr import np_dtype
 from fusectl.layout import Region, chunk_at, intersect, places_in_grid, slices, whole
 from fusectl.sources import recognized
@@ -240,17 +240,6 @@ def _counterparts(layered: Family, stacked: Family) -> list[tuple[str, Row, str,
     return [] if stacks else found
 
 
-def _keys(leaf: Leaf, name: str) -> tuple[Key, ...]:
-    """The keys of a tensor called `name` that lies where a leaf does: those that they share are of the same kinds."""
-    shared: tuple[Key, ...] = ()
-    for key in leaf.keys:
-        if not name.startswith("/".join(each.name for each in (*shared, key)) + "/"):
-            break
-        shared = (*shared, key)
-    rest = name.removeprefix("".join(f"{key.name}/" for key in shared))
-    return (*shared, *dict_keys(rest))
-
-
 def _seen(leaf: Leaf, name: str, axis: int, layers: int) -> Leaf:
     """A leaf with an axis of `layers` more, each in a chunk of its own; without that axis for none."""
 
@@ -263,7 +252,7 @@ def _seen(leaf: Leaf, name: str, axis: int, layers: int) -> Leaf:
         stored = replace(
             stored, shape=with_axis(stored.shape, layers), chunks=with_axis(stored.chunks, 1), storage=storage
         )
-    seen = Leaf(name, _keys(leaf, name), with_axis(leaf.shape, layers), leaf.dtype, stored=stored)
+    seen = Leaf(name, keys_beside(leaf, name), with_axis(leaf.shape, layers), leaf.dtype, stored=stored)
     # One layer of a stack is read from chunks that may hold all of them.
     return seen if layers else replace(seen, through=leaf)
 

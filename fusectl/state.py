@@ -10,6 +10,7 @@ from fusectl.errors import Incompatible
 from fusectl.layout import Block, Layout
 from fusectl.sources import Opened
 from fusectl.transforms.carry import Carry, same_models
+from fusectl.transforms.depth import Deepening
 from fusectl.transforms.grow import Fusion
 from fusectl.transforms.optimizer import (
     FIRST_MOMENTS,
@@ -24,6 +25,8 @@ from fusectl.transforms.optimizer import (
 
 # Below so many updates moments are far from unbiased: 0.999 to its power is 5e-5.
 MOST_BIASED_COUNT = 10_000
+DROPPED = "optimizer: dropped; the trainer begins a new one, whose first updates need a warm-up"
+RESET = "reset to zeros; the step is kept, so the first updates are of full size: warm up"
 
 
 def plan_state(builder: Builder, opened: Sequence[Opened], fusion: Fusion, options: Options) -> tuple[str, str | None]:
@@ -35,7 +38,7 @@ def plan_state(builder: Builder, opened: Sequence[Opened], fusion: Fusion, optio
     with_state = [any(is_state(n) and n not in o.dropped for n in o.checkpoint.leaves) for o in opened]
     if not any(with_state) or options.optimizer == "drop":
         if any(with_state):
-            builder.notes.append("optimizer: dropped; the trainer begins a new one, whose first updates need a warm-up")
+            builder.notes.append(DROPPED)
         return ("drop" if any(with_state) else "none"), None
     if not with_state[0] or (options.optimizer != "reset" and not all(with_state)):
         without = [o.label for o, has in zip(opened, with_state, strict=True) if not has]
@@ -44,16 +47,16 @@ def plan_state(builder: Builder, opened: Sequence[Opened], fusion: Fusion, optio
             details=[f"none in {label}" for label in dict.fromkeys(without)],
             hint="--optimizer drop leaves it out, --optimizer reset makes zeros of that of the first source",
         )
-    state = _state_of(first)
+    state = state_of(first)
     fused_shapes = {name: fusion.fused_shape(name) for name in first.tree.shapes}
     slots: Iterable[tuple[str, tuple[int, ...], tuple[Block, ...]]]
     if options.optimizer == "reset":
         slots = ((name, shape, ()) for name, shape in fresh_slots(state, first.tree, fused_shapes).items())
-        effect = "reset to zeros; the step is kept, so the first updates are of full size: warm up"
+        effect = RESET
     else:
         carry = Carry(
             fusion,
-            _one_optimizer([state, *map(_state_of, opened[1:])], opened),
+            _one_optimizer([state, *map(state_of, opened[1:])], opened),
             same_models([str(o.checkpoint.location.index) for o in opened]),
             only_first=options.optimizer == "asymmetric",
         )
@@ -78,7 +81,31 @@ def plan_state(builder: Builder, opened: Sequence[Opened], fusion: Fusion, optio
     return options.optimizer, state.kind
 
 
-def _state_of(opened: Opened) -> OptimizerState:
+def plan_deeper_state(builder: Builder, opened: Opened, deepening: Deepening, options: Options) -> str:
+    """Plans the optimizer's slots of a deeper model: each layer's along with it, zeros, or none. What was done."""
+    state = state_of(opened)
+    if state.kind == "none" or options.optimizer == "drop":
+        if state.kind != "none":
+            builder.notes.append(DROPPED)
+        return "drop" if state.kind != "none" else "none"
+    reset = options.optimizer == "reset"
+    leaves, grown = opened.checkpoint.leaves, deepening.grown
+    for name, like, shape, blocks in deepening.slots(state):
+        axes = slot_axes(name, shape, grown, grown.shapes)
+        builder.add(name, Layout(axes, shape, leaves[like].dtype, () if reset else blocks), like=like)
+    for name in state.names:
+        if state.names_of(name)[0] is None and reset:
+            builder.add(name, Layout((), (), leaves[name].dtype, ()), like=name)
+        elif state.names_of(name)[0] is None:
+            builder.copy(name)
+    effect = RESET if reset else "carried along with their layers"
+    if not reset and any(depth.idle for depth in deepening.depths.values()):
+        effect += "; first moments of those that add nothing start from 0"
+    builder.notes.append(f"optimizer: {state.kind}, {effect}")
+    return options.optimizer
+
+
+def state_of(opened: Opened) -> OptimizerState:
     shapes = {n: s for n, s in opened.checkpoint.shapes.items() if n not in opened.dropped}
     return find_state(shapes, opened.tree, opened.label)
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePath
@@ -22,7 +21,7 @@ import numpy as np
 import fusectl
 from fusectl.archs import Recognized
 from fusectl.archs.config import read_config
-from fusectl.builder import Builder, Options, notes_on_mesh, plan_step, source_record, target_of
+from fusectl.builder import Builder, Options, notes_on_mesh, plan_auxiliary, plan_step, source_record, target_of
 from fusectl.equalize import Equalize, residual_scales
 from fusectl.errors import Corrupt, FusectlError, Incompatible, OutputExists, UsageError, counted, shorten
 from fusectl.exactness import Exactness, least, of_model, of_tensor
@@ -51,8 +50,6 @@ from fusectl.transforms.rates import in_words, module, rates, table
 
 # Above this, antisymmetric noise loses digits of the kernels that it is taken off from.
 LARGE_NOISE_SCALE = 0.5
-# The streams of random numbers in MaxText's training states, which no width changes.
-_AUXILIARY = re.compile(r"nnx_aux/(.+/)?rngs/")
 # Threads, where most of their time is spent on waiting for a server.
 REMOTE_JOBS = 16
 
@@ -97,9 +94,7 @@ def plan_fusion(
         builder.add(prefix + parameter, layout, like=tensors[0], noise_name=parameter)
     optimizer, kind = plan_state(builder, opened, fusion, options)
     plan_step(builder, first, options, out_format)
-    for name in first.checkpoint.leaves:
-        if _AUXILIARY.match(name) and name not in first.dropped:
-            builder.copy(name)
+    plan_auxiliary(builder, first)
     record = Record(
         version=fusectl.__version__,
         command=command,
@@ -174,6 +169,7 @@ def plan_noise_fill(path: str, options: Options, *, copies: int | None = None) -
         optimizer=record.optimizer if kept else "drop",
         step=record.step if options.step is None else options.step,
         copy=None,
+        growth=None,
         origin=record.origin if out_format.name == "t5x" else None,
         tensors={},
         files={},
@@ -283,6 +279,7 @@ def default_output(sources: Sequence[Checkpoint], plan: Plan) -> Place:
     fused_name = {
         "fuse": f".fused-{len(sources)}x",
         "self-fuse": f".self-fused-{len(sources)}x",
+        "stack": ".stacked",
         "convert": ".converted" if plan.format == sources[0].format else f".{plan.format}",
     }.get(plan.record.command, "")
     return home.with_name(f"{stem}{fused_name}{noise}{suffix}")

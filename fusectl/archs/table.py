@@ -78,15 +78,17 @@ class Row:
         return self.role.endswith("_norm") or (not self.role and not self.spec.inputs)
 
     def matches(self, name: str) -> bool:
-        return any(compiled(alternative).fullmatch(name) for alternative in self.alternatives)
+        return self.alternative(name) is not None
+
+    def alternative(self, name: str) -> str | None:
+        """The one of its alternatives that a name matches, or None."""
+        return next((way for way in ways(name) if way in self.alternatives), None)
 
     def index(self, name: str) -> int | None:
         """The number that stands at `#` in a name that this row matches; None where the pattern has none."""
-        for alternative in self.alternatives:
-            found = compiled(alternative).fullmatch(name)
-            if found:
-                return int(found.group(1)) if found.groups() else None
-        return None
+        alternative = self.alternative(name)
+        found = compiled(alternative).fullmatch(name) if alternative else None
+        return int(found.group(1)) if found and found.groups() else None
 
 
 @dataclass(frozen=True, eq=False)

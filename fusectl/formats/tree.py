@@ -8,7 +8,7 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -414,6 +414,26 @@ class Checkpoint:
             with self._lock:
                 self._open[leaf.name] = store
         return store
+
+
+def keys_beside(leaf: Leaf, name: str) -> tuple[Key, ...]:
+    """The keys of a tensor called `name` that lies where a leaf does.
+
+    They are of the kinds of the leaf's, and hold as many slashes; where the names have not as many parts that is so as
+    far as they begin alike.
+    """
+    parts, lengths = name.split("/"), [key.name.count("/") + 1 for key in leaf.keys]
+    if len(parts) == sum(lengths):
+        ends = list(itertools.accumulate(lengths))
+        grouped = ("/".join(parts[end - n : end]) for end, n in zip(ends, lengths, strict=True))
+        return tuple(replace(key, name=own) for key, own in zip(leaf.keys, grouped, strict=True))
+    shared: tuple[Key, ...] = ()
+    for key in leaf.keys:
+        if not name.startswith("/".join(each.name for each in (*shared, key)) + "/"):
+            break
+        shared = (*shared, key)
+    rest = name.removeprefix("".join(f"{key.name}/" for key in shared))
+    return (*shared, *dict_keys(rest))
 
 
 class View(Checkpoint):

@@ -21,6 +21,7 @@ from dataclasses import replace
 from importlib.metadata import version
 
 import fusectl
+from fusectl.archs import Recognized
 from fusectl.formats import open_checkpoint
 from fusectl.formats.objects import Place
 from fusectl.formats.staging import storage_errors
@@ -31,6 +32,7 @@ from fusectl.tokens import DEFAULT_BATCH, DEFAULT_LENGTH, Tokens, random_tokens,
 from fusectl.verify.claim import Claim, Declared, make_claim, nothing_known
 from fusectl.verify.copies import check_copy
 from fusectl.verify.files import check_files
+from fusectl.verify.growth import check_grown, open_grown
 from fusectl.verify.page import page
 from fusectl.verify.report import FILE_NAME, PAGE_NAME, Report
 from fusectl.verify.settings import LEVELS, Settings
@@ -71,6 +73,9 @@ def verify_checkpoint(
     if record is not None and record.copy is not None and len(named) < 2:
         report = _against_original(fused, next(iter(named), record.copy.source.path), how, watched, report)
         return replace(report, peak_rss_bytes=peak_rss_bytes())
+    if record is not None and record.growth is not None and record.copy is None and len(named) < 2:
+        report = _against_smaller(fused, next(iter(named), record.growth.source.path), how, watched, report)
+        return replace(report, peak_rss_bytes=peak_rss_bytes())
     if how.levels != ("files",):
         report = _against_sources(make_claim(fused, declared or Declared()), how, watched, report)
     return replace(report, peak_rss_bytes=peak_rss_bytes())
@@ -89,6 +94,38 @@ def _against_original(fused: Checkpoint, path: str, settings: Settings, progress
     return replace(report, weights=weights, notes=(*report.notes, *notes))
 
 
+def _against_smaller(fused: Checkpoint, path: str, settings: Settings, progress: Progress, report: Report) -> Report:
+    """The report on a checkpoint that was grown from the one at a path."""
+    if settings.levels == ("files",) or (report.files is not None and not report.files.passed):
+        return report
+    grown = open_grown(fused, path)
+    has_twin = grown.tree.family.twin is not None
+    if settings.asks_for_models:
+        grown.tree.family.require_twin()
+    notes = [f"grown from {path}: one model, not a mean of several; the level algebra has nothing to say"]
+    tokens = _tokens(grown.tree, settings) if settings.runs_native and has_twin else None
+    if settings.runs("weights"):
+        started = time.monotonic()
+        weights = check_grown(grown, budget_bytes=settings.read_bytes, jobs=settings.threads, progress=progress)
+        report = replace(report, weights=replace(weights, seconds=time.monotonic() - started))
+    report = replace(report, notes=(*report.notes, *notes))
+    if tokens is None:
+        return report
+    from fusectl.verify.grown_function import check_grown_function
+
+    started = time.monotonic()
+    native, passes = check_grown_function(grown, report.record, tokens, settings, progress)
+    return replace(
+        report,
+        precision=settings.precision,
+        tokens=tokens.says,
+        passes=passes,
+        native=native,
+        function_seconds=time.monotonic() - started,
+        versions=_versions("jax", "flax"),
+    )
+
+
 def _against_sources(claim: Claim, settings: Settings, progress: Progress, report: Report) -> Report:
     """The report with the levels that need the sources."""
     report = replace(report, record=claim.record, notes=(*report.notes, *claim.changed))
@@ -99,7 +136,7 @@ def _against_sources(claim: Claim, settings: Settings, progress: Progress, repor
     tokens = None
     if settings.asks_for_models or (settings.runs_models and claim.tree.family.twin is not None):
         claim.tree.family.require_twin()
-        tokens = _tokens(claim, settings)
+        tokens = _tokens(claim.tree, settings)
     elif settings.runs_models:
         report = replace(report, notes=(*report.notes, _no_models(claim)))
     if settings.runs("weights"):
@@ -140,8 +177,8 @@ def write_report(report: Report, home: Place) -> None:
         (home / PAGE_NAME).write_bytes(page(report).encode())
 
 
-def _tokens(claim: Claim, settings: Settings) -> Tokens:
-    vocab = claim.tree.sizes["vocab"]
+def _tokens(tree: Recognized, settings: Settings) -> Tokens:
+    vocab = tree.sizes["vocab"]
     if settings.tokens is not None:
         return read_tokens(settings.tokens, vocab, settings.batch, settings.length)
     return random_tokens(vocab, settings.batch or DEFAULT_BATCH, settings.length or DEFAULT_LENGTH, settings.seed)

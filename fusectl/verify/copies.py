@@ -9,8 +9,10 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from fusectl.archs import UNKNOWN
 from fusectl.archs.table import Family
@@ -51,12 +53,9 @@ def check_copy(fused: Checkpoint, path: str, *, budget_bytes: int, jobs: int, pr
         found, expected = fused.read(to, region), pair.source.read(name, region)
         with np.errstate(over="ignore"):
             cast = np.ascontiguousarray(expected.astype(found.dtype, copy=False))
-        # As bytes: a NaN is the same NaN, and -0 is not 0.
-        one, other = (np.ascontiguousarray(each).reshape(-1).view(np.uint8) for each in (found, cast))
-        differing = (one != other).reshape(found.size, -1).any(axis=1)
-        if differing.any():
+        if differing := count_differing(found, cast):
             with lock:
-                wrong[to] = wrong.get(to, 0) + int(np.count_nonzero(differing))
+                wrong[to] = wrong.get(to, 0) + differing
         progress.advance(to, found.nbytes + expected.nbytes)
 
     def tasks() -> Iterator[tuple[int, partial[None]]]:
@@ -72,6 +71,12 @@ def check_copy(fused: Checkpoint, path: str, *, budget_bytes: int, jobs: int, pr
         problems.insert(0, f"{path} has changed since it was converted")
     slots = sum(map(is_state, compared.values()))
     return WeightsResult(not problems, len(compared), 0, 0, slots, tuple(problems), bytes_read=read)
+
+
+def count_differing(found: npt.NDArray[Any], expected: npt.NDArray[Any]) -> int:
+    """How many values of two arrays of one shape and dtype are not the same bytes: a NaN is, and -0 is not 0."""
+    one, other = (np.ascontiguousarray(each).reshape(-1).view(np.uint8) for each in (found, expected))
+    return int(np.count_nonzero((one != other).reshape(found.size, -1).any(axis=1)))
 
 
 def _opened(fused: Checkpoint, path: str, budget_bytes: int) -> Checkpoint:

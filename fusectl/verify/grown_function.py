@@ -1,0 +1,86 @@
+"""The native level of a grown checkpoint: its logits against those of the source, each model run by itself.
+
+Two models of different depths have no stages in common, so that the logits of both are kept: what memory the tokens
+take is the caller's to choose.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+import numpy.typing as npt
+
+from fusectl.archs import Recognized
+from fusectl.formats.tree import Checkpoint
+from fusectl.forward import Model, Shelf, head_of, plan_passes, run_stages, twin_of
+from fusectl.parallel import Progress
+from fusectl.record import Record
+from fusectl.tokens import Tokens
+from fusectl.verify.function import UNITS_PER_LAYER, capped
+from fusectl.verify.growth import Grown
+from fusectl.verify.logits import LogitsComparison
+from fusectl.verify.report import FunctionResult
+from fusectl.verify.settings import Settings
+
+
+Array = npt.NDArray[Any]
+
+
+def check_grown_function(
+    grown: Grown, record: Record, tokens: Tokens, settings: Settings, progress: Progress
+) -> tuple[FunctionResult, str]:
+    """The comparison of a grown model's logits with its source's, and how the passes were run.
+
+    It is a claim to hold where the growth keeps the function, and a distance to report where it does not. Raises
+    NotEnoughSpace when not even one layer of a model fits into the budget.
+    """
+    found, how = _logits(grown.fused, grown.tree, record, tokens, settings, progress)
+    expected, _ = _logits(grown.source, grown.source_tree, record, tokens, settings, progress)
+    comparison = LogitsComparison(head_of(grown.tree))
+    comparison.add(tokens, found, expected)
+    limit, limit_says = None, ""
+    if grown.keeps_function:
+        layers, largest = 1 + sum(grown.tree.depths.values()), comparison.reference_max_abs
+        unit = float(np.finfo(settings.precision).eps)
+        limit = unit * UNITS_PER_LAYER[settings.precision] * layers * largest
+        limit_says = (
+            f"{UNITS_PER_LAYER[settings.precision]} x {unit:.1e} ({settings.precision}) x {layers} layers "
+            f"x the largest logit {largest:.3g}"
+        )
+    says = "against the model that it was grown from"
+    result = comparison.result(limit, limit_says, says, None, settings.max_native_rms)
+    return result, how
+
+
+def _logits(
+    checkpoint: Checkpoint,
+    tree: Recognized,
+    record: Record,
+    tokens: Tokens,
+    settings: Settings,
+    progress: Progress,
+) -> tuple[Array, str]:
+    """The logits (compared positions, vocab) of one model, and how it was run."""
+    shelf, weights = Shelf(settings.threads), (checkpoint, tree)
+    groups = record.norm_groups if record.norm == "property" else (tree.sizes["embed"],)
+    parts: dict[int, list[Array]] = {}
+    with jax.enable_x64(True):
+        passes = plan_passes(
+            weights,
+            [],
+            tokens,
+            models=1,
+            precision=settings.precision,
+            budget_bytes=settings.max_memory_bytes,
+            layered=settings.layered,
+        )
+        config = twin_of(tree).config_of(tree, groups, settings.precision, accumulate="float64")
+        model = Model("native", config, shelf.of(checkpoint), tapped=False)
+        for outcome in run_stages(passes, [model], [weights], shelf, settings.precision, progress):
+            if outcome.logits:
+                logits = capped(outcome.logits["native"][outcome.tokens.compared], tree.network.logits_soft_cap)
+                parts.setdefault(outcome.tokens.first_row, []).append(logits)
+    how = f"{'layer by layer' if passes.layered else 'all layers at once'}, in about {passes.needed_bytes / 2**20:,.0f}"
+    return np.concatenate([np.concatenate(parts[row], axis=-1) for row in sorted(parts)]), f"{how} MiB"
