@@ -154,7 +154,7 @@ class Builder:
             layout = joined([parts[i] for i in range(len(PARTS))], pack.axis)
         if 0 in layout.shape:
             raise Incompatible(f"{name}: no values, shape {list(layout.shape)}", hint="--drop leaves it out")
-        terms = [term for block in layout.blocks for term in block.terms if isinstance(term, Term)]
+        terms = [term for block in layout.blocks for term in block.sources]
         leaves = {term: self._sources[term.source].checkpoint.leaves[term.tensor] for term in terms}
         # A slot that is reset may have nothing in common with the source's but its name.
         storing = self._storing

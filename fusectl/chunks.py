@@ -17,6 +17,7 @@ from fusectl.formats.zarr import Storage, new_storage, np_dtype
 from fusectl.layout import (
     Block,
     Layout,
+    Mapped,
     Noise,
     Region,
     Term,
@@ -24,7 +25,6 @@ from fusectl.layout import (
     is_computed,
     places_in_grid,
     recurring_noise,
-    shifted,
     size,
 )
 from fusectl.mesh import divisors, fits
@@ -125,7 +125,8 @@ class Storing:
             # What is added here and taken off there is kept in between.
             noise = sum(map(size, recurring_noise(computed))) * itemsize if tile == layout.shape else 0
             reads = _reads(computed, leaves, tile, with_kernels=tile == layout.shape)
-            return max((max(reading, held + noise + beside) for held, reading in reads), default=beside)
+            working = max(beside, chunk_bytes + _mapping_bytes(computed, chunks))
+            return max((max(reading, held + noise + working) for held, reading in reads), default=working)
 
         wide = chunks
         for leaf in leaves.values():
@@ -238,14 +239,22 @@ def _reads(
             part = intersect(block.at, tuple(range(i * t, (i + 1) * t) for i, t in zip(place, tile, strict=True)))
             assert part is not None
             regions = met.setdefault(place, {})
+            regions.update(((id(leaves[term]), region), leaves[term]) for term, region in block.reads(part))
             for term in block.terms:
-                if isinstance(term, Term):
-                    regions[id(leaves[term]), shifted(part, block.at, term.region)] = leaves[term]
-                elif isinstance(term, Noise) and with_kernels:
+                if isinstance(term, Noise) and with_kernels:
                     regions[id(leaves[term.like]), term.like.region] = leaves[term.like]
     for regions in met.values():
         held = sum(size(region) * leaf.itemsize for (_, region), leaf in regions.items())
         yield held, max((held + _beside(leaf, region) for (_, region), leaf in regions.items()), default=0)
+
+
+def _mapping_bytes(blocks: Sequence[Block], chunks: tuple[int, ...]) -> int:
+    """The memory, in float64, that mapping kernels takes for a chunk, at most."""
+    held = []
+    for block in blocks:
+        part = tuple(range(r.start, min(r.stop, r.start + c)) for r, c in zip(block.at, chunks, strict=True))
+        held += [term.held(part, block.at) for term in block.terms if isinstance(term, Mapped)]
+    return 8 * max(held, default=0)
 
 
 def _beside(leaf: Leaf, region: Region) -> int:

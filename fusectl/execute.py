@@ -30,6 +30,7 @@ from fusectl.formats.zarr import nonfinite_at, np_dtype
 from fusectl.journal import Journal
 from fusectl.layout import (
     Block,
+    Mapped,
     Mean,
     Noise,
     Product,
@@ -48,6 +49,7 @@ from fusectl.layout import (
     tiles_in,
     whole,
 )
+from fusectl.matrices import Matrices
 from fusectl.parallel import Progress, in_parallel
 from fusectl.plan import Output, Plan, taken, taken_chunks
 from fusectl.record import LEFT_OUT, UNREAD, Checksums, Fill
@@ -72,6 +74,8 @@ class Work:
     means: Mapping[Mean, Array] = field(default_factory=dict)
     # The CRC-32 of the sources' chunks that have been checked: a self-fusion takes each several times.
     checked: dict[tuple[int, str, tuple[int, ...]], str] = field(default_factory=dict)
+    # The matrices that axes are expanded with.
+    matrices: Matrices = field(default_factory=lambda: Matrices((), 0))
 
 
 def execute(
@@ -270,12 +274,7 @@ class _Unit:
     def _read(self) -> Mapping[Term, tuple[Region, Array]]:
         """What the tile is computed from. Copies of one source are read once."""
         if self._loaded is None:
-            terms = [
-                (term, shifted(part, block.at, term.region))
-                for block, part in self._computed
-                for term in block.terms
-                if isinstance(term, Term)
-            ]
+            terms = [read for block, part in self._computed for read in block.reads(part)]
             if self.output.at_once:
                 terms += [(noise.like, noise.like.region) for noise in _noises(self.output)]
             read: dict[tuple[int, str, Region], Array] = {}
@@ -342,6 +341,10 @@ def _sum(block: Block, part: Region, unit: _Unit, out: Array) -> None:
     terms = [term for term in block.terms if isinstance(term, Term) and not term.must_be_zero]
     noises = [term for term in block.terms if isinstance(term, Noise)]
     products = [term for term in block.terms if isinstance(term, Product)]
+    mapped = [term for term in block.terms if isinstance(term, Mapped)]
+    if mapped:
+        out[...] = unit.stored(_mapped_sum(block, part, unit, mapped, products))
+        return
     if not terms and not products and len(noises) == 1:
         for at, values in unit.noise(noises[0], shifted(part, block.at, noises[0].region)):
             out[at] = values
@@ -372,6 +375,25 @@ def _sum(block: Block, part: Region, unit: _Unit, out: Array) -> None:
         for product in products:
             total += _product(product, shifted(piece, block.at, whole(tuple(map(len, block.at)))), unit.work.means)
         out[slices(piece, part)] = unit.stored(total)
+
+
+def _mapped_sum(
+    block: Block, part: Region, unit: _Unit, mapped: Sequence[Mapped], products: Sequence[Product]
+) -> Array:
+    """The sum of kernels whose axes are expanded, and of products, over a part of a block, in float64."""
+    total = np.zeros(tuple(map(len, part)), np.float64)
+    for term in mapped:
+        values = unit.source(term.term, term.reads(part, block.at)).astype(np.float64)
+        if term.added:
+            values += term.added
+        by_axis = {each.axis: each for each in term.expansions}
+        for axis in term.order(part):
+            rows = unit.work.matrices.of(by_axis[axis])[part[axis].start : part[axis].stop]
+            values = np.moveaxis(np.tensordot(rows, values, (1, axis)), 0, axis)
+        total += values * term.term.scale
+    for product in products:
+        total += _product(product, shifted(part, block.at, whole(tuple(map(len, block.at)))), unit.work.means)
+    return total
 
 
 def _product(product: Product, region: Region, means: Mapping[Mean, Array]) -> Array:

@@ -17,12 +17,21 @@ from fusectl.builder import (
 )
 from fusectl.errors import UsageError
 from fusectl.exactness import APPROXIMATE, Exactness
+from fusectl.formats import fingerprint
 from fusectl.formats.tree import Checkpoint
+from fusectl.ligo.operator import Kept
 from fusectl.plan import Plan
-from fusectl.record import Growth
+from fusectl.record import Fill, Growth, Record
 from fusectl.sources import Opened, open_source
-from fusectl.state import plan_deeper_state
+from fusectl.state import DROPPED, plan_deeper_state
 from fusectl.transforms.depth import Deepening, deepen
+from fusectl.transforms.grow import widths_of
+from fusectl.transforms.linear import Growing, require_roles
+from fusectl.transforms.optimizer import is_state
+
+
+# Matrices that are kept in memory: those of two kernels' sides.
+MATRICES = 4
 
 
 def plan_stack(
@@ -52,8 +61,70 @@ def plan_stack(
     optimizer = plan_deeper_state(builder, opened, deepening, options)
     plan_step(builder, opened, options, out_format)
     plan_auxiliary(builder, opened)
-    own = own_record(opened, "stack")
-    record = replace(
+    record = _record(opened, options, _growth(opened, deepening, how), optimizer)
+    kept = Exactness() if how == "identity" else Exactness(APPROXIMATE, (f"layers that come again ({how})",))
+    notes = [*opened.checkpoint.location.notes, *builder.notes, *_notes(deepening, how), *on_mesh]
+    return replace(builder.plan(record, item, notes), exactness=kept), [opened.checkpoint]
+
+
+def plan_with_operator(path: str, operator: Kept, options: Options) -> tuple[Plan, list[Checkpoint]]:
+    """The plan that applies a growth operator to a checkpoint, and both opened: the checkpoint, and the operator's.
+
+    The optimizer's state stays behind: a linear map of parameters says nothing of their moments. Raises Incompatible
+    for a model that the operator is not for.
+    """
+    options = replace(options, optimizer="drop")
+    opened = open_source(path, options.arch, options.drop)
+    require_roles(opened.tree, opened.label)
+    growing = operator.growing(opened.tree, opened.label)
+    application = operator.application(growing)
+    on_mesh = notes_on_mesh(options.mesh, growing.grown, growing.grown.shapes)
+    out_format, item, prefix = target_of(opened, options)
+    # For the matrices of a layer, both as they are and inverted.
+    reserved_bytes = min(options.max_memory_bytes // 4, 8 * MATRICES * _largest(growing))
+    builder = Builder([opened], options, out_format, reserved_bytes=reserved_bytes)
+    for parameter in growing.grown.shapes:
+        like = opened.full(application.like(parameter))
+        layout = application.layout(parameter, options.dtype or opened.checkpoint.leaves[like].dtype)
+        builder.add(prefix + parameter, layout, like=like)
+    with_state = any(is_state(name) and name not in opened.dropped for name in opened.checkpoint.leaves)
+    if with_state:
+        builder.notes.append(DROPPED)
+    plan_step(builder, opened, options, out_format)
+    plan_auxiliary(builder, opened)
+    about = operator.about
+    how = f"{about['init']}, {about['learned']} steps"
+    growth = Growth(
+        how,
+        source_record(opened),
+        {},
+        {},
+        str(operator.checkpoint.path),
+        fingerprint(operator.checkpoint),
+        operator.keeps_function,
+    )
+    record = _record(opened, options, growth, "drop" if with_state else "none")
+    record = replace(record, weights=(1.0,), widths=widths_of([growing.grown]), norm="rule")
+    record = replace(record, norm_groups=record.widths["embed"], fill=Fill(), residual_scales=(), kv_repeats=())
+    learned = f"a linear operator ({how}) has made it: its loss is for verify to tell"
+    kept = Exactness() if operator.keeps_function else Exactness(APPROXIMATE, (learned,))
+    notes = [*opened.checkpoint.location.notes, *builder.notes, *on_mesh]
+    plan = replace(builder.plan(record, item, notes), exactness=kept, matrix_bytes=reserved_bytes)
+    return plan, [opened.checkpoint, operator.checkpoint]
+
+
+def _largest(growing: Growing) -> int:
+    """The elements of the operator's largest matrix, as it is applied: its features counted."""
+    sizes = growing.grown.sizes
+    pairs = [(n, growing.tree.sizes[axis]) for axis, n in sizes.items() if axis in growing.tree.family.grown]
+    return max((large * small for large, small in pairs), default=0)
+
+
+def _record(opened: Opened, options: Options, growth: Growth, optimizer: str) -> Record:
+    """The record of a model that was grown from a source: what that one's own says, but for what it was made from."""
+    own = own_record(opened, "stack" if growth.operator is None else "ligo")
+    out_format, _, prefix = target_of(opened, options)
+    return replace(
         own,
         parameters=prefix,
         # What stands there now is another field of noise, and another model than the sources' mean.
@@ -63,19 +134,16 @@ def plan_stack(
         drop=options.drop,
         step=own.step if options.step is None else options.step,
         copy=None,
-        growth=_growth(opened, deepening, how),
+        growth=growth,
         origin=own.origin if out_format.name == "t5x" else None,
     )
-    kept = Exactness() if how == "identity" else Exactness(APPROXIMATE, (f"layers that come again ({how})",))
-    notes = [*opened.checkpoint.location.notes, *builder.notes, *_notes(deepening, how), *on_mesh]
-    return replace(builder.plan(record, item, notes), exactness=kept), [opened.checkpoint]
 
 
 def _growth(opened: Opened, deepening: Deepening, how: str) -> Growth:
     """What the record says of it."""
     layers = {stack: depth.layers for stack, depth in deepening.depths.items()}
     idle = {stack: tuple(sorted(depth.idle)) for stack, depth in deepening.depths.items()}
-    return Growth(how, source_record(opened), layers, idle)
+    return Growth(how, source_record(opened), layers, idle, keeps_function=how == "identity")
 
 
 def _notes(deepening: Deepening, how: str) -> Iterator[str]:

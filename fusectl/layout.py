@@ -3,6 +3,7 @@
     out[block.at] = sum of the block's terms          a Term takes a region of a source tensor,
     out[elsewhere] = 0                                a Noise a region of the output's own noise field,
                                                       a Product means of source tensors over some of their axes
+                                                      a Mapped a region of a source tensor, its axes expanded
 
 Everything here is integers and names: no arrays, no paths. Regions are tuples of ranges, one per axis:
 
@@ -154,6 +155,58 @@ class Noise:
 
 
 @dataclass(frozen=True, slots=True)
+class Expansion:
+    """A matrix (large, small) that an axis is multiplied with, kept in a tensor of the source `source`.
+
+    Of a tensor of several it is the one at `index`. Each of its entries stands for so many neighbours, `repeat`, each
+    of which is mapped to its like: heads to heads, their features kept. Inputs are multiplied with `inverse`: the
+    transposed pseudo-inverse of what outputs are multiplied with.
+    """
+
+    axis: int
+    source: int
+    tensor: str
+    index: int | None = None
+    repeat: int = 1
+    inverse: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Mapped:
+    """A Term whose values, `added` to each of them, are multiplied with a matrix along each of some axes.
+
+    The block is as long as the matrix there; along all other axes as the term's region.
+    """
+
+    term: Term
+    expansions: tuple[Expansion, ...]
+    added: float = 0.0
+
+    def reads(self, part: Region, at: Region) -> Region:
+        """The region of the term's tensor that a part of the block `at` is made from."""
+        mapped = {each.axis for each in self.expansions}
+        return tuple(
+            theirs if axis in mapped else range(r.start - own.start + theirs.start, r.stop - own.start + theirs.start)
+            for axis, (r, own, theirs) in enumerate(zip(part, at, self.term.region, strict=True))
+        )
+
+    def held(self, part: Region, at: Region) -> int:
+        """The elements that are in memory while a part of the block is made: what is read, on its way, and the sum."""
+        sizes = [len(r) for r in self.reads(part, at)]
+        held = largest = math.prod(sizes)
+        for axis in self.order(part):
+            sizes[axis] = len(part[axis])
+            largest = max(largest, held + math.prod(sizes))
+            held = math.prod(sizes)
+        return largest + size(part)
+
+    def order(self, part: Region) -> list[int]:
+        """The axes in the order in which they are multiplied: those that grow least come first."""
+        axes = [each.axis for each in self.expansions]
+        return sorted(axes, key=lambda axis: len(part[axis]) / len(self.term.region[axis]))
+
+
+@dataclass(frozen=True, slots=True)
 class Mean:
     """The mean of a source's tensor over the axes `over`; it has the others, in their order."""
 
@@ -182,7 +235,11 @@ class Product:
     scale: float
 
 
-def is_computed(terms: Sequence[Term | Noise | Product]) -> bool:
+# What the values of a block are sums of.
+Summand = Term | Noise | Product | Mapped
+
+
+def is_computed(terms: Sequence[Summand]) -> bool:
     """Whether a sum of terms is anything but one source region as it is."""
     return len(terms) != 1 or not isinstance(terms[0], Term) or terms[0].scale != 1.0
 
@@ -192,7 +249,20 @@ class Block:
     """The rectangle `at` of an output tensor and the terms whose sum stands there."""
 
     at: Region
-    terms: tuple[Term | Noise | Product, ...]
+    terms: tuple[Summand, ...]
+
+    def reads(self, part: Region) -> Iterator[tuple[Term, Region]]:
+        """The terms that a part of the block is made of, and the regions of their tensors that it needs."""
+        for term in self.terms:
+            if isinstance(term, Term):
+                yield term, shifted(part, self.at, term.region)
+            elif isinstance(term, Mapped):
+                yield term.term, term.reads(part, self.at)
+
+    @property
+    def sources(self) -> Iterator[Term]:
+        """The terms that read a source."""
+        return (term for term, _ in self.reads(self.at))
 
 
 def recurring_noise(blocks: Sequence[Block]) -> frozenset[Region]:
@@ -222,7 +292,7 @@ class Layout:
             if len(block.at) != len(edge) or any(r.start < 0 or r.stop > e.stop for r, e in zip(block.at, edge)):  # noqa: B905
                 yield f"block {block.at} leaves the tensor of shape {self.shape}"
             for term in block.terms:
-                if not isinstance(term, Product) and tuple(map(len, term.region)) != tuple(map(len, block.at)):
+                if isinstance(term, Term | Noise) and tuple(map(len, term.region)) != tuple(map(len, block.at)):
                     yield f"block {block.at} is given a region of another shape: {term.region}"
         for a, b in _neighbours(self.blocks):
             if intersect(a.at, b.at):

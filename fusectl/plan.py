@@ -102,6 +102,8 @@ class Plan:
     exactness: Exactness | None = None
     # What the trainer has noted of the step.
     custom: Mapping[str, object] = field(default_factory=dict, repr=False)
+    # The memory for the matrices that axes are expanded with.
+    matrix_bytes: int = 0
     # The learning rates that continue the trajectory, by parameter.
     rates: Mapping[str, Rate] = field(default_factory=dict, repr=False)
 
@@ -128,8 +130,7 @@ class Plan:
             for output in self.outputs
             for block in output.layout.blocks
             if self.check_sources or block not in output.passed
-            for term in block.terms
-            if isinstance(term, Term)
+            for term in block.sources
         )
 
     @property

@@ -38,6 +38,7 @@ _OWN_CRC32 = re.compile(rb',\n "crc32": "([0-9a-f]{8})"\n}\n\Z')
 _SMALLEST_SCALE = 1e-18
 # Of the table of a family, in characters.
 LARGEST_TABLE = 1 << 20
+_OPERATOR = ("operator", "operator_fingerprint")
 # How far the weights of a mean may be from summing to one.
 SUM_TOLERANCE = 1e-6
 # Relative to the kernel's standard deviation.
@@ -119,6 +120,11 @@ class Growth:
     source: SourceRecord
     layers: Mapping[str, tuple[int, ...]]
     idle: Mapping[str, tuple[int, ...]]
+    # The operator that it was grown with, a checkpoint: its path, and the digest of its files; None without one.
+    operator: str | None = None
+    operator_fingerprint: str | None = None
+    # Whether it computes what its source does.
+    keeps_function: bool = False
 
 
 # In place of a chunk's CRC-32: it is all zeros and not on disk; it was taken over unread.
@@ -365,7 +371,10 @@ def _growth(entry: Mapping[str, Any]) -> Growth:
     layers, idle = (
         {_text(stack): tuple(map(int, found)) for stack, found in entry[each].items()} for each in ("layers", "idle")
     )
-    return Growth(_text(entry["how"]), _source(entry["source"]), layers, idle)
+    operator, digest = (None if entry[each] is None else _text(entry[each]) for each in _OPERATOR)
+    return Growth(
+        _text(entry["how"]), _source(entry["source"]), layers, idle, operator, digest, bool(entry["keeps_function"])
+    )
 
 
 def _origin(entry: Mapping[str, Any]) -> Origin:

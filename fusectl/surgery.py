@@ -37,6 +37,7 @@ from fusectl.formats.tree import Checkpoint
 from fusectl.formats.upload import require_free
 from fusectl.formats.zarr import epsilon, np_dtype
 from fusectl.journal import Journal, digest_of, require_same_plan
+from fusectl.matrices import Matrices
 from fusectl.packed import packed_name
 from fusectl.parallel import Progress, Silent, default_jobs
 from fusectl.plan import Plan
@@ -243,6 +244,7 @@ def carry_out(
         if extra and any(str(source.location.home).startswith(f"{output.scheme}://") for source in sources):
             note(f"what is taken over goes through this machine; with fusectl[{extra}] it is copied by the store")
     work = Work(sources, plan.record.fill, allow_nonfinite, plan.check_sources)
+    work = replace(work, matrices=Matrices(sources, plan.matrix_bytes))
     manner = Manner(plan.sparse, plan.links, plan.commit_bytes)
     out_format = format_named(plan.format)
     names = names_written((o.keys for o in plan.outputs), out_format, plan.item)
@@ -280,6 +282,7 @@ def default_output(sources: Sequence[Checkpoint], plan: Plan) -> Place:
         "fuse": f".fused-{len(sources)}x",
         "self-fuse": f".self-fused-{len(sources)}x",
         "stack": ".stacked",
+        "ligo": ".ligo",
         "convert": ".converted" if plan.format == sources[0].format else f".{plan.format}",
     }.get(plan.record.command, "")
     return home.with_name(f"{stem}{fused_name}{noise}{suffix}")

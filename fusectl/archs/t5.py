@@ -15,59 +15,85 @@ GROWN = frozenset({"embed", "mlp", "heads", "joined_kv"})
 TWIN = "fusectl.archs.t5_twin"
 
 STEM = (
-    Row("token_embedder/embedding", "vocab -> embed"),
-    Row("encoder/encoder_norm/scale", "-> embed"),
+    Row("token_embedder/embedding", "vocab -> embed", "embedding"),
+    Row("encoder/encoder_norm/scale", "-> embed", "final_norm"),
 )
-TIED_HEAD = (Row("decoder/decoder_norm/scale", "-> embed", tied_head=True),)
+TIED_HEAD = (Row("decoder/decoder_norm/scale", "-> embed", "final_norm", tied_head=True),)
 UNTIED_HEAD = (
-    Row("decoder/decoder_norm/scale", "-> embed"),
-    Row("decoder/logits_dense/kernel", "embed -> vocab"),
+    Row("decoder/decoder_norm/scale", "-> embed", "final_norm"),
+    Row("decoder/logits_dense/kernel", "embed -> vocab", "head"),
 )
 
-ENCODER_NORMS = "pre_{attention,mlp}_layer_norm/scale"
-DECODER_NORMS = "pre_{self_attention,cross_attention,mlp}_layer_norm/scale"
-READ = "{query,key,value}/kernel"
-ATTENTIONS = (("encoder", "attention"), ("decoder", "{self_attention,encoder_decoder_attention}"))
+# The modules of attention, and what the roles of their kernels begin with.
+ATTENTIONS = (
+    ("encoder", "attention", ""),
+    ("decoder", "self_attention", ""),
+    ("decoder", "encoder_decoder_attention", "cross_"),
+)
+NORMS = (
+    ("encoder", "pre_attention_layer_norm", "pre_attention_norm"),
+    ("decoder", "pre_self_attention_layer_norm", "pre_attention_norm"),
+    ("decoder", "pre_cross_attention_layer_norm", "pre_cross_attention_norm"),
+    ("{encoder,decoder}", "pre_mlp_layer_norm", "pre_mlp_norm"),
+)
+# The kernels that read the stream in the MLP, by the names of their tensors.
+GATED, PLAIN = (("wi_0", "gate"), ("wi_1", "up")), (("wi", "up"),)
+Inputs = tuple[tuple[str, str], ...]
 
 
-def _minimal(wi: str, head: tuple[Row, ...]) -> tuple[Row, ...]:
-    relpos = Row("{encoder,decoder}/relpos_bias/rel_embedding", "heads <- relpos_buckets")
+def _minimal(wi: Inputs, head: tuple[Row, ...]) -> tuple[Row, ...]:
+    relpos = Row("{encoder,decoder}/relpos_bias/rel_embedding", "heads <- relpos_buckets", "relpos")
     return (*STEM, relpos, *_layers(wi, "joined_kv"), *head)
 
 
-def _scalable(wi: str, head: tuple[Row, ...]) -> tuple[Row, ...]:
-    relpos = Row("{encoder,decoder}/layers_#/relpos_bias/rel_embedding", "heads <- relpos_buckets")
+def _scalable(wi: Inputs, head: tuple[Row, ...]) -> tuple[Row, ...]:
+    relpos = Row("{encoder,decoder}/layers_#/relpos_bias/rel_embedding", "heads <- relpos_buckets", "relpos")
     return (*STEM, relpos, *_layers(wi, "heads kv"), *head)
 
 
-def _layers(wi: str, heads: str) -> tuple[Row, ...]:
+def _layers(wi: Inputs, heads: str) -> tuple[Row, ...]:
     """One tensor for each layer; `heads` are the axes that the attention kernels have for them."""
     return (
-        *(Row(f"{stack}/layers_#/{attention}/{READ}", f"embed -> {heads}") for stack, attention in ATTENTIONS),
-        *(Row(f"{stack}/layers_#/{attention}/out/kernel", f"{heads} -> embed") for stack, attention in ATTENTIONS),
-        Row(f"{{encoder,decoder}}/layers_#/mlp/{wi}/kernel", "embed -> mlp"),
-        Row("{encoder,decoder}/layers_#/mlp/wo/kernel", "mlp -> embed"),
-        Row(f"encoder/layers_#/{ENCODER_NORMS}", "-> embed"),
-        Row(f"decoder/layers_#/{DECODER_NORMS}", "-> embed"),
+        *(
+            Row(f"{stack}/layers_#/{attention}/{part}/kernel", f"embed -> {heads}", f"{of}{part}")
+            for stack, attention, of in ATTENTIONS
+            for part in ("query", "key", "value")
+        ),
+        *(
+            Row(f"{stack}/layers_#/{attention}/out/kernel", f"{heads} -> embed", f"{of}out")
+            for stack, attention, of in ATTENTIONS
+        ),
+        *(Row(f"{{encoder,decoder}}/layers_#/mlp/{name}/kernel", "embed -> mlp", role) for name, role in wi),
+        Row("{encoder,decoder}/layers_#/mlp/wo/kernel", "mlp -> embed", "down"),
+        *(Row(f"{stack}/layers_#/{norm}/scale", "-> embed", role) for stack, norm, role in NORMS),
     )
 
 
-def _scanned(wi: str, head: tuple[Row, ...]) -> tuple[Row, ...]:
+def _scanned(wi: Inputs, head: tuple[Row, ...]) -> tuple[Row, ...]:
+    stacks = ("encoder", "decoder")
     return (
         *STEM,
         *(
-            Row(f"{stack}/{stack}/relpos_bias/rel_embedding", "heads layers <- relpos_buckets")
-            for stack in ("encoder", "decoder")
+            Row(f"{stack}/{stack}/relpos_bias/rel_embedding", "heads layers <- relpos_buckets", "relpos")
+            for stack in stacks
         ),
-        *(Row(f"{stack}/{stack}/{attention}/{READ}", "embed layers -> heads kv") for stack, attention in ATTENTIONS),
         *(
-            Row(f"{stack}/{stack}/{attention}/out/kernel", "heads layers kv -> embed")
-            for stack, attention in ATTENTIONS
+            Row(f"{stack}/{stack}/{attention}/{part}/kernel", "embed layers -> heads kv", f"{of}{part}")
+            for stack, attention, of in ATTENTIONS
+            for part in ("query", "key", "value")
         ),
-        *(Row(f"{stack}/{stack}/mlp/{wi}/kernel", "embed layers -> mlp") for stack in ("encoder", "decoder")),
-        *(Row(f"{stack}/{stack}/mlp/wo/kernel", "mlp layers -> embed") for stack in ("encoder", "decoder")),
-        Row(f"encoder/encoder/{ENCODER_NORMS}", "-> embed layers"),
-        Row(f"decoder/decoder/{DECODER_NORMS}", "-> embed layers"),
+        *(
+            Row(f"{stack}/{stack}/{attention}/out/kernel", "heads layers kv -> embed", f"{of}out")
+            for stack, attention, of in ATTENTIONS
+        ),
+        *(Row(f"{s}/{s}/mlp/{name}/kernel", "embed layers -> mlp", role) for s in stacks for name, role in wi),
+        *(Row(f"{s}/{s}/mlp/wo/kernel", "mlp layers -> embed", "down") for s in stacks),
+        *(
+            Row(f"{s}/{s}/{norm}/scale", "-> embed layers", role)
+            for stack, norm, role in NORMS
+            for s in stacks
+            if s in stack
+        ),
         *head,
     )
 
@@ -96,12 +122,12 @@ def _family(name: str, rows: tuple[Row, ...], *aliases: str, by_name_only: bool 
 
 
 T5_FAMILIES = (
-    _family("t5-1.1", _minimal("wi_{0,1}", UNTIED_HEAD), "mt5", "byt5", "flan-t5"),
-    _family("t5-1.0", _minimal("wi", TIED_HEAD)),
+    _family("t5-1.1", _minimal(GATED, UNTIED_HEAD), "mt5", "byt5", "flan-t5"),
+    _family("t5-1.0", _minimal(PLAIN, TIED_HEAD)),
     # T5 1.1 with logits_via_embedding: the same tree as T5 1.1 after it has lost its logits_dense.
-    _family("t5-1.1-tied", _minimal("wi_{0,1}", TIED_HEAD), by_name_only=True),
-    _family("scalable-t5-1.1", _scalable("wi_{0,1}", UNTIED_HEAD)),
-    _family("scalable-t5-1.0", _scalable("wi", TIED_HEAD)),
-    _family("scalable-t5-1.1-scanned", _scanned("wi_{0,1}", UNTIED_HEAD), "umt5"),
-    _family("scalable-t5-1.0-scanned", _scanned("wi", TIED_HEAD)),
+    _family("t5-1.1-tied", _minimal(GATED, TIED_HEAD), by_name_only=True),
+    _family("scalable-t5-1.1", _scalable(GATED, UNTIED_HEAD)),
+    _family("scalable-t5-1.0", _scalable(PLAIN, TIED_HEAD)),
+    _family("scalable-t5-1.1-scanned", _scanned(GATED, UNTIED_HEAD), "umt5"),
+    _family("scalable-t5-1.0-scanned", _scanned(PLAIN, TIED_HEAD)),
 )

@@ -8,7 +8,9 @@ Roles say what a tensor is in the network, for those who have to know more than 
     pre_mlp_norm  post_mlp_norm
     query  key  value  out                      attention, with biases query_bias key_bias value_bias and norms of each
     query_norm  key_norm                        head's queries and keys
-    gate  up  down                              the gated MLP
+    gate  up  down                              the MLP, gated if it has a gate
+    cross_query  cross_key  …                   attention to the encoder, pre_cross_attention_norm before it
+    relpos                                      the bias of relative positions
     bias                                        any other bias, which is no norm though it reads nothing
 """
 
@@ -83,6 +85,17 @@ class Row:
     def alternative(self, name: str) -> str | None:
         """The one of its alternatives that a name matches, or None."""
         return next((way for way in ways(name) if way in self.alternatives), None)
+
+    def is_of_layers(self, name: str) -> bool:
+        """Whether a tensor of this row is one layer, or several."""
+        return "layers" in self.spec.axes or "#" in (self.alternative(name) or "")
+
+    def of_layer(self, name: str, layer: int) -> tuple[str, int | None]:
+        """The tensor of the same kind that holds a layer, and its place along the axis `layers`, if there is one."""
+        place = (layer - self.first) // self.every
+        if "layers" in self.spec.axes:
+            return name, place
+        return (self.alternative(name) or name).replace("#", str(place)), None
 
     def index(self, name: str) -> int | None:
         """The number that stands at `#` in a name that this row matches; None where the pattern has none."""

@@ -321,6 +321,7 @@ def save(
     item: str | None = "state",
     chunks: Mapping[str, tuple[int, ...]] | None = None,
     encoding: Encoding | None = None,
+    custom: Mapping[str, Any] | None = None,
     force: bool = False,
 ) -> None:
     """Writes tensors in memory as a checkpoint without a record, as a trainer would. `chunks` by tensor name."""
@@ -337,4 +338,4 @@ def save(
         for tensor in tensors:
             for chunk in tiles(tensor.shape, tensor.storage.chunks):
                 sink.write(tensor.name, chunk, values[tensor.name][slices(chunk)])
-        sink.finish()
+        sink.finish(custom=custom)

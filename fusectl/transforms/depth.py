@@ -13,10 +13,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 
 from fusectl.archs import Recognized
-from fusectl.archs.table import Row, stack_of
+from fusectl.archs.table import stack_of
 from fusectl.errors import Incompatible, UsageError
 from fusectl.layout import Block, Layout, Product, Region, Term
 from fusectl.transforms.optimizer import FIRST_MOMENTS, UNUSED, OptimizerState
@@ -106,27 +106,15 @@ class Deepening:
     def pieces(self, parameter: str) -> Iterator[Piece]:
         """What a parameter of the grown tree is made from, in the order of its layers."""
         row = self.grown.rows[parameter]
-        alternative = row.alternative(parameter)
-        if not _in_layers(row, parameter):
+        if not row.is_of_layers(parameter):
             yield Piece(None, parameter, None, in_idle_layer=False, idle=False)
             return
         depth = self.depths[stack_of(parameter)]
-        for place, layer in enumerate(self.grown.layers_of(parameter)):
-            name, source_place = self._where[alternative, depth.layers[layer]]
-            stacked = "layers" in row.spec.axes
+        for layer in self.grown.layers_of(parameter):
+            _, place = row.of_layer(parameter, layer)
+            name, source_place = row.of_layer(parameter, depth.layers[layer])
             idle = layer in depth.idle
-            yield Piece(place if stacked else None, name, source_place, idle, idle and row.writes_stream)
-
-    @cached_property
-    def _where(self) -> Mapping[tuple[str | None, int], tuple[str, int | None]]:
-        """The parameter of the source that a layer of a kind is kept in, and the layer's place in it."""
-        found = {}
-        for name, row in self.tree.rows.items():
-            if _in_layers(row, name):
-                stacked = "layers" in row.spec.axes
-                for place, layer in enumerate(self.tree.layers_of(name)):
-                    found[row.alternative(name), layer] = name, place if stacked else None
-        return found
+            yield Piece(place, name, source_place, idle, idle and row.writes_stream)
 
     def layout(self, parameter: str, dtype: str) -> Layout:
         """The Layout of a parameter of the grown tree."""
@@ -161,10 +149,6 @@ class Deepening:
 
 def _slot(state: OptimizerState, slot: str, parameter: str) -> str:
     return state.slot(parameter, slot)
-
-
-def _in_layers(row: Row, parameter: str) -> bool:
-    return "layers" in row.spec.axes or row.index(parameter) is not None
 
 
 def _blocks(

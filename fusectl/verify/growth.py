@@ -45,7 +45,7 @@ class Grown:
     @property
     def keeps_function(self) -> bool:
         """Whether it claims to compute what its source does."""
-        return self.growth.how == "identity"
+        return self.growth.keeps_function
 
     @cached_property
     def layers(self) -> Mapping[str, tuple[list[int], list[bool]]]:

@@ -1,0 +1,216 @@
+"""The matrices of a growth operator: how they start, and the checkpoint that they are kept in.
+
+    duplicate     width: every unit again, in turn, so that with `--tie pinv` the function is kept; depth: new layers
+                  add nothing, as in `fusectl stack --how identity`
+    stack         the same width; depth: the whole stack again
+    interpolate   the same width; depth: each layer again
+    random        LiGO's released start: new units are means of all old ones with random weights that sum to 1, layers
+                  the whole stack again with noise (fuse_init_scheme `rand` and `stackbert_noisy`)
+
+The checkpoint is Orbax's; its custom metadata say from which sizes to which, and how it was learned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+import fusectl
+from fusectl.archs import Recognized
+from fusectl.archs.table import Row, stack_of
+from fusectl.errors import Corrupt, Incompatible, UsageError, shorten
+from fusectl.formats import open_checkpoint
+from fusectl.formats.sink import save
+from fusectl.formats.tree import Checkpoint
+from fusectl.formats.zarr import nonfinite_at
+from fusectl.transforms.depth import arrangement, turn_of
+from fusectl.transforms.linear import TIES, Application, Growing
+
+
+Array = npt.NDArray[Any]
+
+INITS = ("duplicate", "stack", "interpolate", "random")
+CUSTOM = "fusectl_operator"
+# Of the noise on the weights of layers in LiGO's released start.
+DEPTH_NOISE = 0.03
+
+
+@dataclass(frozen=True)
+class Operator:
+    """The matrices by their names (transforms/linear.py), and how they came about.
+
+    `learned` is the number of steps, `losses` are those of learning; none for a start that is applied as it is.
+    """
+
+    arrays: Mapping[str, Array]
+    tie: str
+    init: str
+    seed: int
+    learned: int = 0
+    losses: tuple[float, ...] = ()
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def keeps_function(self) -> bool:
+        """Whether what it grows computes what the small model does."""
+        return self.init == "duplicate" and self.tie == "pinv" and not self.learned
+
+
+def initial(growing: Growing, init: str, seed: int) -> Operator:
+    """The operator that learning starts from, in float64; raises UsageError for a start of another name."""
+    if init not in INITS or growing.tie not in TIES:
+        raise UsageError(f"--init {init}, --tie {growing.tie}: {', '.join(INITS)}; {', '.join(TIES)}")
+    rng = np.random.default_rng(seed)
+    arrays = {name: _matrix(growing, name, shape, init, rng) for name, shape in growing.shapes().items()}
+    return Operator(arrays, growing.tie, init, seed)
+
+
+def _matrix(growing: Growing, name: str, shape: tuple[int, ...], init: str, rng: np.random.Generator) -> Array:
+    large, small = shape[-2:]
+    stack, _, what = name.partition("/")
+    if what.startswith("depth/"):
+        return _depth(growing, stack, what.removeprefix("depth/"), init, rng)
+    if what in {"query", "cross_query"} and "kv_heads" in growing.tree.sizes:
+        # Heads go along with the kv head that they read.
+        group = growing.tree.sizes["heads"] // growing.tree.sizes["kv_heads"]
+        matrices = [np.kron(_units(large // group, small // group, init, rng), np.eye(group)) for _ in range(shape[0])]
+        return np.stack(matrices)
+    count = shape[0] if len(shape) == 3 else 1
+    how = "duplicate" if what == "relpos" else init
+    matrices = [_units(large, small, how, rng) for _ in range(count)]
+    matrix = np.stack(matrices) if len(shape) == 3 else matrices[0]
+    return matrix * _factor(growing, name, matrix, init)
+
+
+def _units(large: int, small: int, init: str, rng: np.random.Generator) -> Array:
+    """Each unit again in turn, or the old ones and random means of them."""
+    if init != "random":
+        return np.eye(small)[np.arange(large) % small]
+    means = rng.uniform(size=(large - small, small))
+    return np.concatenate([np.eye(small), means / means.sum(axis=1, keepdims=True)])
+
+
+def _factor(growing: Growing, name: str, matrix: Array, init: str) -> Array | float:
+    """What makes norms and tied heads of a duplicated stream come out as before; 1 with the paper's tie.
+
+    Of n copies of a feature each is multiplied with sqrt(D / (d n)): the mean square of the stream stays as it is.
+    """
+    if growing.tie == "paper":
+        return 1.0
+    part = growing.tree.sizes["embed"] / growing.grown.sizes["embed"]
+    if name == "embed" and init != "random":
+        copies = matrix.sum(axis=0)[np.argmax(matrix, axis=1)]
+        return np.asarray(1.0 / np.sqrt(part * copies))[:, None]
+    if name == "decoder/final_norm" and any(row.tied_head for row in growing.tree.rows.values()):
+        network = growing.tree.network
+        copies = 1.0 if init != "random" else 0.0
+        return float(part ** (copies + network.tied_logits_power - network.embedding_power))
+    return 1.0
+
+
+def _depth(growing: Growing, stack: str, role: str, init: str, rng: np.random.Generator) -> Array:
+    """The weights (large, small) of the layers of a stack."""
+    now, then = growing.tree.depths[stack], growing.grown.depths[stack]
+    hows = {"duplicate": "identity", "stack": "stack", "interpolate": "interleave", "random": "stack"}
+    depth = arrangement(hows[init], now, then, turn_of(growing.tree))
+    weights = np.eye(now)[list(depth.layers)]
+    if init == "random":
+        noisy = weights + rng.uniform(0, DEPTH_NOISE, weights.shape)
+        return np.asarray(noisy / noisy.sum(axis=1, keepdims=True))
+    if any(row.writes_stream and role in row.roles for row in _of_stack(growing.tree, stack)):
+        weights[sorted(depth.idle)] = 0.0
+    return weights
+
+
+def _of_stack(tree: Recognized, stack: str) -> Iterator[Row]:
+    return (row for name, row in tree.rows.items() if stack_of(name) == stack and row.is_of_layers(name))
+
+
+def save_operator(operator: Operator, growing: Growing, at: Path, *, force: bool = False) -> None:
+    """Writes an operator as a checkpoint of its own."""
+    tree, grown = growing.tree, growing.grown
+    about = {
+        "version": fusectl.__version__,
+        "tie": operator.tie,
+        "init": operator.init,
+        "seed": operator.seed,
+        "learned": operator.learned,
+        "losses": list(operator.losses),
+        "sizes": {axis: [n, grown.sizes[axis]] for axis, n in tree.sizes.items()},
+        "depths": {stack: [n, grown.depths[stack]] for stack, n in tree.depths.items()},
+        **operator.about,
+    }
+    # Layers are read one by one.
+    chunks = {name: (1, *each.shape[1:]) for name, each in operator.arrays.items() if each.ndim == 3}
+    save(at, operator.arrays, "orbax", item=None, chunks=chunks, custom={CUSTOM: about}, force=force)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """An operator in a checkpoint: what a plan needs to know of it. The matrices are read as they are needed."""
+
+    checkpoint: Checkpoint
+    about: Mapping[str, Any]
+
+    @property
+    def tie(self) -> str:
+        """How the two sides of kernels are tied."""
+        return str(self.about["tie"])
+
+    @property
+    def keeps_function(self) -> bool:
+        """Whether what it grows computes what the small model does."""
+        return (self.about["init"], self.tie, self.about["learned"]) == ("duplicate", "pinv", 0)
+
+    def growing(self, tree: Recognized, where: str) -> Growing:
+        """What it makes of a tree; raises Incompatible for one of other sizes than it is for."""
+        sizes, depths = self.about["sizes"], self.about["depths"]
+        wrong = [
+            f"{what} {key}: {found.get(key, 'none')} in {where}, the operator is for {pair[0]}"
+            for what, found, pairs in (("axis", tree.sizes, sizes), ("layers of the", tree.depths, depths))
+            for key, pair in pairs.items()
+            if found.get(key) != pair[0]
+        ]
+        if wrong:
+            raise Incompatible(f"{self.checkpoint.path}: an operator for another model", details=shorten(wrong))
+        then = {axis: pair[1] for axis, pair in sizes.items()}
+        growing = Growing(tree, tree.resized(then, {stack: pair[1] for stack, pair in depths.items()}), self.tie)
+        found = self.checkpoint.shapes
+        differ = [
+            f"{name}: {list(found.get(name, ())) or 'missing'}, expected {list(shape)}"
+            for name, shape in growing.shapes().items()
+            if found.get(name) != shape
+        ]
+        if differ:
+            raise Incompatible(f"{self.checkpoint.path}: an operator for another family", details=shorten(differ))
+        return growing
+
+    def application(self, growing: Growing) -> Application:
+        """What a plan needs to know; raises Corrupt for weights that are not finite."""
+        names = {name for name in growing.shapes() if "/depth/" in name}
+        depth = {name: self.checkpoint.read(name).astype(np.float64) for name in sorted(names)}
+        for name, values in depth.items():
+            if nonfinite_at(values) is not None:
+                raise Corrupt(f"{self.checkpoint.path}: {name} has a NaN or Inf")
+        return Application(growing, depth)
+
+
+def open_operator(path: str) -> Kept:
+    """The operator at a path; raises Incompatible where there is another checkpoint."""
+    checkpoint = open_checkpoint(path)
+    about = checkpoint.custom.get(CUSTOM)
+    try:
+        assert isinstance(about, Mapping)
+        assert about["tie"] in TIES
+        assert all(len(pair) == 2 for key in ("sizes", "depths") for pair in about[key].values())
+        assert {"init", "learned"} <= about.keys()
+    except (AssertionError, KeyError, AttributeError, TypeError) as error:
+        raise Incompatible(
+            f"{path}: no growth operator", hint="fusectl ligo writes one beside what it grows"
+        ) from error
+    return Kept(checkpoint, about)

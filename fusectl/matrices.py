@@ -1,0 +1,76 @@
+"""The matrices that axes are expanded with, as they are applied: for heads with their features, for inputs inverted.
+
+outputs    B (large, small)                          W' = A W B^T of a kernel (inputs, outputs)
+inputs     A = B (B^T B)^-1, so that A^T B = I        what B duplicates, A counts once (Net2Net; LiGO's A, tied)
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fusectl.errors import Incompatible
+from fusectl.formats.tree import Checkpoint
+from fusectl.layout import Expansion, whole
+
+
+Array = npt.NDArray[Any]
+# Of B^T B; above it, digits of the inverse are noise.
+LARGEST_CONDITION = 1e12
+
+
+class Matrices:
+    """The matrices of an operator among `sources`, in float64, the last ones of which are kept: one at least."""
+
+    def __init__(self, sources: Sequence[Checkpoint], most_bytes: int) -> None:
+        self._sources = sources
+        self._most_bytes = most_bytes
+        self._kept: OrderedDict[tuple[Any, ...], Array] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def of(self, expansion: Expansion) -> Array:
+        """The matrix (large, small) that an axis is multiplied with; raises Incompatible where it has no inverse."""
+        each = expansion
+        key = (each.source, each.tensor, each.index, each.repeat, each.inverse)
+        # Made by one thread, for all that want it.
+        with self._lock:
+            if key not in self._kept:
+                self._kept[key] = self._made(expansion)
+                while len(self._kept) > 1 and sum(kept.nbytes for kept in self._kept.values()) > self._most_bytes:
+                    self._kept.popitem(last=False)
+            self._kept.move_to_end(key)
+            return self._kept[key]
+
+    def _made(self, expansion: Expansion) -> Array:
+        source = self._sources[expansion.source]
+        region = list(whole(source.leaves[expansion.tensor].shape))
+        if expansion.index is not None:
+            region[0] = range(expansion.index, expansion.index + 1)
+        values = source.read(expansion.tensor, tuple(region)).astype(np.float64)
+        matrix = values if expansion.index is None else values[0]
+        if expansion.inverse:
+            matrix = dual(matrix, f"{source.path}: {expansion.tensor}")
+        return np.kron(matrix, np.eye(expansion.repeat)) if expansion.repeat > 1 else matrix
+
+
+def dual(matrix: Array, where: str) -> Array:
+    """B (B^T B)^-1 of a matrix B (large, small); raises Incompatible where B^T B has no inverse worth the name."""
+    gram = matrix.T @ matrix
+    try:
+        inverse = np.linalg.inv(gram)
+    except np.linalg.LinAlgError:
+        inverse = np.full(gram.shape, np.inf)
+    condition = float(np.abs(gram).sum(axis=0).max() * np.abs(inverse).sum(axis=0).max())
+    # A NaN is never below the limit.
+    if not condition < LARGEST_CONDITION:
+        raise Incompatible(
+            f"{where}: its columns are not independent, so that nothing undoes it",
+            details=(f"the condition of B^T B is {condition:.1e}",),
+            hint="--tie paper needs no inverse",
+        )
+    return matrix @ inverse
