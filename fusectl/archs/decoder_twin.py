@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
@@ -21,6 +22,7 @@ from fusectl.archs.decoder_flax import (
     Decoder,
     DecoderConfig,
     Layer,
+    capped,
     embedded,
     final_norm,
     tied_logits,
@@ -115,6 +117,13 @@ def whole(tree: Recognized) -> list[Stage]:
     return [Stage("all layers", tuple(Part(name) for name in tree.shapes), run)]
 
 
+def logits(config: DecoderConfig, tree: Recognized, parameters: Mapping[str, Array], tokens: Tokens) -> Array:
+    """The logits (batch, length, vocab), capped as the network has it, traced by JAX."""
+    variables = {"params": unflatten_dict(dict(_modules(tree, parameters, xp=jnp)), sep="/")}
+    found = Decoder(config).apply(variables, tokens.decoder, tokens.target_segments)
+    return capped(found, tree.network.logits_soft_cap)
+
+
 def layered(tree: Recognized, tokens: Tokens, head_tile: int) -> list[Stage]:
     """The network layer by layer, the embedding of these tokens only, the head in tiles of the vocab."""
     by_role = {role: name for name, row in tree.rows.items() for role in row.roles if role in STEM}
@@ -136,35 +145,35 @@ def layered(tree: Recognized, tokens: Tokens, head_tile: int) -> list[Stage]:
 
 
 def _modules(
-    tree: Recognized, parameters: Mapping[str, Array], layer: int | None = None
+    tree: Recognized, parameters: Mapping[str, Array], layer: int | None = None, xp: Any = np
 ) -> Iterator[tuple[str, Array]]:
     """The parameters by the names of the network's modules: one for each layer, role and kernel, axes in their order.
 
-    With `layer`, they are parts of that one, and the names those of its modules.
+    With `layer`, they are parts of that one, and the names those of its modules. In numpy: JAX would compile a program
+    for every shape. Where it is tracing, `xp` is jax.numpy.
     """
     for name, values in parameters.items():
         row = tree.rows[name]
         axes = list(row.spec.axes)
-        # In numpy: JAX would compile a program for every shape.
-        pieces = [np.asarray(values)]
+        pieces = [xp.asarray(values)]
         layers = [layer] if layer is not None else list(tree.layers_of(name))
         if "layers" in axes:
-            pieces = list(np.moveaxis(pieces[0], axes.index("layers"), 0))
+            pieces = list(xp.moveaxis(pieces[0], axes.index("layers"), 0))
             axes.remove("layers")
         for number, piece in zip(layers, pieces, strict=True):
-            yield from _kernels(row, axes, piece, "" if layer is not None else f"layers_{number}/")
+            yield from _kernels(row, axes, piece, "" if layer is not None else f"layers_{number}/", xp)
 
 
-def _kernels(row: Row, axes: list[str], values: Array, prefix: str) -> Iterator[tuple[str, Array]]:
+def _kernels(row: Row, axes: list[str], values: Array, prefix: str, xp: Any = np) -> Iterator[tuple[str, Array]]:
     kernels, inside = [values], axes
     if "stack" in axes:
-        kernels = list(np.moveaxis(values, axes.index("stack"), 0))
+        kernels = list(xp.moveaxis(values, axes.index("stack"), 0))
         inside = [axis for axis in axes if axis != "stack"]
     for role, kernel in zip(row.roles, kernels, strict=True):
         parameter, order = ROLES[role]
         # With as many heads of keys as of queries they are called heads.
         places = [inside.index(axis if axis in inside else "heads") for axis in order]
-        yield (parameter if role in STEM else prefix + parameter), np.ascontiguousarray(kernel.transpose(places))
+        yield (parameter if role in STEM else prefix + parameter), xp.asarray(kernel.transpose(places), order="C")
 
 
 def _embedder(tree: Recognized, name: str, ids: Any) -> Stage:

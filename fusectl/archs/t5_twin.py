@@ -81,6 +81,13 @@ def whole(tree: Recognized) -> list[Stage]:
     return [Stage("all layers", tuple(Part(name) for name in tree.shapes), run)]
 
 
+def logits(config: T5Config, tree: Recognized, parameters: Mapping[str, Array], tokens: Tokens) -> Array:
+    """The logits (batch, length, vocab), traced by JAX: they can be differentiated by the parameters."""
+    variables = {"params": unflatten_dict(unstacked(tree, parameters, jnp), sep="/")}
+    batch = (tokens.encoder, tokens.decoder, tokens.targets, tokens.encoder_segments, tokens.target_segments)
+    return Transformer(config).apply(variables, *batch, enable_dropout=False)
+
+
 def layered(tree: Recognized, tokens: Tokens, head_tile: int) -> list[Stage]:
     """The network layer by layer, the embedding of these tokens only, the head in tiles of the vocab."""
     ids = np.unique(np.concatenate([tokens.encoder.reshape(-1), tokens.decoder.reshape(-1)]))
@@ -98,8 +105,11 @@ def layered(tree: Recognized, tokens: Tokens, head_tile: int) -> list[Stage]:
     return stages
 
 
-def unstacked(tree: Recognized, parameters: Mapping[str, Array]) -> dict[str, Array]:
-    """The parameters with a tensor for each layer, encoder/layers_0/…, also where the tree stacks them."""
+def unstacked(tree: Recognized, parameters: Mapping[str, Array], xp: Any = np) -> dict[str, Array]:
+    """The parameters with a tensor for each layer, encoder/layers_0/…, also where the tree stacks them.
+
+    In numpy: JAX would compile a program for every shape. Where it is tracing, `xp` is jax.numpy.
+    """
     flat: dict[str, Array] = {}
     for name, values in parameters.items():
         axes = tree.rows[name].spec.axes
@@ -107,8 +117,7 @@ def unstacked(tree: Recognized, parameters: Mapping[str, Array]) -> dict[str, Ar
             flat[name] = values
             continue
         stack, _, rest = name.split("/", 2)
-        # In numpy: JAX would compile a program for every shape.
-        layers = np.moveaxis(np.asarray(values), axes.index("layers"), 0)
+        layers = xp.moveaxis(xp.asarray(values), axes.index("layers"), 0)
         flat |= {f"{stack}/layers_{i}/{rest}": layer for i, layer in enumerate(layers)}
     return flat
 

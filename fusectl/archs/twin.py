@@ -95,6 +95,12 @@ class Twin(Protocol):
     def whole(self, tree: Recognized) -> list[Stage]:
         """The network as one stage."""
 
+    def logits(self, config: Any, tree: Recognized, parameters: Mapping[str, Array], tokens: Tokens) -> Array:
+        """The logits (batch, length, vocab), capped if the network caps them, as a function that JAX can trace.
+
+        Parameters are by their names in the family's table, and may be tracers, like the batch.
+        """
+
     def layered(self, tree: Recognized, tokens: Tokens, head_tile: int) -> list[Stage]:
         """The network layer by layer, the embedding of these tokens only, the head in tiles of the vocab."""
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy.typing as npt
@@ -145,7 +146,7 @@ class Application:
                 terms = [
                     self._term(name, row, role, _at(row, tree.shapes[name], there, kernel), j, weight)
                     for j, weight in self._weights(stack_of(parameter), role, layer)
-                    for name, there in [row.of_layer(parameter, j)]
+                    for name, there in [self._kept_in[stack_of(parameter), role, j]]
                 ]
                 summed = self._summed(row, terms)
                 if summed:
@@ -158,6 +159,20 @@ class Application:
         if not row.is_of_layers(parameter):
             return parameter
         return row.of_layer(parameter, row.first)[0]
+
+    @cached_property
+    def _kept_in(self) -> Mapping[tuple[str, str, int], tuple[str, int | None]]:
+        """The tensor of the small model that has the kernel of a stack, a role and a layer, and its place in it.
+
+        Layers that attend in turns are in different tensors, and a layer may be a sum of both kinds.
+        """
+        return {
+            (stack_of(name), role, layer): (name, place if "layers" in row.spec.axes else None)
+            for name, row in self.growing.tree.rows.items()
+            if row.is_of_layers(name)
+            for role in row.roles
+            for place, layer in enumerate(self.growing.tree.layers_of(name))
+        }
 
     def _weights(self, stack: str, role: str, layer: int) -> list[tuple[int, float]]:
         """The layers of the small model that a layer is made from, with their weights."""
