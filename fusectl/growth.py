@@ -26,7 +26,7 @@ from fusectl.sources import Opened, open_source
 from fusectl.state import DROPPED, plan_deeper_state
 from fusectl.transforms.depth import Deepening, deepen
 from fusectl.transforms.grow import widths_of
-from fusectl.transforms.linear import Growing, require_roles
+from fusectl.transforms.linear import Application, Growing
 from fusectl.transforms.optimizer import is_state
 
 
@@ -75,42 +75,48 @@ def plan_with_operator(path: str, operator: Kept, options: Options) -> tuple[Pla
     """
     options = replace(options, optimizer="drop")
     opened = open_source(path, options.arch, options.drop)
-    require_roles(opened.tree, opened.label)
     growing = operator.growing(opened.tree, opened.label)
-    application = operator.application(growing)
-    on_mesh = notes_on_mesh(options.mesh, growing.grown, growing.grown.shapes)
+    grown, application = growing.grown, Application(growing, operator.depth)
+    on_mesh = notes_on_mesh(options.mesh, grown, grown.shapes)
     out_format, item, prefix = target_of(opened, options)
     # For the matrices of a layer, both as they are and inverted.
-    reserved_bytes = min(options.max_memory_bytes // 4, 8 * MATRICES * _largest(growing))
-    builder = Builder([opened], options, out_format, reserved_bytes=reserved_bytes)
-    for parameter in growing.grown.shapes:
+    matrix_bytes = min(options.max_memory_bytes // 4, 8 * MATRICES * _largest(growing))
+    builder = Builder([opened], options, out_format, reserved_bytes=matrix_bytes)
+    for parameter in grown.shapes:
         like = opened.full(application.like(parameter))
         layout = application.layout(parameter, options.dtype or opened.checkpoint.leaves[like].dtype)
         builder.add(prefix + parameter, layout, like=like)
     with_state = any(is_state(name) and name not in opened.dropped for name in opened.checkpoint.leaves)
-    if with_state:
-        builder.notes.append(DROPPED)
+    builder.notes += [DROPPED] * with_state
     plan_step(builder, opened, options, out_format)
     plan_auxiliary(builder, opened)
-    about = operator.about
-    how = f"{about['init']}, {about['learned']} steps"
+    own = operator.checkpoint
     growth = Growth(
-        how,
-        source_record(opened),
-        {},
-        {},
-        str(operator.checkpoint.path),
-        fingerprint(operator.checkpoint),
-        operator.keeps_function,
+        how=operator.how,
+        source=source_record(opened),
+        layers={},
+        idle={},
+        operator=None if own is None else own.path,
+        operator_fingerprint=None if own is None else fingerprint(own),
+        keeps_function=operator.keeps_function,
     )
-    record = _record(opened, options, growth, "drop" if with_state else "none")
-    record = replace(record, weights=(1.0,), widths=widths_of([growing.grown]), norm="rule")
-    record = replace(record, norm_groups=record.widths["embed"], fill=Fill(), residual_scales=(), kv_repeats=())
-    learned = f"a linear operator ({how}) has made it: its loss is for verify to tell"
-    kept = Exactness() if operator.keeps_function else Exactness(APPROXIMATE, (learned,))
+    widths = widths_of([grown])
+    record = replace(
+        _record(opened, options, growth, "drop" if with_state else "none"),
+        # One model of one width, whatever the small one was made of.
+        weights=(1.0,),
+        widths=widths,
+        norm="rule",
+        norm_groups=widths["embed"],
+        fill=Fill(),
+        residual_scales=(),
+        kv_repeats=(),
+    )
+    because = f"a linear operator has made it ({operator.how}): its loss is for verify to tell"
+    exactness = Exactness() if operator.keeps_function else Exactness(APPROXIMATE, (because,))
     notes = [*opened.checkpoint.location.notes, *builder.notes, *on_mesh]
-    plan = replace(builder.plan(record, item, notes), exactness=kept, matrix_bytes=reserved_bytes)
-    return plan, [opened.checkpoint, operator.checkpoint]
+    plan = replace(builder.plan(record, item, notes), exactness=exactness, matrix_bytes=matrix_bytes)
+    return plan, [opened.checkpoint, *([] if own is None else [own])]
 
 
 def _largest(growing: Growing) -> int:
@@ -122,7 +128,7 @@ def _largest(growing: Growing) -> int:
 
 def _record(opened: Opened, options: Options, growth: Growth, optimizer: str) -> Record:
     """The record of a model that was grown from a source: what that one's own says, but for what it was made from."""
-    own = own_record(opened, "stack" if growth.operator is None else "ligo")
+    own = own_record(opened, "stack" if growth.layers else "ligo")
     out_format, _, prefix = target_of(opened, options)
     return replace(
         own,

@@ -16,7 +16,7 @@ from fusectl.archs import Recognized
 from fusectl.archs.table import Row, stack_of
 from fusectl.layout import Expansion
 from fusectl.tokens import Tokens
-from fusectl.transforms.linear import Growing, depth_name
+from fusectl.transforms.linear import Growing, depth_name, is_depth
 
 
 Array = Any
@@ -25,7 +25,7 @@ Array = Any
 def grow(growing: Growing, small: Mapping[str, Array], operator: Mapping[str, Array]) -> dict[str, Array]:
     """The parameters of the grown model by their names, from those of the small one and the operator's matrices."""
     tree, grown = growing.tree, growing.grown
-    duals = {name: dual(matrix) for name, matrix in operator.items() if "/depth/" not in name}
+    duals = {name: dual(matrix) for name, matrix in operator.items() if not is_depth(name)}
     mapped: dict[tuple[str, str], Array] = {}
     for (stack, role), (row, kernels) in _kernels(tree, small).items():
         values = kernels + 1.0 if _adds_one(growing, row) else kernels

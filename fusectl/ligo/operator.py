@@ -29,7 +29,7 @@ from fusectl.formats.sink import save
 from fusectl.formats.tree import Checkpoint
 from fusectl.formats.zarr import nonfinite_at
 from fusectl.transforms.depth import arrangement, turn_of
-from fusectl.transforms.linear import TIES, Application, Growing
+from fusectl.transforms.linear import TIES, Growing, growing_to, is_depth
 
 
 Array = npt.NDArray[Any]
@@ -131,10 +131,10 @@ def _of_stack(tree: Recognized, stack: str) -> Iterator[Row]:
     return (row for name, row in tree.rows.items() if stack_of(name) == stack and row.is_of_layers(name))
 
 
-def save_operator(operator: Operator, growing: Growing, at: Path, *, force: bool = False) -> None:
-    """Writes an operator as a checkpoint of its own."""
+def described(operator: Operator, growing: Growing) -> Mapping[str, Any]:
+    """What an operator's checkpoint says of it, as JSON."""
     tree, grown = growing.tree, growing.grown
-    about = {
+    return {
         "version": fusectl.__version__,
         "tie": operator.tie,
         "init": operator.init,
@@ -145,27 +145,39 @@ def save_operator(operator: Operator, growing: Growing, at: Path, *, force: bool
         "depths": {stack: [n, grown.depths[stack]] for stack, n in tree.depths.items()},
         **operator.about,
     }
+
+
+def save_operator(operator: Operator, growing: Growing, at: Path, *, force: bool = False) -> None:
+    """Writes an operator as a checkpoint of its own."""
     # Layers are read one by one.
     chunks = {name: (1, *each.shape[1:]) for name, each in operator.arrays.items() if each.ndim == 3}
-    save(at, operator.arrays, "orbax", item=None, chunks=chunks, custom={CUSTOM: about}, force=force)
+    custom = {CUSTOM: described(operator, growing)}
+    save(at, operator.arrays, "orbax", item=None, chunks=chunks, custom=custom, force=force)
 
 
 @dataclass(frozen=True)
 class Kept:
-    """An operator in a checkpoint: what a plan needs to know of it. The matrices are read as they are needed."""
+    """What a plan needs to know of an operator. The matrices stay in its `checkpoint`; None if it has none yet."""
 
-    checkpoint: Checkpoint
     about: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, ...]]
+    depth: Mapping[str, Array]
+    checkpoint: Checkpoint | None = None
 
     @property
-    def tie(self) -> str:
-        """How the two sides of kernels are tied."""
-        return str(self.about["tie"])
+    def label(self) -> str:
+        """The path of its checkpoint."""
+        return self.checkpoint.path if self.checkpoint is not None else "the operator"
+
+    @property
+    def how(self) -> str:
+        """How it came about, in words."""
+        return f"{self.about['init']}, {self.about['learned'] or 'no'} steps"
 
     @property
     def keeps_function(self) -> bool:
         """Whether what it grows computes what the small model does."""
-        return (self.about["init"], self.tie, self.about["learned"]) == ("duplicate", "pinv", 0)
+        return (self.about["init"], self.about["tie"], self.about["learned"]) == ("duplicate", "pinv", 0)
 
     def growing(self, tree: Recognized, where: str) -> Growing:
         """What it makes of a tree; raises Incompatible for one of other sizes than it is for."""
@@ -177,40 +189,48 @@ class Kept:
             if found.get(key) != pair[0]
         ]
         if wrong:
-            raise Incompatible(f"{self.checkpoint.path}: an operator for another model", details=shorten(wrong))
-        then = {axis: pair[1] for axis, pair in sizes.items()}
-        growing = Growing(tree, tree.resized(then, {stack: pair[1] for stack, pair in depths.items()}), self.tie)
-        found = self.checkpoint.shapes
+            raise Incompatible(f"{self.label}: an operator for another model", details=shorten(wrong))
+        now, then = ({key: pair[1] for key, pair in pairs.items()} for pairs in (sizes, depths))
+        growing = growing_to(tree, now, then, str(self.about["tie"]), where)
         differ = [
-            f"{name}: {list(found.get(name, ())) or 'missing'}, expected {list(shape)}"
+            f"{name}: {list(self.shapes.get(name, ())) or 'missing'}, expected {list(shape)}"
             for name, shape in growing.shapes().items()
-            if found.get(name) != shape
+            if self.shapes.get(name) != shape
         ]
         if differ:
-            raise Incompatible(f"{self.checkpoint.path}: an operator for another family", details=shorten(differ))
+            raise Incompatible(f"{self.label}: an operator for another family", details=shorten(differ))
         return growing
 
-    def application(self, growing: Growing) -> Application:
-        """What a plan needs to know; raises Corrupt for weights that are not finite."""
-        names = {name for name in growing.shapes() if "/depth/" in name}
-        depth = {name: self.checkpoint.read(name).astype(np.float64) for name in sorted(names)}
-        for name, values in depth.items():
-            if nonfinite_at(values) is not None:
-                raise Corrupt(f"{self.checkpoint.path}: {name} has a NaN or Inf")
-        return Application(growing, depth)
+
+def kept(operator: Operator, growing: Growing) -> Kept:
+    """An operator in memory as a plan sees it: one that shows what is going to be written."""
+    shapes = {name: each.shape for name, each in operator.arrays.items()}
+    return Kept(described(operator, growing), shapes, {n: each for n, each in operator.arrays.items() if is_depth(n)})
 
 
 def open_operator(path: str) -> Kept:
-    """The operator at a path; raises Incompatible where there is another checkpoint."""
+    """The operator at a path; raises Incompatible where there is another checkpoint, Corrupt for values that are not
+    finite.
+    """
     checkpoint = open_checkpoint(path)
     about = checkpoint.custom.get(CUSTOM)
+    if not isinstance(about, Mapping) or not _makes_sense(about):
+        raise Incompatible(f"{path}: no growth operator", hint="fusectl ligo writes one beside what it grows")
+    depth = {}
+    for name in checkpoint.leaves:
+        values = checkpoint.read(name)
+        if nonfinite_at(values) is not None:
+            raise Corrupt(f"{path}: {name} has a NaN or Inf")
+        if is_depth(name):
+            depth[name] = values.astype(np.float64)
+    return Kept(about, checkpoint.shapes, depth, checkpoint)
+
+
+def _makes_sense(about: Mapping[str, Any]) -> bool:
+    """Whether what a checkpoint says of its operator can be read."""
     try:
-        assert isinstance(about, Mapping)
-        assert about["tie"] in TIES
-        assert all(len(pair) == 2 for key in ("sizes", "depths") for pair in about[key].values())
-        assert {"init", "learned"} <= about.keys()
-    except (AssertionError, KeyError, AttributeError, TypeError) as error:
-        raise Incompatible(
-            f"{path}: no growth operator", hint="fusectl ligo writes one beside what it grows"
-        ) from error
-    return Kept(checkpoint, about)
+        pairs = [pair for key in ("sizes", "depths") for pair in about[key].values()]
+        whole = all(isinstance(n, int) and n > 0 for pair in pairs for n in pair) and {len(p) for p in pairs} == {2}
+        return whole and about["tie"] in TIES and about["init"] in INITS and int(about["learned"]) >= 0
+    except (KeyError, AttributeError, TypeError, ValueError):
+        return False

@@ -54,13 +54,21 @@ def deepen(tree: Recognized, how: str, then: Mapping[str, int], where: str) -> D
     """The Deepening of a tree whose stacks become as deep as `then` says; raises Incompatible where they cannot."""
     if how not in HOWS:
         raise UsageError(f"--how {how}: {', '.join(HOWS)}")
+    problems = problems_of_depths(tree, then)
+    if problems:
+        raise Incompatible(f"{where}: depths that it cannot grow to", details=problems)
+    turn = turn_of(tree)
+    depths = {stack: arrangement(how, n, then.get(stack, n), turn) for stack, n in tree.depths.items()}
+    return Deepening(tree, tree.resized({}, then), depths)
+
+
+def problems_of_depths(tree: Recognized, then: Mapping[str, int]) -> list[str]:
+    """Why stacks cannot become as deep as `then` says, in words; nothing where they can."""
     unknown = sorted(then.keys() - tree.depths.keys())
     if unknown:
-        raise Incompatible(f"{where}: {tree.family.name} has no {' and no '.join(unknown)}")
+        return [f"{tree.family.name} has no {stack}" for stack in unknown]
     if any(row.behind for row in tree.rows.values()):
-        raise Incompatible(
-            f"{where}: layers that remain behind those scanned by groups", hint="fusectl convert --unscan first"
-        )
+        return ["layers that remain behind those scanned by groups: fusectl convert --unscan first"]
     problems = []
     turn = turn_of(tree)
     for stack, n in then.items():
@@ -69,10 +77,7 @@ def deepen(tree: Recognized, how: str, then: Mapping[str, int], where: str) -> D
             problems.append(f"{stack}: {n} layers are fewer than its {now}; layers are added, never taken away")
         elif (n - now) % turn or (n > now and now < turn):
             problems.append(f"{stack}: from {now} to {n} layers, which attend in turns of {turn}: by whole turns only")
-    if problems:
-        raise Incompatible(f"{where}: depths that it cannot grow to", details=problems)
-    depths = {stack: arrangement(how, n, then.get(stack, n), turn) for stack, n in tree.depths.items()}
-    return Deepening(tree, tree.resized({}, then), depths)
+    return problems
 
 
 def turn_of(tree: Recognized) -> int:

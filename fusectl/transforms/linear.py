@@ -31,6 +31,7 @@ from fusectl.archs import Recognized
 from fusectl.archs.table import EMBEDDING, Row, stack_of
 from fusectl.errors import Incompatible
 from fusectl.layout import Block, Expansion, Layout, Mapped, Product, Region, Term
+from fusectl.transforms.depth import problems_of_depths
 
 
 Array = npt.NDArray[Any]
@@ -124,6 +125,39 @@ class Growing:
         return tree.sizes[axis]
 
 
+def growing_to(tree: Recognized, sizes: Mapping[str, int], depths: Mapping[str, int], tie: str, where: str) -> Growing:
+    """What grows a tree to these sizes of axes and depths of stacks, those that are not named staying as they are.
+
+    Heads bring their features along, and kv heads as many as keep their number for a head, unless they are named.
+    Raises Incompatible, with all that is wrong, for what a linear map of layers and units cannot do.
+    """
+    require_roles(tree, where)
+    now, then = tree.sizes, dict(sizes)
+    if "heads" in then and "joined_kv" in now:
+        then["joined_kv"] = now["joined_kv"] // now["heads"] * then["heads"]
+    if "heads" in then and "kv_heads" in now and "kv_heads" not in then:
+        then["kv_heads"] = now["kv_heads"] * then["heads"] // now["heads"]
+    unknown = sorted(then.keys() - now.keys())
+    if unknown:
+        raise Incompatible(f"{where}: {tree.family.name} has no axis {' and no '.join(unknown)}")
+    problems = [
+        f"axis {axis!r}: {n} is less than its {now[axis]}; models grow, and never shrink"
+        for axis, n in then.items()
+        if n < now[axis]
+    ]
+    if "kv_heads" in now:
+        one, other = (
+            now["heads"] / now["kv_heads"],
+            then.get("heads", now["heads"]) / then.get("kv_heads", now["kv_heads"]),
+        )
+        if one != other:
+            problems.append(f"heads for each kv head: {one:g} now, {other:g} then; both have to grow by as much")
+    problems += problems_of_depths(tree, depths)
+    if problems:
+        raise Incompatible(f"{where}: sizes that it cannot grow to", details=problems)
+    return Growing(tree, tree.resized(then, depths), tie)
+
+
 @dataclass(frozen=True)
 class Application:
     """Growing, with the operator's weights of layers (large, small) by their names: what a plan needs to know of it."""
@@ -199,6 +233,11 @@ class Application:
 def depth_name(stack: str, role: str) -> str:
     """The name of the weights of layers that tensors of a role have; a bias has its kernel's."""
     return f"{stack}/depth/{role.removesuffix('_bias')}"
+
+
+def is_depth(name: str) -> bool:
+    """Whether a tensor of an operator has weights of layers."""
+    return "/depth/" in name
 
 
 def heads_of(role: str) -> str:

@@ -1,0 +1,193 @@
+"""Learning a growth operator: the small model's weights are frozen, the operator's matrices are trained."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fusectl.archs import Recognized
+from fusectl.archs.table import EMBEDDING
+from fusectl.errors import UsageError
+from fusectl.formats.tree import Checkpoint
+from fusectl.forward import twin_of
+from fusectl.ligo.network import batch_of, grow, loss
+from fusectl.ligo.operator import Operator, initial
+from fusectl.tokens import Tokens
+from fusectl.transforms.linear import Growing
+
+
+Array = Any
+
+DEFAULT_STEPS = 100
+# Ten times as much is too large for small models, and the 2e-6 of LiGO's released schedule learns hardly anything.
+DEFAULT_LEARNING_RATE = 1e-3
+# Steps between two lines of progress.
+TOLD_EVERY = 10
+# What losses on held-out data are of.
+SMALL, LEARNED, DUPLICATE, RANDOM = "small model", "operator", "duplicate start", "random start"
+
+
+@dataclass(frozen=True)
+class Learning:
+    """How an operator is learned: so many steps of one of optax's optimizers, at a constant rate, without dropout."""
+
+    steps: int = DEFAULT_STEPS
+    learning_rate: float = DEFAULT_LEARNING_RATE
+    optimizer: str = "adam"
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or not 0.0 < self.learning_rate < math.inf:
+            raise UsageError(f"--steps {self.steps}, --learning-rate {self.learning_rate:g}: both are positive")
+
+    def transformation(self) -> optax.GradientTransformation:
+        """The optimizer; raises UsageError for a name that optax has none of."""
+        made = getattr(optax, self.optimizer, None)
+        if not callable(made) or "learning_rate" not in inspect.signature(made).parameters:
+            raise UsageError(
+                f"--learner {self.optimizer}: optax has no such optimizer", hint="adam, adamw, sgd, lion, …"
+            )
+        return made(learning_rate=self.learning_rate)
+
+
+@dataclass(frozen=True)
+class Learned:
+    """The operator after learning, and the losses on held-out data, in nats for a token, by what they are of.
+
+    `stopped` says why learning ended before its last step.
+    """
+
+    operator: Operator
+    held_out: Mapping[str, float]
+    stopped: str | None = None
+
+
+def learn(
+    growing: Growing,
+    checkpoint: Checkpoint,
+    start: Operator,
+    batches: Iterator[Tokens],
+    held_out: Sequence[Tokens],
+    how: Learning,
+    note: Callable[[str], None],
+) -> Learned:
+    """Trains an operator's matrices on batches; `note` is told of the loss now and then.
+
+    Selections of heads for the tables of relative positions stay as they are. Where a loss or a gradient is no number
+    it ends, with the last operator whose loss was one.
+    """
+    small = read_parameters(checkpoint, growing.tree)
+    config = twin_of(growing.grown).config_of(growing.grown, (growing.grown.sizes["embed"],), "float32")
+    fixed = {name: jnp.asarray(each, jnp.float32) for name, each in start.arrays.items() if name.endswith("/relpos")}
+    learned = {
+        name: jnp.asarray(each, jnp.float32) for name, each in start.arrays.items() if not name.endswith("/relpos")
+    }
+    if not learned:
+        raise UsageError("nothing to learn: the model grows by heads alone", hint="fusectl grow, or larger sizes")
+    optimizer = how.transformation()
+    state = optimizer.init(learned)
+
+    def loss_of(matrices: Mapping[str, Array], frozen: Mapping[str, Array], batch: Mapping[str, Array]) -> Array:
+        parameters = grow(growing, frozen, {**fixed, **matrices})
+        return _loss(growing.grown, config, parameters, batch)
+
+    def update(matrices: Any, moments: Any, frozen: Any, batch: Any) -> Any:
+        value, gradient = jax.value_and_grad(loss_of)(matrices, frozen, batch)
+        updates, moments = optimizer.update(gradient, moments, matrices)
+        return value, optax.global_norm(gradient), optax.apply_updates(matrices, updates), moments
+
+    step = jax.jit(update)
+    # `good` has led to a loss that is a number; the one behind it is not known yet.
+    losses: list[float] = []
+    good, stopped = learned, None
+    for i in range(how.steps):
+        value, norm, after, state = step(learned, state, small, batch_of(next(batches)))
+        if not (math.isfinite(value) and math.isfinite(norm)):
+            stopped = f"step {i}: the loss is {float(value):g}, its gradient's norm {float(norm):g}"
+            break
+        losses.append(float(value))
+        good, learned = learned, after
+        if i % TOLD_EVERY == 0 or i == how.steps - 1:
+            note(f"step {i}: loss {float(value):.4f}")
+    found = _with(start, {**fixed, **learned}, losses)
+    held = None if stopped else held_out_losses(growing, small, found, held_out)
+    if held is not None and not math.isfinite(held[LEARNED]):
+        stopped = f"step {how.steps}: the loss on held-out data is {held[LEARNED]:g}"
+    if stopped is not None:
+        found = _with(start, {**fixed, **good}, losses[:-1])
+        held = held_out_losses(growing, small, found, held_out)
+    assert held is not None
+    return Learned(found, held, stopped)
+
+
+def _with(start: Operator, matrices: Mapping[str, Array], losses: Sequence[float]) -> Operator:
+    arrays = {name: np.asarray(each) for name, each in matrices.items()}
+    return replace(start, arrays=arrays, learned=len(losses), losses=tuple(losses))
+
+
+def held_out_losses(
+    growing: Growing, small: Mapping[str, Array], operator: Operator, batches: Sequence[Tokens]
+) -> dict[str, float]:
+    """The mean losses on batches, in nats for a token: of the small model, of what the operator makes of it, of what
+    the start `duplicate` with `pinv` would, and of a random start of the grown size.
+    """
+    tree, grown = growing.tree, growing.grown
+    lossless = initial(replace(growing, tie="pinv"), "duplicate", 0)
+    makers: dict[str, tuple[Recognized, Callable[[], Mapping[str, Array]]]] = {
+        SMALL: (tree, lambda: small),
+        LEARNED: (grown, lambda: _grown(growing, small, operator)),
+        DUPLICATE: (grown, lambda: _grown(replace(growing, tie="pinv"), small, lossless)),
+        RANDOM: (grown, lambda: random_parameters(grown, operator.seed)),
+    }
+    found = {}
+    for name, (own, made) in makers.items():
+        config = twin_of(own).config_of(own, (own.sizes["embed"],), "float32")
+        evaluate = jax.jit(partial(_loss, own, config))
+        parameters = made()
+        found[name] = float(np.mean([float(evaluate(parameters, batch_of(batch))) for batch in batches]))
+    return found
+
+
+def _grown(growing: Growing, small: Mapping[str, Array], operator: Operator) -> Mapping[str, Array]:
+    matrices = {name: jnp.asarray(each, jnp.float32) for name, each in operator.arrays.items()}
+    made: Mapping[str, Array] = jax.jit(partial(grow, growing))(small, matrices)
+    return made
+
+
+def _loss(tree: Recognized, config: Any, parameters: Mapping[str, Array], batch: Mapping[str, Array]) -> Array:
+    return loss(twin_of(tree).logits(config, tree, parameters, Tokens(**batch)), batch["targets"])
+
+
+def read_parameters(checkpoint: Checkpoint, tree: Recognized) -> dict[str, Array]:
+    """The parameters of a checkpoint in float32, by their names in the family's table."""
+    return {name: jnp.asarray(checkpoint.read(tree.full(name)), jnp.float32) for name in tree.shapes}
+
+
+def random_parameters(tree: Recognized, seed: int) -> dict[str, Array]:
+    """A random start as trainers draw it: kernels by their fan-in, norms at 1, embedded tokens of deviation 1.
+
+    T5 draws queries smaller by the root of head_dim, since it does not divide by that (t5x/examples/t5/layers.py).
+    """
+    rng, found = np.random.default_rng(seed), {}
+    head_dim = tree.sizes.get("kv", tree.sizes.get("joined_kv", 0) // tree.sizes["heads"])
+    for name, row in tree.rows.items():
+        shape, axes = tree.shapes[name], row.spec.axes
+        reads = math.prod(n for axis, n in zip(axes, shape, strict=True) if axis in row.spec.inputs)
+        deviation = 1.0 if row.roles[0] == EMBEDDING else reads**-0.5
+        if tree.family.trainer == "t5x" and row.roles[0].endswith("query"):
+            deviation *= head_dim**-0.5
+        values = rng.normal(0.0, deviation, shape)
+        if row.is_norm:
+            values = np.full(shape, 0.0 if tree.network.norm_adds_one else 1.0)
+        elif not row.spec.inputs:
+            values = np.zeros(shape)
+        found[name] = jnp.asarray(values, jnp.float32)
+    return found
