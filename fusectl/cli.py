@@ -20,13 +20,22 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
-from fusectl.errors import Corrupt, FusectlError, OutputExists, StorageError, UsageError, VerificationFailed
+from fusectl.errors import (
+    Corrupt,
+    FusectlError,
+    Incompatible,
+    OutputExists,
+    StorageError,
+    UsageError,
+    VerificationFailed,
+)
 from fusectl.memory import prepare_process
 from fusectl.render import Screen, Terminated
 
 
 if TYPE_CHECKING:
     from fusectl.builder import Options
+    from fusectl.formats.objects import Place
     from fusectl.formats.tree import Checkpoint
     from fusectl.mesh import Mesh
     from fusectl.plan import Plan
@@ -154,6 +163,14 @@ AllowNonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Let NaN
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Nothing on standard error but errors.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+Layers = Annotated[int | None, typer.Option("--layers", help="How many layers each stack is to have.", min=1)]
+EncoderLayers = Annotated[
+    int | None, typer.Option(help="How many layers the encoder is to have. [default: --layers, or as it is]", min=1)
+]
+DecoderLayers = Annotated[
+    int | None, typer.Option(help="How many layers the decoder is to have. [default: --layers, or as it is]", min=1)
+]
 
 # Options that are followed by several values.
 GATHERED = ("--sources", "--over-time")
@@ -408,15 +425,9 @@ def convert(
 )
 def stack(
     source: Source = None,
-    layers: Annotated[
-        int | None, typer.Option("--layers", help="How many layers each stack is to have.", min=1)
-    ] = None,
-    encoder_layers: Annotated[
-        int | None, typer.Option(help="How many layers the encoder is to have. [default: --layers, or as it is]", min=1)
-    ] = None,
-    decoder_layers: Annotated[
-        int | None, typer.Option(help="How many layers the decoder is to have. [default: --layers, or as it is]", min=1)
-    ] = None,
+    layers: Layers = None,
+    encoder_layers: EncoderLayers = None,
+    decoder_layers: DecoderLayers = None,
     how: Annotated[
         Literal["stack", "interleave", "identity"],
         typer.Option(help="The whole stack again, each layer again, or new layers that add nothing at first."),
@@ -462,6 +473,111 @@ def stack(
         plan, opened = plan_stack(_path(source), how, layers, depths, options)
         writing = _Writing(output, force, jobs, dry_run, allow_nonfinite, verify, report, max_memory, sync, resume)
         _write(screen, plan, opened, writing)
+
+
+@app.command(
+    short_help="Learn a linear growth operator, and grow with it.",
+    epilog="Example: fusectl ligo small/checkpoint_500000 --emb 1024 --heads 16 --mlp 4096 --data corpus.txt",
+)
+def ligo(
+    source: Source = None,
+    emb: Annotated[int | None, typer.Option("--emb", help="The width to grow to. [default: as it is]", min=1)] = None,
+    heads: Annotated[int | None, typer.Option(help="Heads, of as many features as now.", min=1)] = None,
+    kv_heads: Annotated[int | None, typer.Option(help="Kv heads. [default: as many for a head as now]", min=1)] = None,
+    mlp: Annotated[int | None, typer.Option(help="The width of the MLP.", min=1)] = None,
+    layers: Layers = None,
+    encoder_layers: EncoderLayers = None,
+    decoder_layers: DecoderLayers = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|MODULE:FUNCTION",
+            help="What to learn from: text, a .npz or .jsonl of tokens, or a function that returns batches.",
+        ),
+    ] = None,
+    operator: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Apply this operator instead of learning one.")
+    ] = None,
+    operator_out: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Where to keep what is learned. [default: OUTPUT.operator]")
+    ] = None,
+    tie: Annotated[
+        Literal["pinv", "paper"], typer.Option(help="Inputs' matrices: the duals of outputs', or the same.")
+    ] = "pinv",
+    init: Annotated[
+        Literal["duplicate", "stack", "interpolate", "random"],
+        typer.Option(help="The start: the small model's function; layers again; or LiGO's released one."),
+    ] = "duplicate",
+    steps: Annotated[int, typer.Option(help="Steps of learning; 0 applies the start as it is.", min=0)] = 100,
+    learning_rate: Annotated[float, typer.Option(help="Of the operator, constant, without warm-up.")] = 1e-3,
+    learner: Annotated[str, typer.Option(help="The optimizer that learns it, by its name in optax.")] = "adam",
+    batch: Annotated[int, typer.Option(help="Rows of a batch.", min=1)] = 16,
+    length: Annotated[int, typer.Option(help="Tokens of a row.", min=4)] = 256,
+    target_length: Annotated[
+        int | None, typer.Option(help="Tokens of a row of targets. [default: as the spans of --length make]", min=4)
+    ] = None,
+    sentinel: Annotated[
+        int | None, typer.Option(help="The token that stands for the first span. [default: by the vocabulary]", min=0)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the start and of the order of the data.", min=0)] = 0,
+    output: Output = None,
+    step: Step = None,
+    format: FormatName = None,
+    arch: Arch = None,
+    drop: Drop = [],  # noqa: B006
+    dtype: Dtype = None,
+    codec: Codec = "auto",
+    sparse: Sparse = None,
+    mesh: MeshSizes = None,
+    axis_rules: AxisRules = None,
+    check: Check = True,
+    sync: Sync = True,
+    max_memory: MaxMemory = None,
+    jobs: Jobs = None,
+    force: Force = False,
+    resume: Resume = False,
+    dry_run: DryRun = False,
+    verify: Verify = False,
+    report: WithReport = True,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Grow a checkpoint to any larger sizes by a linear operator that is learned in some hundred steps (LiGO)."""
+    screen = Screen("ligo", json=json, quiet=quiet, debug=debug)
+    with screen.errors():
+        from fusectl.growth import begin_operator, plan_with_operator
+        from fusectl.ligo.operator import kept, open_operator
+        from fusectl.record import Fill
+
+        stored = _Stored(codec, sparse, link=False, check=check, mesh=_mesh(mesh, axis_rules))
+        options = _options(Fill(), "drop", format, arch, drop, dtype, stored, max_memory, step)
+        path = _path(source)
+        writing = _Writing(output, force, jobs, dry_run, False, verify, report, max_memory, sync, resume)
+        sizes = {"embed": emb, "heads": heads, "kv_heads": kv_heads, "mlp": mlp}
+        depths = {"encoder": encoder_layers, "decoder": decoder_layers}
+        if operator is not None and (data or any({**sizes, **depths}.values()) or layers):
+            raise UsageError("--operator says what to grow to, and nothing is learned", hint="without sizes and --data")
+        if operator is None:
+            if steps and data is None:
+                raise UsageError("--data: what to learn the operator from", hint="--steps 0 applies the start as it is")
+            growing, opened, start = begin_operator(path, sizes, layers, depths, tie, init, seed, options)
+            plan, _ = plan_with_operator(path, kept(start, growing), options)
+            if dry_run:
+                _write(screen, plan, [opened.checkpoint], writing)
+                return
+            operator = _learned(
+                screen,
+                (growing, opened.checkpoint, start),
+                None
+                if data is None or not steps
+                else _Lesson(data, steps, learning_rate, learner, batch, length, target_length, sentinel),
+                _final(output, [opened.checkpoint], plan),
+                operator_out,
+                writing,
+            )
+        plan, sources = plan_with_operator(path, open_operator(operator), options)
+        _write(screen, plan, sources, writing)
 
 
 @app.command(
@@ -969,6 +1085,59 @@ def parse_bytes(text: str | None, option: str) -> int | None:
     return size
 
 
+class _Lesson(NamedTuple):
+    """What an operator is learned from, and how."""
+
+    data: str
+    steps: int
+    learning_rate: float
+    optimizer: str
+    batch: int
+    length: int
+    target_length: int | None
+    sentinel: int | None
+
+
+def _learned(
+    screen: Screen, start: Any, lesson: _Lesson | None, final: Place, operator_out: str | None, how: _Writing
+) -> str:
+    """Learns an operator, or keeps the start where there is no lesson; the path that it is at.
+
+    One that an interrupted run has left is taken when it is resumed.
+    """
+    from fusectl.formats.locate import local
+    from fusectl.ligo.learn import Data, Learning, learn
+    from fusectl.ligo.operator import save_operator
+    from fusectl.surgery import check_output
+
+    growing, checkpoint, operator = start
+    if not isinstance(final, Path) and operator_out is None:
+        raise UsageError("--operator-out: where to keep the operator, which is no part of what goes into the bucket")
+    at = local(operator_out or f"{final}.operator")
+    if how.resume and at.exists():
+        return str(at)
+    for place in (final, at):
+        check_output(place, [checkpoint], force=how.force)
+    stopped = None
+    if lesson is not None:
+        learning = Learning(lesson.steps, lesson.learning_rate, lesson.optimizer)
+        data = Data(lesson.data, lesson.batch, lesson.length, lesson.target_length, lesson.sentinel)
+        examples = data.examples(growing.tree, operator.seed)
+        screen.note(f"learning from {examples.says}")
+        learned = learn(growing, checkpoint, operator, examples, learning, screen.note)
+        operator, stopped = learned.operator, learned.stopped
+        said = ", ".join(f"{name} {value:.4f}" for name, value in learned.held_out.items())
+        screen.note(f"held-out loss in nats for a token: {said}")
+    save_operator(operator, growing, at, force=how.force)
+    if stopped is not None:
+        raise Incompatible(
+            f"learning ended: {stopped}",
+            details=(f"the operator of step {operator.learned}, the last one whose loss is a number, is in {at}",),
+            hint="a smaller --learning-rate",
+        )
+    return str(at)
+
+
 class _Writing(NamedTuple):
     """The options that every writing command ends with."""
 
@@ -985,10 +1154,18 @@ class _Writing(NamedTuple):
     lr_table: str | None = None
 
 
+def _final(output: str | None, opened: Sequence[Any], plan: Plan) -> Place:
+    """Where the output is going to be."""
+    from fusectl.formats.locate import place
+    from fusectl.surgery import default_output
+
+    return default_output(opened, plan) if output is None else place(output)
+
+
 def _write(screen: Screen, plan: Plan, opened: Sequence[Any], how: _Writing) -> None:
     """What every writing command ends with: the plan shown, or carried out and the output's path printed."""
-    from fusectl.formats.locate import local, place
-    from fusectl.surgery import carry_out, check_output, default_output, write_table
+    from fusectl.formats.locate import local
+    from fusectl.surgery import carry_out, check_output, write_table
 
     if how.verify and how.allow_nonfinite:
         raise UsageError("--verify proves nothing about NaN and Inf", hint="without --allow-nonfinite or --verify")
@@ -1000,7 +1177,7 @@ def _write(screen: Screen, plan: Plan, opened: Sequence[Any], how: _Writing) -> 
         raise UsageError("--no-report: of a proof that was not asked for", hint="--verify --no-report")
     if how.lr_table is not None and not plan.rates:
         raise UsageError("--lr-table: for copies of one model with equal weights; between others no rate fits all")
-    final = default_output(opened, plan) if how.output is None else place(how.output)
+    final = _final(how.output, opened, plan)
     if not how.resume:
         check_output(final, opened, force=how.force)
     for note in plan.notes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
+from fusectl.archs import Recognized
 from fusectl.builder import (
     Builder,
     Options,
@@ -19,14 +20,14 @@ from fusectl.errors import UsageError
 from fusectl.exactness import APPROXIMATE, Exactness
 from fusectl.formats import fingerprint
 from fusectl.formats.tree import Checkpoint
-from fusectl.ligo.operator import Kept
+from fusectl.ligo.operator import Kept, Operator, initial
 from fusectl.plan import Plan
 from fusectl.record import Fill, Growth, Record
 from fusectl.sources import Opened, open_source
 from fusectl.state import DROPPED, plan_deeper_state
 from fusectl.transforms.depth import Deepening, deepen
 from fusectl.transforms.grow import widths_of
-from fusectl.transforms.linear import Application, Growing
+from fusectl.transforms.linear import Application, Growing, growing_to
 from fusectl.transforms.optimizer import is_state
 
 
@@ -44,8 +45,7 @@ def plan_stack(
     """
     opened = open_source(path, options.arch, options.drop)
     tree = opened.tree
-    depths = {} if layers is None else dict.fromkeys(tree.depths, layers)
-    depths |= {stack: n for stack, n in of_stack.items() if n is not None}
+    depths = depths_wanted(tree, layers, of_stack)
     deepening = deepen(tree, how, depths, opened.label)
     grown = deepening.grown
     if grown.depths == tree.depths:
@@ -65,6 +65,34 @@ def plan_stack(
     kept = Exactness() if how == "identity" else Exactness(APPROXIMATE, (f"layers that come again ({how})",))
     notes = [*opened.checkpoint.location.notes, *builder.notes, *_notes(deepening, how), *on_mesh]
     return replace(builder.plan(record, item, notes), exactness=kept), [opened.checkpoint]
+
+
+def begin_operator(
+    path: str,
+    sizes: Mapping[str, int | None],
+    layers: int | None,
+    of_stack: Mapping[str, int | None],
+    tie: str,
+    init: str,
+    seed: int,
+    options: Options,
+) -> tuple[Growing, Opened, Operator]:
+    """What grows the checkpoint at a path to these sizes and depths, that checkpoint, and the operator's start.
+
+    None are the sizes that it has. Raises Incompatible for what it cannot grow to, UsageError where nothing would grow.
+    """
+    opened = open_source(path, options.arch, options.drop)
+    wanted = {axis: n for axis, n in sizes.items() if n is not None}
+    growing = growing_to(opened.tree, wanted, depths_wanted(opened.tree, layers, of_stack), tie, opened.label)
+    if not growing.shapes():
+        raise UsageError(f"{opened.label}: it is as large as that already", hint="--emb, --heads, --mlp, --layers")
+    return growing, opened, initial(growing, init, seed)
+
+
+def depths_wanted(tree: Recognized, layers: int | None, of_stack: Mapping[str, int | None]) -> dict[str, int]:
+    """The depths that are asked for: of all stacks, and of single ones."""
+    depths = {} if layers is None else dict.fromkeys(tree.depths, layers)
+    return depths | {stack: n for stack, n in of_stack.items() if n is not None}
 
 
 def plan_with_operator(path: str, operator: Kept, options: Options) -> tuple[Plan, list[Checkpoint]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from fusectl.archs import Recognized
-from fusectl.archs.table import EMBEDDING
+from fusectl.archs.table import EMBEDDING, ENCODER
 from fusectl.errors import UsageError
 from fusectl.formats.tree import Checkpoint
 from fusectl.forward import twin_of
@@ -59,6 +59,36 @@ class Learning:
 
 
 @dataclass(frozen=True)
+class Data:
+    """What to learn from (examples.py), so many rows and tokens at a time.
+
+    An encoder's rows have `length` tokens, and targets `target_length`: by default what spans of that length make.
+    """
+
+    path: str
+    batch: int = 16
+    length: int = 256
+    target_length: int | None = None
+    sentinel: int | None = None
+
+    def examples(self, tree: Recognized, seed: int) -> Examples:
+        """Span corruption for an encoder-decoder, the next token for a decoder."""
+        if ENCODER not in tree.depths:
+            lengths = (1, self.target_length or self.length)
+        else:
+            lengths = (self.length, self.target_length or full_target_length(self.length))
+        return read_examples(
+            self.path,
+            vocab=tree.sizes["vocab"],
+            objective="span_corruption" if ENCODER in tree.depths else "next_token",
+            batch=self.batch,
+            lengths=lengths,
+            seed=seed,
+            sentinel=self.sentinel,
+        )
+
+
+@dataclass(frozen=True)
 class Learned:
     """The operator after learning, and the losses on held-out data, in nats for a token, by what they are of.
 
@@ -74,12 +104,11 @@ def learn(
     growing: Growing,
     checkpoint: Checkpoint,
     start: Operator,
-    batches: Iterator[Tokens],
-    held_out: Sequence[Tokens],
+    examples: Examples,
     how: Learning,
     note: Callable[[str], None],
 ) -> Learned:
-    """Trains an operator's matrices on batches; `note` is told of the loss now and then.
+    """Trains an operator's matrices on examples; `note` is told of the loss now and then.
 
     Selections of heads for the tables of relative positions stay as they are. Where a loss or a gradient is no number
     it ends, with the last operator whose loss was one.
@@ -107,6 +136,7 @@ def learn(
     step = jax.jit(update)
     # `good` has led to a loss that is a number; the one behind it is not known yet.
     losses: list[float] = []
+    batches = examples.batches()
     good, stopped = learned, None
     for i in range(how.steps):
         value, norm, after, state = step(learned, state, small, batch_of(next(batches)))
@@ -118,14 +148,15 @@ def learn(
         if i % TOLD_EVERY == 0 or i == how.steps - 1:
             note(f"step {i}: loss {float(value):.4f}")
     found = _with(start, {**fixed, **learned}, losses)
-    held = None if stopped else held_out_losses(growing, small, found, held_out)
+    held = None if stopped else held_out_losses(growing, small, found, examples.held_out)
     if held is not None and not math.isfinite(held[LEARNED]):
         stopped = f"step {how.steps}: the loss on held-out data is {held[LEARNED]:g}"
     if stopped is not None:
         found = _with(start, {**fixed, **good}, losses[:-1])
-        held = held_out_losses(growing, small, found, held_out)
+        held = held_out_losses(growing, small, found, examples.held_out)
     assert held is not None
-    return Learned(found, held, stopped)
+    about = {"data": examples.says, "optimizer": how.optimizer, "learning_rate": how.learning_rate, "held_out": held}
+    return Learned(replace(found, about=about), held, stopped)
 
 
 def _with(start: Operator, matrices: Mapping[str, Array], losses: Sequence[float]) -> Operator:
