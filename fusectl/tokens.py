@@ -14,7 +14,7 @@ import json
 import os
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from fusectl.errors import Corrupt, Incompatible, NotFound, StorageError
 Ints = npt.NDArray[np.int32]
 
 # Names of the same arrays: T5X's features, seqio's, and short ones.
-_NAMES = {
+NAMES = {
     "encoder": ("encoder_input_tokens", "inputs", "enc"),
     "targets": ("decoder_target_tokens", "targets", "tgt"),
     "decoder": ("decoder_input_tokens", "dec"),
@@ -37,11 +37,11 @@ _NAMES = {
 }
 DEFAULT_BATCH = 4
 DEFAULT_LENGTH = 16
-_KNOWN = ", ".join(names[0] for names in _NAMES.values())
+KNOWN = ", ".join(names[0] for names in NAMES.values())
 
 
 # Whatever a file may hold in place of tokens.
-_UNREADABLE = (
+UNREADABLE = (
     ArithmeticError,
     AttributeError,
     EOFError,
@@ -104,7 +104,7 @@ def random_tokens(vocab: int, batch: int, length: int, seed: int) -> Tokens:
     says = (
         f"{batch} rows of {length} random ones, seed {seed}; of every four one each padded in inputs or targets, packed"
     )
-    return Tokens(encoder, _shifted(targets, target_segments), targets, encoder_segments, target_segments, says)
+    return Tokens(encoder, shifted(targets, target_segments), targets, encoder_segments, target_segments, says)
 
 
 def read_tokens(path: str, vocab: int, batch: int | None, length: int | None) -> Tokens:
@@ -112,19 +112,43 @@ def read_tokens(path: str, vocab: int, batch: int | None, length: int | None) ->
 
     Raises NotFound, Corrupt for what is no such file or holds no tokens, Incompatible for tokens out of the vocabulary.
     """
+    raw = read_bytes(path)
+    try:
+        arrays = from_npz(raw) if raw[:2] == b"PK" else from_lines(raw, length)
+        tokens = tokens_of(arrays, batch, (length, length))
+    except UNREADABLE as error:
+        hint = f'lines such as {{"inputs": [3, 1], "targets": [5, 1]}}, or a .npz of {KNOWN}'
+        raise Corrupt(f"{path}: no tokens in it", details=(f"{error}",), hint=hint) from error
+    require_vocabulary(path, tokens, vocab)
+    says = f"{Path(path).name}: {rows_of(tokens)}, sha256 {digest_of(raw)}"
+    return replace(tokens, says=says)
+
+
+def read_bytes(path: str) -> bytes:
+    """What is in a file of tokens; `~` is the home directory. Raises NotFound, StorageError."""
     file = Path(os.path.expanduser(path))  # noqa: PTH111
     try:
-        raw = file.read_bytes()
+        return file.read_bytes()
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         raise NotFound(f"{path}: no file of tokens") from error
     except OSError as error:
         raise StorageError(f"{path}: cannot be read", details=(str(error),)) from error
-    try:
-        arrays = _from_npz(raw) if raw[:2] == b"PK" else _from_lines(raw)
-        tokens = _tokens(arrays, batch, length)
-    except _UNREADABLE as error:
-        hint = f'lines such as {{"inputs": [3, 1], "targets": [5, 1]}}, or a .npz of {_KNOWN}'
-        raise Corrupt(f"{path}: no tokens in it", details=(f"{error}",), hint=hint) from error
+
+
+def digest_of(raw: bytes) -> str:
+    """What a report names a file's bytes by: the first 16 digits of their sha256."""
+    return hashlib.sha256(raw).hexdigest()[:16]
+
+
+def rows_of(tokens: Tokens) -> str:
+    """How many rows there are, how long, and whether they are packed, in words."""
+    rows, columns = tokens.targets.shape
+    packed = "" if tokens.target_segments is None else ", packed"
+    return f"{rows} rows of {tokens.encoder.shape[1]} and {columns}{packed}"
+
+
+def require_vocabulary(path: str, tokens: Tokens, vocab: int) -> None:
+    """Raises Incompatible for tokens that are not in a vocabulary of so many."""
     for name, values in (("inputs", tokens.encoder), ("targets", tokens.targets), ("decoder inputs", tokens.decoder)):
         outside = np.argwhere((values < 0) | (values >= vocab))
         if len(outside):
@@ -133,59 +157,104 @@ def read_tokens(path: str, vocab: int, batch: int | None, length: int | None) ->
                 f"{path}: token {values[row, at]} is not in the vocabulary of {vocab:,}",
                 details=(f"{len(outside):,} such tokens, first in the {name} of row {row}, at position {at}",),
             )
-    digest = hashlib.sha256(raw).hexdigest()[:16]
-    rows, columns = tokens.targets.shape
-    packed = "" if tokens.target_segments is None else ", packed"
-    says = f"{file.name}: {rows} rows of {tokens.encoder.shape[1]} and {columns}{packed}, sha256 {digest}"
-    return replace(tokens, says=says)
 
 
-def _from_npz(raw: bytes) -> dict[str, npt.NDArray[Any]]:
+def from_npz(raw: bytes) -> dict[str, npt.NDArray[Any]]:
+    """The arrays of a .npz. Raises one of UNREADABLE for what is none."""
     with np.load(io.BytesIO(raw)) as arrays:
         return {name: arrays[name] for name in arrays.files}
 
 
-def _from_lines(raw: bytes) -> dict[str, npt.NDArray[Any]]:
-    """Examples of different lengths, padded to the longest."""
-    examples = [json.loads(line) for line in raw.decode("utf-8-sig").splitlines() if line.strip()]
+def json_lines(raw: bytes) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """The objects that stand in lines of JSON, each with the number of its line, from 1 on; blank lines are skipped.
+
+    Raises ValueError, or another one of UNREADABLE.
+    """
+    for number, line in enumerate(io.TextIOWrapper(io.BytesIO(raw), "utf-8-sig"), 1):
+        if not line.strip():
+            continue
+        try:
+            example = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"line {number}, column {error.colno}: {error.msg}") from error
+        if not isinstance(example, Mapping):
+            raise ValueError(f"line {number} is no object")  # noqa: TRY004
+        yield number, example
+
+
+def integers(name: str, tokens: object) -> Ints:
+    """A list of a line of JSON, which is called `name`, as an array (length,). Raises ValueError, OverflowError."""
+    if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
+        raise ValueError(f"{name!r} of a line is no list of integers")
+    return _narrow(name, np.array(tokens, np.int64))
+
+
+def from_lines(raw: bytes, length: int | None) -> dict[str, npt.NDArray[Any]]:
+    """Examples of different lengths as arrays (batch, length): cut to `length`, then padded to the longest.
+
+    Raises ValueError, or another one of UNREADABLE, for what is no such file.
+    """
+    known = {name for names in NAMES.values() for name in names}
+    examples = [
+        {name: integers(name, row)[:length] for name, row in example.items() if name in known}
+        for _, example in json_lines(raw)
+    ]
     if not examples:
         raise ValueError("the file is empty")
-    if not all(isinstance(example, Mapping) for example in examples):
-        raise ValueError("a line is no object")
-    names = dict.fromkeys(name for example in examples for name in example)
-    known = {name for names in _NAMES.values() for name in names}
     arrays = {}
-    for name in names:
-        if name in known:
-            lacking = next((i for i, example in enumerate(examples) if name not in example), None)
-            if lacking is not None:
-                raise ValueError(f"example {lacking} has no {name!r}")
-            rows = [example[name] for example in examples]
-            if not all(isinstance(row, list) and all(type(token) is int for token in row) for row in rows):
-                raise ValueError(f"{name!r} of a line is no list of integers")
-            width = max(map(len, rows))
-            arrays[name] = np.array([row + [0] * (width - len(row)) for row in rows])
+    for name in dict.fromkeys(name for example in examples for name in example):
+        lacking = next((i for i, example in enumerate(examples) if name not in example), None)
+        if lacking is not None:
+            raise ValueError(f"example {lacking} has no {name!r}")
+        arrays[name] = padded([example[name] for example in examples])
     return arrays
 
 
-def _tokens(arrays: Mapping[str, npt.NDArray[Any]], batch: int | None, length: int | None) -> Tokens:
-    def named(key: str) -> Ints | None:
-        values = next((arrays[name] for name in _NAMES[key] if name in arrays), None)
-        if values is None:
+def padded(rows: Sequence[Ints]) -> Ints:
+    """Rows of different lengths as one array (batch, length of the longest), with 0 behind the shorter ones."""
+    out = np.zeros((len(rows), max(map(len, rows))), np.int32)
+    for line, row in zip(out, rows, strict=True):
+        line[: len(row)] = row
+    return out
+
+
+def _narrow(name: str, values: npt.NDArray[Any]) -> Ints:
+    if values.size and (int(values.max()) > np.iinfo(np.int32).max or int(values.min()) < np.iinfo(np.int32).min):
+        raise ValueError(f"{name}: a token of more than 31 bits")
+    return values.astype(np.int32)
+
+
+def tokens_of(
+    arrays: Mapping[str, npt.NDArray[Any]],
+    batch: int | None,
+    lengths: tuple[int | None, int | None],
+    *,
+    decoder_only: bool = False,
+) -> Tokens:
+    """The batch that arrays (batch, length) by any of NAMES are, at most `batch` rows, inputs and targets cut to their
+    `lengths`. `decoder_only` leaves inputs out: the encoder's tokens are (batch, 1) of padding then.
+
+    Raises ValueError for arrays that are none.
+    """
+
+    def named(key: str, length: int | None) -> Ints | None:
+        values = next((arrays[name] for name in NAMES[key] if name in arrays), None)
+        if values is None or (decoder_only and key.startswith("encoder")):
             return None
         if values.ndim != 2 or values.dtype.kind not in "iu":
             raise ValueError(f"{key}: {values.dtype} of shape {list(values.shape)}, not integers (batch, length)")
-        if values.size and (int(values.max()) > np.iinfo(np.int32).max or int(values.min()) < np.iinfo(np.int32).min):
-            raise ValueError(f"{key}: a token of more than 31 bits")
-        return values[:batch, :length].astype(np.int32)
+        return _narrow(key, values[:batch, :length])
 
-    encoder, targets = named("encoder"), named("targets")
+    encoder, targets = named("encoder", lengths[0]), named("targets", lengths[1])
+    if decoder_only and targets is not None:
+        encoder = np.zeros((len(targets), 1), np.int32)
     if encoder is None or targets is None:
-        raise ValueError(f"inputs and targets are needed; it has {', '.join(arrays) or 'nothing'}")
-    encoder_segments, target_segments = named("encoder_segments"), named("target_segments")
-    if (encoder_segments is None) != (target_segments is None):
+        needed = "targets" if decoder_only else "inputs and targets"
+        raise ValueError(f"{needed} are needed; it has {', '.join(arrays) or 'nothing'}")
+    encoder_segments, target_segments = named("encoder_segments", lengths[0]), named("target_segments", lengths[1])
+    if not decoder_only and (encoder_segments is None) != (target_segments is None):
         raise ValueError("segments of inputs and targets belong together")
-    decoder = named("decoder")
+    decoder = named("decoder", lengths[1])
     for name, values, like in (
         ("decoder inputs", decoder, targets),
         ("segments of the inputs", encoder_segments, encoder),
@@ -196,15 +265,16 @@ def _tokens(arrays: Mapping[str, npt.NDArray[Any]], batch: int | None, length: i
     if len(encoder) != len(targets):
         raise ValueError(f"{len(encoder)} rows of inputs, {len(targets)} of targets")
     for name, values in (("input", encoder), ("target", targets)):
-        if not (values > 0).any():
+        if not (values > 0).any() and (name == "target" or not decoder_only):
             raise ValueError(f"no {name} that is not padding")
-    shifted = _shifted(targets, target_segments) if decoder is None else decoder
-    return Tokens(encoder, shifted, targets, encoder_segments, target_segments)
+    if decoder is None:
+        decoder = shifted(targets, target_segments)
+    return Tokens(encoder, decoder, targets, encoder_segments, target_segments)
 
 
-def _shifted(targets: Ints, segments: Ints | None) -> Ints:
+def shifted(targets: Ints, segments: Ints | None = None) -> Ints:
     """Targets shifted right by one; a segment begins with 0, as if it stood alone."""
-    shifted = np.concatenate([np.zeros((len(targets), 1), np.int32), targets[:, :-1]], axis=1)
+    moved = np.concatenate([np.zeros((len(targets), 1), np.int32), targets[:, :-1]], axis=1)
     if segments is not None:
-        shifted[:, 1:][segments[:, 1:] != segments[:, :-1]] = 0
-    return shifted
+        moved[:, 1:][segments[:, 1:] != segments[:, :-1]] = 0
+    return moved
