@@ -566,16 +566,11 @@ def ligo(
             if dry_run:
                 _write(screen, plan, [opened.checkpoint], writing)
                 return
-            operator = _learned(
-                screen,
-                (growing, opened.checkpoint, start),
-                None
-                if data is None or not steps
-                else _Lesson(data, steps, learning_rate, learner, batch, length, target_length, sentinel),
-                _final(output, [opened.checkpoint], plan),
-                operator_out,
-                writing,
-            )
+            lesson = None
+            if data is not None and steps:
+                lesson = _Lesson(data, steps, learning_rate, learner, batch, length, target_length, sentinel)
+            final = _final(output, [opened.checkpoint], plan)
+            operator = _learned(screen, (growing, opened.checkpoint, start), lesson, final, operator_out, writing)
         plan, sources = plan_with_operator(path, open_operator(operator), options)
         _write(screen, plan, sources, writing)
 

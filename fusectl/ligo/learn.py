@@ -17,6 +17,7 @@ import optax
 from fusectl.archs import Recognized
 from fusectl.archs.table import EMBEDDING, ENCODER
 from fusectl.errors import UsageError
+from fusectl.examples import Examples, full_target_length, read_examples
 from fusectl.formats.tree import Checkpoint
 from fusectl.forward import twin_of
 from fusectl.ligo.network import batch_of, grow, loss
