@@ -33,6 +33,7 @@ from fusectl.verify.claim import Claim, Declared, make_claim, nothing_known
 from fusectl.verify.copies import check_copy
 from fusectl.verify.files import check_files
 from fusectl.verify.growth import check_grown, open_grown
+from fusectl.verify.linear import check_linear
 from fusectl.verify.page import page
 from fusectl.verify.report import FILE_NAME, PAGE_NAME, Report
 from fusectl.verify.settings import LEVELS, Settings
@@ -106,7 +107,10 @@ def _against_smaller(fused: Checkpoint, path: str, settings: Settings, progress:
     tokens = _tokens(grown.tree, settings) if settings.runs_native and has_twin else None
     if settings.runs("weights"):
         started = time.monotonic()
-        weights = check_grown(grown, budget_bytes=settings.read_bytes, jobs=settings.threads, progress=progress)
+        if grown.growth.operator is not None:
+            weights = check_linear(grown, progress)
+        else:
+            weights = check_grown(grown, budget_bytes=settings.read_bytes, jobs=settings.threads, progress=progress)
         report = replace(report, weights=replace(weights, seconds=time.monotonic() - started))
     report = replace(report, notes=(*report.notes, *notes))
     if tokens is None:

@@ -1,0 +1,211 @@
+"""A checkpoint that a growth operator has made: every tensor against a dense application of the operator.
+
+In float64, tensor by tensor, by the formula as it stands in the paper: Omega_j = A_j W_j B_j^T, W'_l = sum_j w_lj Omega_j.
+What is multiplied with what is worked out anew from axes and roles, the duals are numpy's pseudo-inverses. The planner,
+the executor and what learning computes have no part in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fusectl.archs.table import Row, stack_of
+from fusectl.errors import NotFound
+from fusectl.formats import fingerprint, open_checkpoint
+from fusectl.formats.tree import Checkpoint
+from fusectl.formats.zarr import epsilon
+from fusectl.layout import Region, whole
+from fusectl.parallel import Progress
+from fusectl.verify.growth import Grown
+from fusectl.verify.report import WeightsResult
+
+
+Array = npt.NDArray[Any]
+# What float64 may lose on the way, relative to a tensor's largest value.
+RELATIVE = 1e-11
+# Of the elements of a table that are multiplied at once.
+TABLE_ELEMENTS = 1 << 24
+
+
+def check_linear(grown: Grown, progress: Progress) -> WeightsResult:
+    """Compares every tensor with the operator's, to the rounding of its dtype; raises NotFound without the operator."""
+    path = grown.growth.operator
+    assert path is not None
+    try:
+        operator = open_checkpoint(path)
+    except NotFound as error:
+        raise NotFound(
+            f"the operator {path} is not there any more", hint="move it back, beside what it grew"
+        ) from error
+    dense = _Dense(grown, operator)
+    problems = [
+        f"{each.path} has changed since it was used"
+        for each, digest in (
+            (operator, grown.growth.operator_fingerprint),
+            (grown.source, grown.growth.source.fingerprint),
+        )
+        if fingerprint(each) != digest
+    ]
+    names = [name for name in grown.tree.shapes if grown.tree.full(name) in grown.fused.leaves]
+    wanted = {grown.tree.full(name) for name in dense.wanted()}
+    problems += [f"{name}: missing" for name in sorted(wanted - grown.fused.leaves.keys())]
+    progress.start("applying the operator", sum(grown.fused.leaves[grown.tree.full(name)].nbytes for name in names))
+    read = 0
+    for name in names:
+        leaf = grown.fused.leaves[grown.tree.full(name)]
+        off = 0
+        for region in _tiles(grown.tree.rows[name], leaf.shape):
+            found = grown.fused.read(leaf.name, region).astype(np.float64)
+            expected = dense.expected(name, region)
+            if expected.shape != found.shape:
+                problems.append(f"{name}: shape {list(leaf.shape)}, expected {list(expected.shape)}")
+                break
+            limit = epsilon(leaf.dtype) * np.abs(expected) + RELATIVE * np.abs(expected).max(initial=0.0)
+            # A NaN is never below a limit.
+            off += int(np.count_nonzero(~(np.abs(found - expected) <= limit)))
+        if off:
+            problems.append(f"{name}: {off:,} values are not what the operator makes of {grown.source.path}")
+        read += leaf.nbytes
+        progress.advance(name, leaf.nbytes)
+    return WeightsResult(not problems, len(names), len(names), 0, 0, tuple(problems), bytes_read=read)
+
+
+def _tiles(row: Row, shape: tuple[int, ...]) -> Iterator[Region]:
+    """A table in parts along the vocabulary, which nothing is multiplied with; any other tensor whole."""
+    if "vocab" not in row.spec.axes:
+        yield whole(shape)
+        return
+    axis = row.spec.axes.index("vocab")
+    edge = max(1, TABLE_ELEMENTS // max(1, int(np.prod(shape)) // shape[axis]))
+    for start in range(0, shape[axis], edge):
+        yield (*whole(shape[:axis]), range(start, min(start + edge, shape[axis])), *whole(shape[axis + 1 :]))
+
+
+@dataclass
+class _Dense:
+    """The operator applied densely."""
+
+    grown: Grown
+    operator: Checkpoint
+    _kept: dict[str, Array] = field(default_factory=dict)
+
+    def wanted(self) -> Iterator[str]:
+        """The parameters that the grown model should have: each kind as often as it has layers."""
+        sizes, grown = self.grown.tree.sizes, self.grown
+        depths = {stack: self._depth(stack) for stack in grown.source_tree.depths}
+        yield from grown.source_tree.resized(sizes, depths).shapes
+
+    def _depth(self, stack: str) -> int:
+        weights = [name for name in self.operator.leaves if name.startswith(f"{stack}/depth/")]
+        return self.operator.leaves[weights[0]].shape[0] if weights else self.grown.source_tree.depths[stack]
+
+    def expected(self, name: str, region: Region) -> Array:
+        """What stands in a region of a tensor; the region is cut along the vocabulary alone."""
+        row, stack, network = self.grown.tree.rows[name], stack_of(name), self.grown.source_tree.network
+        one = 1.0 if network.norm_adds_one and row.role.endswith("_norm") else 0.0
+        axes = row.spec.axes
+        inner = tuple(axis for axis in axes if axis not in {"layers", "stack"})
+        layers = list(self.grown.tree.layers_of(name)) if row.is_of_layers(name) else [None]
+        by_layer = []
+        for layer in layers:
+            kernels = []
+            for role in row.roles:
+                total: Array | float = 0.0
+                for j, weight in self._weights(stack, role, layer):
+                    source, where = self._kernel(name, stack, role, j, region)
+                    values = source + one
+                    for axis in inner:
+                        matrix = self._matrix(axis, role, stack, j, reads=axis in row.spec.inputs)
+                        if matrix is not None:
+                            at = where.index(axis)
+                            values = np.moveaxis(np.tensordot(matrix, values, (1, at)), 0, at)
+                    total = total + weight * values
+                kernels.append(np.asarray(total) * self._factor(row, role) - one)
+            at = [axis for axis in axes if axis != "layers"]
+            by_layer.append(np.stack(kernels, at.index("stack")) if "stack" in axes else kernels[0])
+        return np.stack(by_layer, axes.index("layers")) if "layers" in axes else np.asarray(by_layer[0])
+
+    def _weights(self, stack: str, role: str, layer: int | None) -> list[tuple[int | None, float]]:
+        name = f"{stack}/depth/{role.removesuffix('_bias')}"
+        if layer is None or name not in self.operator.leaves:
+            return [(layer, 1.0)]
+        return [(j, float(w)) for j, w in enumerate(self._read(name)[layer]) if w]
+
+    def _kernel(
+        self, name: str, stack: str, role: str, layer: int | None, region: Region
+    ) -> tuple[Array, tuple[str, ...]]:
+        """The small model's kernel of a role and a layer, and its axes."""
+        tree = self.grown.source_tree
+        for other, row in tree.rows.items():
+            of_layer = (
+                layer in tree.layers_of(other) if row.is_of_layers(other) and layer is not None else other == name
+            )
+            if stack_of(other) != stack or role not in row.roles or not of_layer:
+                continue
+            at = list(whole(tree.shapes[other]))
+            axes = list(row.spec.axes)
+            if "vocab" in axes:
+                at[axes.index("vocab")] = region[axes.index("vocab")]
+            if "layers" in axes:
+                place = tree.layers_of(other).index(layer or 0)
+                at[axes.index("layers")] = range(place, place + 1)
+            if "stack" in axes:
+                at[axes.index("stack")] = range(row.roles.index(role), row.roles.index(role) + 1)
+            values = self.grown.source.read(tree.full(other), tuple(at)).astype(np.float64)
+            stacked = tuple(axes.index(axis) for axis in ("layers", "stack") if axis in axes)
+            return values.squeeze(stacked), tuple(axis for axis in axes if axis not in {"layers", "stack"})
+        raise AssertionError(f"{role} of layer {layer}")
+
+    def _matrix(self, axis: str, role: str, stack: str, layer: int | None, *, reads: bool) -> Array | None:
+        """What an axis is multiplied with, (large, small); None for one that stays as it is."""
+        pinv = self._about["tie"] == "pinv"
+        now, then = (self.grown.source_tree.sizes, self.grown.tree.sizes)
+        if now.get(axis) == then.get(axis):
+            return None
+        name, repeat = axis, 1
+        if axis == "embed" and role.endswith("_norm") and pinv:
+            name = f"{stack}/final_norm" if role == "final_norm" else "norm"
+        elif axis == "mlp":
+            name = f"{stack}/mlp"
+        elif axis in {"heads", "kv_heads", "joined_kv"}:
+            cross = "cross_" if role.startswith("cross_") else ""
+            part = role.removeprefix("cross_").removesuffix("_bias")
+            name = f"{stack}/{cross}{'value' if part == 'out' else part}"
+            grouped = axis == "heads" and part == "out" and "kv_heads" in now
+            repeat = now["heads"] // now["kv_heads"] if grouped else 1
+            repeat = now["joined_kv"] // now["heads"] if axis == "joined_kv" else repeat
+        elif axis != "embed":
+            return None
+        matrix = self._read(name)
+        matrix = matrix[layer] if matrix.ndim == 3 else matrix
+        matrix = np.linalg.pinv(matrix).T if reads and pinv else matrix
+        return np.kron(matrix, np.eye(repeat)) if repeat > 1 else matrix
+
+    def _factor(self, row: Row, role: str) -> float:
+        """What the network's own powers of the width make of embeddings, and of the norm before a tied head."""
+        network, part = self.grown.source_tree.network, self._part
+        if role == "embedding":
+            return float(part**network.embedding_power)
+        paper = self._about["tie"] == "paper"
+        return float(part ** (network.tied_logits_power - network.embedding_power)) if row.tied_head and paper else 1.0
+
+    @property
+    def _part(self) -> float:
+        return float(self.grown.source_tree.sizes["embed"] / self.grown.tree.sizes["embed"])
+
+    @property
+    def _about(self) -> Any:
+        return self.operator.custom["fusectl_operator"]
+
+    def _read(self, name: str) -> Array:
+        if name not in self._kept:
+            # One kind after the other: those of another are not wanted again soon.
+            if len(self._kept) > 8:
+                self._kept.clear()
+            self._kept[name] = self.operator.read(name).astype(np.float64)
+        return self._kept[name]
