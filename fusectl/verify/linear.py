@@ -1,8 +1,8 @@
 """A checkpoint that a growth operator has made: every tensor against a dense application of the operator.
 
-In float64, tensor by tensor, by the formula as it stands in the paper: Omega_j = A_j W_j B_j^T, W'_l = sum_j w_lj Omega_j.
-What is multiplied with what is worked out anew from axes and roles, the duals are numpy's pseudo-inverses. The planner,
-the executor and what learning computes have no part in it.
+In float64, tensor by tensor, by the paper's formula: Omega_j = A_j W_j B_j^T, W'_l = sum_j w_lj Omega_j. What is
+multiplied with what is worked out anew from axes and roles, the duals are numpy's pseudo-inverses. The planner, the
+executor and what learning computes have no part in it.
 """
 
 from __future__ import annotations
@@ -126,8 +126,8 @@ class _Dense:
                             values = np.moveaxis(np.tensordot(matrix, values, (1, at)), 0, at)
                     total = total + weight * values
                 kernels.append(np.asarray(total) * self._factor(row, role) - one)
-            at = [axis for axis in axes if axis != "layers"]
-            by_layer.append(np.stack(kernels, at.index("stack")) if "stack" in axes else kernels[0])
+            beside = [axis for axis in axes if axis != "layers"]
+            by_layer.append(np.stack(kernels, beside.index("stack")) if "stack" in axes else kernels[0])
         return np.stack(by_layer, axes.index("layers")) if "layers" in axes else np.asarray(by_layer[0])
 
     def _weights(self, stack: str, role: str, layer: int | None) -> list[tuple[int | None, float]]:
