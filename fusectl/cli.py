@@ -576,6 +576,63 @@ def ligo(
 
 
 @app.command(
+    short_help="Say which operator leads to larger sizes, and what it keeps.",
+    epilog="Example: fusectl grow small/checkpoint_500000 --to emb=1024,heads=16,mlp=4096,layers=12",
+)
+def grow(
+    source: Source = None,
+    to: Annotated[
+        str | None,
+        typer.Option(
+            "--to", metavar="NAME=N,...|FILE|CKPT", help="Sizes, a config (yml, json, gin), or another checkpoint."
+        ),
+    ] = None,
+    how: Annotated[
+        Literal["self-fuse", "stack", "duplicate", "ligo"] | None,
+        typer.Option(help="Grow by this operator. [default: say what there is]"),
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="For ligo: what to learn from.")] = None,
+    output: Output = None,
+    arch: Arch = None,
+    max_memory: MaxMemory = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+    verify: Verify = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Say which operators lead from a checkpoint to larger sizes and what each keeps; run the one that is asked for."""
+    screen = Screen("grow", json=json, quiet=quiet, debug=debug)
+    with screen.errors():
+        from fusectl.formats import open_checkpoint
+        from fusectl.packed import unpacked
+        from fusectl.routes import read_target, routes
+        from fusectl.sources import recognized
+
+        path = _path(source)
+        if to is None:
+            raise UsageError("--to: what to grow to", hint="--to emb=1024,heads=16,mlp=4096,layers=12")
+        checkpoint = unpacked(open_checkpoint(path))
+        tree = recognized(checkpoint, arch)
+        found = routes(tree, read_target(to, tree), path)
+        if how is None:
+            screen.routes(found, path)
+            return
+        route = next(each for each in found if each.how == how)
+        if route.why_not:
+            raise Incompatible(f"{path}: {how} does not lead there", details=(route.why_not,), hint="without --how")
+        if len(route.steps) > 1:
+            raise UsageError(f"--how {how}: two steps, of which each writes a checkpoint", hint=route.command(path))
+        ((name, given),) = route.steps
+        options = {**given, **({"data": data} if how == "ligo" else {}), "arch": arch, "output": output}
+        options |= {"max_memory": max_memory, "force": force, "dry_run": dry_run, "verify": verify}
+    # It prints what it has done, and its errors, itself.
+    commands: dict[str, Any] = {"self-fuse": self_fuse, "stack": stack, "ligo": ligo}
+    commands[name](path, **options, json=json, quiet=quiet, debug=debug)
+
+
+@app.command(
     short_help="Prove that a fusion is what it should be.",
     epilog="Example: fusectl verify fused/checkpoint_1000000 --x64",
 )

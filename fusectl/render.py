@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from fusectl.plan import Plan
     from fusectl.record import Fill, Growth
     from fusectl.restart import Restart
+    from fusectl.routes import Route
     from fusectl.verify import Report
 
 
@@ -188,6 +189,25 @@ class Screen:
         self._result = found.as_json()
         if not self._json:
             _print_diff(self._console(sys.stdout), found)
+
+    def routes(self, found: Sequence[Route], path: str) -> None:
+        """Prints which operators lead to larger sizes, and why others do not."""
+        self._result = {
+            "path": path,
+            "routes": [
+                {
+                    "how": route.how,
+                    "keeps": route.keeps,
+                    "command": route.command(path) if route.steps else None,
+                    "why_not": route.why_not or None,
+                }
+                for route in found
+            ],
+        }
+        if not self._json:
+            facts = [(route.how, line) for route in found for line in _route(route, path)]
+            shown = [("" if i and facts[i - 1][0] == name else name, line) for i, (name, line) in enumerate(facts)]
+            _print_facts(self._console(sys.stdout), shown)
 
     def heat_map(self, found: HeatMap, file: Path) -> None:
         """Prints the path of a picture; as JSON also what was measured."""
@@ -423,6 +443,11 @@ def _print_plan(console: Console, plan: Plan, output: Place) -> None:
     ]
     console.print()
     _print_columns(console, rows)
+
+
+def _route(route: Route, path: str) -> Iterator[str]:
+    yield f"keeps {route.keeps}"
+    yield f"not here: {route.why_not}" if route.why_not else route.command(path)
 
 
 def _layers(growth: Growth, stack: str) -> str:

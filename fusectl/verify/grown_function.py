@@ -6,6 +6,7 @@ take is the caller's to choose.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -14,11 +15,12 @@ import numpy.typing as npt
 
 from fusectl.archs import Recognized
 from fusectl.formats.tree import Checkpoint
+from fusectl.formats.zarr import epsilon
 from fusectl.forward import Model, Shelf, head_of, plan_passes, run_stages, twin_of
 from fusectl.parallel import Progress
 from fusectl.record import Record
 from fusectl.tokens import Tokens
-from fusectl.verify.function import UNITS_PER_LAYER, capped
+from fusectl.verify.function import UNITS_AS_STORED, UNITS_PER_LAYER, capped
 from fusectl.verify.growth import Grown
 from fusectl.verify.logits import LogitsComparison
 from fusectl.verify.report import FunctionResult
@@ -41,17 +43,26 @@ def check_grown_function(
     comparison = LogitsComparison(head_of(grown.tree))
     comparison.add(tokens, found, expected)
     limit, limit_says = None, ""
-    if grown.keeps_function:
+    now, then = (_coarsest(*each) for each in ((grown.source, grown.source_tree), (grown.fused, grown.tree)))
+    # What rounding all weights to a narrower dtype does to a function has no bound worth the name.
+    if grown.keeps_function and epsilon(then) <= epsilon(now):
         layers, largest = 1 + sum(grown.tree.depths.values()), comparison.reference_max_abs
         unit = float(np.finfo(settings.precision).eps)
-        limit = unit * UNITS_PER_LAYER[settings.precision] * layers * largest
-        limit_says = (
-            f"{UNITS_PER_LAYER[settings.precision]} x {unit:.1e} ({settings.precision}) x {layers} layers "
-            f"x the largest logit {largest:.3g}"
-        )
+        relative = unit * UNITS_PER_LAYER[settings.precision] * layers
+        limit_says = f"{UNITS_PER_LAYER[settings.precision]} x {unit:.1e} ({settings.precision}) x {layers} layers"
+        if grown.growth.operator is not None:
+            # What an operator multiplies is rounded anew.
+            relative += epsilon(then) * UNITS_AS_STORED * math.sqrt(layers)
+            limit_says = f"({limit_says} + {UNITS_AS_STORED} x {epsilon(then):.1e} ({then} as stored) x sqrt({layers}))"
+        limit, limit_says = relative * largest, f"{limit_says} x the largest logit {largest:.3g}"
     says = "against the model that it was grown from"
     result = comparison.result(limit, limit_says, says, None, settings.max_native_rms)
     return result, how
+
+
+def _coarsest(checkpoint: Checkpoint, tree: Recognized) -> str:
+    """The dtype of the parameters that are stored in least."""
+    return max({checkpoint.leaves[tree.full(name)].dtype for name in tree.shapes}, key=epsilon)
 
 
 def _logits(
