@@ -115,9 +115,10 @@ def read_target(text: str, tree: Recognized) -> Target:
         raise Incompatible(f"{text}: sizes that growing keeps", details=wrong)
     depths = dict.fromkeys(tree.depths, found["layers"]) if "layers" in found else {}
     depths |= {stack: found[stack] for stack in (ENCODER, DECODER) if stack in found}
-    axes = ("embed", "heads", "kv_heads", "mlp")
-    # Configs have kv heads for all models; trees only where they are fewer than heads.
-    return Target({a: found[a] for a in axes if a in found and (a != "kv_heads" or a in tree.sizes)}, depths)
+    if "kv_heads" not in tree.sizes and found.get("kv_heads") == found.get("heads", tree.sizes["heads"]):
+        # Configs count them for all models, trees where they are fewer than heads.
+        del found["kv_heads"]
+    return Target({axis: found[axis] for axis in ("embed", "heads", "kv_heads", "mlp") if axis in found}, depths)
 
 
 def routes(tree: Recognized, target: Target, where: str) -> list[Route]:
