@@ -41,7 +41,8 @@ def check_grown_function(
     comparison = LogitsComparison(head_of(grown.tree))
     comparison.add(tokens, found, expected)
     limit, limit_says = None, ""
-    if grown.keeps_function:
+    # What rounding all weights to a narrower dtype does to a function has no bound worth the name.
+    if grown.keeps_function and not grown.narrowed:
         layers, largest = 1 + sum(grown.tree.depths.values()), comparison.reference_max_abs
         unit = float(np.finfo(settings.precision).eps)
         limit = unit * UNITS_PER_LAYER[settings.precision] * layers * largest
