@@ -124,6 +124,8 @@ class Builder:
         )
         self.outputs: list[Output] = []
         self.used: set[str] = set()
+        # Of the outputs that inherit keys and chunks, the tensors of the first source that those are of.
+        self.beside: dict[str, str] = {}
         self.notes: list[str] = []
         # Of tensors that are packed in the first source, and in the output: the layouts of their parts.
         self._packs = packs_of(sources[0].checkpoint)
@@ -170,7 +172,9 @@ class Builder:
         if keys is None:
             # T5X's trees are dictionaries, and their keys hold no slash.
             inherits = leaf is not None and self._format.name != "t5x"
-            keys = keys_beside(leaf, name) if leaf is not None and inherits else dict_keys(name)
+            keys = keys_beside(leaf.keys, name) if leaf is not None and inherits else dict_keys(name)
+        if leaf is not None:
+            self.beside[name] = leaf.name
         random_key = leaf.random_key if leaf is not None else None
         self.outputs.append(
             Output(name, keys, layout, storage, passed, tile, cost, noise_name or name, part_of, random_key)
@@ -324,10 +328,14 @@ def plan_step(
 
 
 def plan_auxiliary(builder: Builder, first: Opened) -> None:
-    """Plans copies of the streams of random numbers in MaxText's training states, which no growth changes."""
-    for name in first.checkpoint.leaves:
-        if _AUXILIARY.match(name) and name not in first.dropped:
-            builder.copy(name)
+    """Plans copies of the streams of random numbers in MaxText's training states, which no width changes."""
+    for name in auxiliary(first):
+        builder.copy(name)
+
+
+def auxiliary(opened: Opened) -> list[str]:
+    """The streams of random numbers in a training state of MaxText's."""
+    return [name for name in opened.checkpoint.leaves if _AUXILIARY.match(name) and name not in opened.dropped]
 
 
 def step_of(first: Opened) -> str | None:

@@ -1221,7 +1221,7 @@ def _write(screen: Screen, plan: Plan, opened: Sequence[Any], how: _Writing) -> 
 
     if how.verify and how.allow_nonfinite:
         raise UsageError("--verify proves nothing about NaN and Inf", hint="without --allow-nonfinite or --verify")
-    if how.verify and not (plan.record.sources or plan.record.copy):
+    if how.verify and not plan.record.made_from:
         raise UsageError(
             "--verify: nobody says what it was fused from", hint="without it, then fusectl verify OUT --sources A B"
         )

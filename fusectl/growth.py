@@ -9,26 +9,28 @@ from fusectl.archs import Recognized
 from fusectl.builder import (
     Builder,
     Options,
+    auxiliary,
     notes_on_mesh,
     own_record,
-    plan_auxiliary,
     plan_step,
     source_record,
     target_of,
 )
 from fusectl.errors import UsageError
-from fusectl.exactness import APPROXIMATE, Exactness
+from fusectl.exactness import APPROXIMATE, Exactness, least
 from fusectl.formats import fingerprint
-from fusectl.formats.tree import Checkpoint
+from fusectl.formats.tree import DICT, T5X_STEP, Checkpoint, Key, is_dropped, keys_beside
+from fusectl.formats.zarr import epsilon
+from fusectl.layout import Layout
 from fusectl.ligo.operator import Kept, Operator, initial
 from fusectl.plan import Plan
-from fusectl.record import Fill, Growth, Record
+from fusectl.record import Fill, Growth, Origin, Record
 from fusectl.sources import Opened, open_source
 from fusectl.state import DROPPED, plan_deeper_state
 from fusectl.transforms.depth import Deepening, deepen
 from fusectl.transforms.grow import widths_of
 from fusectl.transforms.linear import Application, Growing, growing_to
-from fusectl.transforms.optimizer import is_state
+from fusectl.transforms.optimizer import STATES, is_state, unnamed
 
 
 # Matrices that are kept in memory: those of two kernels' sides.
@@ -60,11 +62,14 @@ def plan_stack(
         builder.add(prefix + parameter, layout, like=like)
     optimizer = plan_deeper_state(builder, opened, deepening, options)
     plan_step(builder, opened, options, out_format)
-    plan_auxiliary(builder, opened)
-    record = _record(opened, options, _growth(opened, deepening, how), optimizer)
-    kept = Exactness() if how == "identity" else Exactness(APPROXIMATE, (f"layers that come again ({how})",))
+    leaves = opened.checkpoint.leaves
+    for name, like, shape, blocks in deepening.streams({name: leaves[name].shape for name in auxiliary(opened)}):
+        builder.add(name, Layout(unnamed(shape), shape, leaves[like].dtype, blocks), like=like)
+    record = _record(opened, builder, options, _growth(opened, deepening, how), optimizer)
+    again = [] if how == "identity" else [Exactness(APPROXIMATE, (f"layers that come again ({how})",))]
     notes = [*opened.checkpoint.location.notes, *builder.notes, *_notes(deepening, how), *on_mesh]
-    return replace(builder.plan(record, item, notes), exactness=kept), [opened.checkpoint]
+    exactness = least([*again, *_rounding(opened, options)])
+    return replace(builder.plan(record, item, notes), exactness=exactness), [opened.checkpoint]
 
 
 def begin_operator(
@@ -117,7 +122,8 @@ def plan_with_operator(path: str, operator: Kept, options: Options) -> tuple[Pla
     with_state = any(is_state(name) and name not in opened.dropped for name in opened.checkpoint.leaves)
     builder.notes += [DROPPED] * with_state
     plan_step(builder, opened, options, out_format)
-    plan_auxiliary(builder, opened)
+    # Streams of random numbers go with the state: a trainer begins both anew.
+    builder.used.update(auxiliary(opened))
     own = operator.checkpoint
     growth = Growth(
         how=operator.how,
@@ -130,7 +136,7 @@ def plan_with_operator(path: str, operator: Kept, options: Options) -> tuple[Pla
     )
     widths = widths_of([grown])
     record = replace(
-        _record(opened, options, growth, "drop" if with_state else "none"),
+        _record(opened, builder, options, growth, "drop" if with_state else "none"),
         # One model of one width, whatever the small one was made of.
         weights=(1.0,),
         widths=widths,
@@ -154,7 +160,7 @@ def _largest(growing: Growing) -> int:
     return max((large * small for large, small in pairs), default=0)
 
 
-def _record(opened: Opened, options: Options, growth: Growth, optimizer: str) -> Record:
+def _record(opened: Opened, builder: Builder, options: Options, growth: Growth, optimizer: str) -> Record:
     """The record of a model that was grown from a source: what that one's own says, but for what it was made from."""
     own = own_record(opened, "stack" if growth.layers else "ligo")
     out_format, _, prefix = target_of(opened, options)
@@ -169,8 +175,39 @@ def _record(opened: Opened, options: Options, growth: Growth, optimizer: str) ->
         step=own.step if options.step is None else options.step,
         copy=None,
         growth=growth,
-        origin=own.origin if out_format.name == "t5x" else None,
+        origin=None if out_format.name != "t5x" or own.origin is None else _origin(own.origin, builder, options),
     )
+
+
+def _origin(origin: Origin, builder: Builder, options: Options) -> Origin:
+    """The tree that the source came from, with the layers that it has now."""
+    keys = {}
+    for name, like in builder.beside.items():
+        if like in origin.keys:
+            there = tuple(Key(*pair) for pair in origin.keys[like])
+            keys[name] = tuple((key.name, key.kind) for key in _renamed(there, like, name))
+    if options.step is not None:
+        keys.setdefault(T5X_STEP, (("step", DICT),))
+    drop = (*options.drop, *(f"{root}*" for root in STATES if options.optimizer == "drop"))
+    empty = tuple(
+        (node, kind) for node, kind in origin.empty if not is_dropped("/".join(part for part, _ in node), drop)
+    )
+    return Origin(origin.item, keys, empty)
+
+
+def _renamed(keys: tuple[Key, ...], like: str, name: str) -> tuple[Key, ...]:
+    """Keys of the tensor `like`, which may be called otherwise there, as those of `name`: other from some part on."""
+    parts, others = like.split("/"), name.split("/")
+    alike = next((i for i, pair in enumerate(zip(parts, others, strict=False)) if len(set(pair)) > 1), len(parts))
+    joined = "/".join(key.name for key in keys)
+    return keys_beside(keys, joined.removesuffix("/".join(parts[alike:])) + "/".join(others[alike:]))
+
+
+def _rounding(opened: Opened, options: Options) -> Iterator[Exactness]:
+    """What a cast to a narrower dtype does to the function."""
+    stored = {opened.checkpoint.leaves[opened.full(name)].dtype for name in opened.tree.shapes}
+    if options.dtype is not None and epsilon(options.dtype) > min(map(epsilon, stored)):
+        yield Exactness(APPROXIMATE, (f"parameters are rounded to {options.dtype}",))
 
 
 def _growth(opened: Opened, deepening: Deepening, how: str) -> Growth:

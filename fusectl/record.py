@@ -371,6 +371,8 @@ def _growth(entry: Mapping[str, Any]) -> Growth:
     layers, idle = (
         {_text(stack): tuple(map(int, found)) for stack, found in entry[each].items()} for each in ("layers", "idle")
     )
+    if layers.keys() != idle.keys():
+        raise ValueError(f"layers of {', '.join(layers)}, and idle ones of {', '.join(idle)}")
     operator, digest = (None if entry[each] is None else _text(entry[each]) for each in _OPERATOR)
     return Growth(
         _text(entry["how"]), _source(entry["source"]), layers, idle, operator, digest, bool(entry["keeps_function"])

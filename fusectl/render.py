@@ -415,7 +415,7 @@ def _print_plan(console: Console, plan: Plan, output: Place) -> None:
         *([] if record.growth is None else [(f"{s} from", _layers(record.growth, s)) for s in record.growth.layers]),
         (
             "widths",
-            ", ".join(f"{axis} {' + '.join(map(str, sizes))} = {sum(sizes)}" for axis, sizes in record.widths.items()),
+            ", ".join(f"{axis} {_sum(sizes)}" for axis, sizes in record.widths.items()),
         ),
         *([("function", _exactness(plan.exactness))] if plan.exactness is not None else []),
         ("fill", _fill(record.fill)),
@@ -448,6 +448,11 @@ def _print_plan(console: Console, plan: Plan, output: Place) -> None:
 def _route(route: Route, path: str) -> Iterator[str]:
     yield f"keeps {route.keeps}"
     yield f"not here: {route.why_not}" if route.why_not else route.command(path)
+
+
+def _sum(sizes: Sequence[int]) -> str:
+    """Sizes and what they add up to; of a single one nothing else."""
+    return f"{' + '.join(map(str, sizes))} = {sum(sizes)}" if len(sizes) > 1 else str(*sizes)
 
 
 def _layers(growth: Growth, stack: str) -> str:

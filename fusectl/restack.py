@@ -252,7 +252,7 @@ def _seen(leaf: Leaf, name: str, axis: int, layers: int) -> Leaf:
         stored = replace(
             stored, shape=with_axis(stored.shape, layers), chunks=with_axis(stored.chunks, 1), storage=storage
         )
-    seen = Leaf(name, keys_beside(leaf, name), with_axis(leaf.shape, layers), leaf.dtype, stored=stored)
+    seen = Leaf(name, keys_beside(leaf.keys, name), with_axis(leaf.shape, layers), leaf.dtype, stored=stored)
     # One layer of a stack is read from chunks that may hold all of them.
     return seen if layers else replace(seen, through=leaf)
 

@@ -20,7 +20,19 @@ from fusectl.formats import FORMATS, open_checkpoint
 from fusectl.formats.sink import save
 
 
-COMMANDS = ["fuse", "self-fuse", "noise-fill", "convert", "verify", "diff", "inspect", "plot", "restart-config", "demo"]
+COMMANDS = [
+    "fuse",
+    "self-fuse",
+    "noise-fill",
+    "convert",
+    "stack",
+    "verify",
+    "diff",
+    "inspect",
+    "plot",
+    "restart-config",
+    "demo",
+]
 
 
 @pytest.fixture

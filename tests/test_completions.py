@@ -47,6 +47,7 @@ def test_the_scripts_are_what_the_program_prints(shell):
                 "self-fuse",
                 "noise-fill",
                 "convert",
+                "stack",
                 "verify",
                 "diff",
                 "inspect",

@@ -84,16 +84,19 @@ class Recognized:
     def resized(self, sizes: Mapping[str, int], depths: Mapping[str, int]) -> Recognized:
         """The tree of a model that has these sizes of axes and depths of stacks, and this one's where none is given.
 
-        Depths are whole groups of layers, where layers are counted by groups.
+        Depths are whole groups of layers, where layers are counted by groups; those behind them stay as many.
         """
         shapes: dict[str, tuple[int, ...]] = {}
         for name, row in self.rows.items():
             stack = stack_of(name)
-            now = {**sizes, "layers": depths.get(stack, self.depths.get(stack, 0)) // row.every}
+            places = depths.get(stack, self.depths.get(stack, 0)) // row.every
+            now = dict(sizes) if row.behind else {**sizes, "layers": places}
             shape = tuple(now.get(axis, n) for axis, n in zip(row.spec.axes, self.shapes[name], strict=True))
             alternative = row.alternative(name) or name
-            numbers = range(now["layers"] if "#" in alternative else 1)
-            shapes |= {alternative.replace("#", str(i)): shape for i in numbers}
+            if "#" in alternative and not row.behind:
+                shapes |= {alternative.replace("#", str(i)): shape for i in range(places)}
+            else:
+                shapes[name] = shape
         rows = {name: each for name in shapes if (each := self.family.row_of(name)) is not None}
         return replace(self, shapes=shapes, rows=rows, evidence=self.family.evidence(shapes))
 

@@ -90,13 +90,6 @@ class Row:
         """Whether a tensor of this row is one layer, or several."""
         return "layers" in self.spec.axes or "#" in (self.alternative(name) or "")
 
-    def of_layer(self, name: str, layer: int) -> tuple[str, int | None]:
-        """The tensor of the same kind that holds a layer, and its place along the axis `layers`, if there is one."""
-        place = (layer - self.first) // self.every
-        if "layers" in self.spec.axes:
-            return name, place
-        return (self.alternative(name) or name).replace("#", str(place)), None
-
     def index(self, name: str) -> int | None:
         """The number that stands at `#` in a name that this row matches; None where the pattern has none."""
         alternative = self.alternative(name)

@@ -416,19 +416,19 @@ class Checkpoint:
         return store
 
 
-def keys_beside(leaf: Leaf, name: str) -> tuple[Key, ...]:
-    """The keys of a tensor called `name` that lies where a leaf does.
+def keys_beside(keys: Sequence[Key], name: str) -> tuple[Key, ...]:
+    """The keys of a tensor called `name` that lies where one with these keys does.
 
-    They are of the kinds of the leaf's, and hold as many slashes; where the names have not as many parts that is so as
+    They are of the same kinds, and hold as many slashes; where the names have not as many parts that is so as
     far as they begin alike.
     """
-    parts, lengths = name.split("/"), [key.name.count("/") + 1 for key in leaf.keys]
+    parts, lengths = name.split("/"), [key.name.count("/") + 1 for key in keys]
     if len(parts) == sum(lengths):
         ends = list(itertools.accumulate(lengths))
         grouped = ("/".join(parts[end - n : end]) for end, n in zip(ends, lengths, strict=True))
-        return tuple(replace(key, name=own) for key, own in zip(leaf.keys, grouped, strict=True))
+        return tuple(replace(key, name=own) for key, own in zip(keys, grouped, strict=True))
     shared: tuple[Key, ...] = ()
-    for key in leaf.keys:
+    for key in keys:
         if not name.startswith("/".join(each.name for each in (*shared, key)) + "/"):
             break
         shared = (*shared, key)

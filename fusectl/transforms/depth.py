@@ -11,14 +11,16 @@ Where layers attend in turns, by windows of their own, whole turns are one layer
 from __future__ import annotations
 
 import math
+import posixpath
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 from fusectl.archs import Recognized
 from fusectl.archs.table import stack_of
-from fusectl.errors import Incompatible, UsageError
-from fusectl.layout import Block, Layout, Product, Region, Term
+from fusectl.errors import Incompatible, UsageError, shorten
+from fusectl.layout import Block, Layout, Product, Region, Term, whole
 from fusectl.transforms.optimizer import FIRST_MOMENTS, UNUSED, OptimizerState
 
 
@@ -59,7 +61,11 @@ def deepen(tree: Recognized, how: str, then: Mapping[str, int], where: str) -> D
         raise Incompatible(f"{where}: depths that it cannot grow to", details=problems)
     turn = turn_of(tree)
     depths = {stack: arrangement(how, n, then.get(stack, n), turn) for stack, n in tree.depths.items()}
-    return Deepening(tree, tree.resized({}, then), depths)
+    deepening = Deepening(tree, tree.resized({}, then), depths)
+    without = list(deepening.without_source())
+    if without:
+        raise Incompatible(f"{where}: layers that do not have the same tensors", details=shorten(without))
+    return deepening
 
 
 def problems_of_depths(tree: Recognized, then: Mapping[str, int]) -> list[str]:
@@ -67,8 +73,6 @@ def problems_of_depths(tree: Recognized, then: Mapping[str, int]) -> list[str]:
     unknown = sorted(then.keys() - tree.depths.keys())
     if unknown:
         return [f"{tree.family.name} has no {stack}" for stack in unknown]
-    if any(row.behind for row in tree.rows.values()):
-        return ["layers that remain behind those scanned by groups: fusectl convert --unscan first"]
     problems = []
     turn = turn_of(tree)
     for stack, n in then.items():
@@ -115,11 +119,35 @@ class Deepening:
             yield Piece(None, parameter, None, in_idle_layer=False, idle=False)
             return
         depth = self.depths[stack_of(parameter)]
-        for layer in self.grown.layers_of(parameter):
-            _, place = row.of_layer(parameter, layer)
-            name, source_place = row.of_layer(parameter, depth.layers[layer])
+        for place, layer in enumerate(self.grown.layers_of(parameter)):
+            name, source_place = self._where[row.alternative(parameter), depth.layers[layer]]
             idle = layer in depth.idle
-            yield Piece(place, name, source_place, idle, idle and row.writes_stream)
+            yield Piece(
+                place if "layers" in row.spec.axes else None, name, source_place, idle, idle and row.writes_stream
+            )
+
+    def without_source(self) -> Iterator[str]:
+        """The parameters of the grown tree of which a layer is made from one that has no such parameter."""
+        for parameter, row in self.grown.rows.items():
+            if row.is_of_layers(parameter):
+                layers = self.depths[stack_of(parameter)].layers
+                missing = [
+                    layers[layer]
+                    for layer in self.grown.layers_of(parameter)
+                    if (row.alternative(parameter), layers[layer]) not in self._where
+                ]
+                yield from (f"{parameter}: none in layer {layer}" for layer in missing)
+
+    @cached_property
+    def _where(self) -> Mapping[tuple[str | None, int], tuple[str, int | None]]:
+        """The parameter of the source that a layer of a kind is kept in, and the layer's place in it."""
+        found = {}
+        for name, row in self.tree.rows.items():
+            if row.is_of_layers(name):
+                stacked = "layers" in row.spec.axes
+                for place, layer in enumerate(self.tree.layers_of(name)):
+                    found[row.alternative(name), layer] = name, place if stacked else None
+        return found
 
     def layout(self, parameter: str, dtype: str) -> Layout:
         """The Layout of a parameter of the grown tree."""
@@ -135,6 +163,37 @@ class Deepening:
         moved = _blocks([piece for piece in pieces if not piece.idle], row.spec.axes, shape, self.tree.full)
         return Layout(row.spec.axes, shape, dtype, (*moved, *idle))
 
+    def streams(
+        self, shapes: Mapping[str, tuple[int, ...]]
+    ) -> Iterator[tuple[str, str, tuple[int, ...], tuple[Block, ...]]]:
+        """Name, that of the source's that it is like, shape and blocks of the streams of random numbers.
+
+        `shapes` are those of the source's. A layer's go along with it: by its number, or along the first axis. What
+        not all layers have is what they share, and stays where it is.
+        """
+        modules = list(_modules(self.tree))
+        for name, shape in shapes.items():
+            module, found = next(((m, it) for m in modules if (it := m.pattern.fullmatch(name))), (None, None))
+            as_it_is = name, name, shape, (_moved(name, whole(shape), whole(shape)),)
+            if module is None or found is None:
+                yield as_it_is
+                continue
+            now, then = (each.depths[module.stack] // module.every for each in (self.tree, self.grown))
+            layers = [layer // module.every for layer in self.depths[module.stack].layers[:: module.every]][:then]
+            if module.numbered:
+                names = [f"{found['head']}{i}{found['tail']}" for i in range(max(now, then))]
+                if not all(each in shapes for each in names[:now]):
+                    yield as_it_is
+                elif name == names[0]:
+                    for to, layer in zip(names[:then], layers, strict=True):
+                        yield to, names[layer], shape, (_moved(names[layer], whole(shape), whole(shape)),)
+            elif shape[:1] == (now,):
+                rest = whole(shape[1:])
+                blocks = (_moved(name, (_one(i), *rest), (_one(layer), *rest)) for i, layer in enumerate(layers))
+                yield name, name, (then, *shape[1:]), tuple(blocks)
+            else:
+                yield as_it_is
+
     def slots(self, state: OptimizerState) -> Iterator[tuple[str, str, tuple[int, ...], tuple[Block, ...]]]:
         """Name, that of the source's slot that it is like, shape and blocks of every slot but the counters.
 
@@ -148,12 +207,33 @@ class Deepening:
                 axes = () if kept is None else tuple(row.spec.axes[axis] for axis in kept)
                 shape = UNUSED if kept is None else tuple(self.grown.shapes[parameter][axis] for axis in kept)
                 moved = [piece for piece in pieces if slot not in FIRST_MOMENTS or not piece.in_idle_layer]
-                blocks = _blocks(moved, axes, shape, partial(_slot, state, slot)) if kept is not None else ()
-                yield _slot(state, slot, like).replace(like, parameter), _slot(state, slot, like), shape, blocks
+                blocks = _blocks(moved, axes, shape, partial(state.slot, what=slot)) if kept is not None else ()
+                yield state.slot_beside(like, parameter, slot), state.slot(like, slot), shape, blocks
 
 
-def _slot(state: OptimizerState, slot: str, parameter: str) -> str:
-    return state.slot(parameter, slot)
+@dataclass(frozen=True)
+class _Module:
+    """A module that layers of a stack are in: each in one of its own, by its number, or all of them."""
+
+    pattern: re.Pattern[str]
+    numbered: bool
+    stack: str
+    # How many layers each of its places is.
+    every: int
+
+
+def _modules(tree: Recognized) -> Iterator[_Module]:
+    """The modules that a tree's layers are in, but for those behind others, which stay as they are."""
+    found: dict[tuple[bool, str, int], list[str]] = {}
+    for row in dict.fromkeys(tree.rows.values()):
+        for alternative in () if row.behind else row.alternatives:
+            if "#" in alternative or "layers" in row.spec.axes:
+                found.setdefault(("#" in alternative, stack_of(alternative), row.every), []).append(alternative)
+    for (numbered, stack, every), alternatives in found.items():
+        heads = {each.partition("#")[0] for each in alternatives} if numbered else {posixpath.commonpath(alternatives)}
+        for head in heads:
+            number = r"(?P<number>\d+)" if numbered else ""
+            yield _Module(re.compile(rf"(?P<head>.*/{re.escape(head)}){number}(?P<tail>/.*)"), numbered, stack, every)
 
 
 def _blocks(
@@ -168,10 +248,19 @@ def _blocks(
         else:
             runs.append([piece])
     return tuple(
-        Block(_at(_span(run[0].place, run[-1].place), axes, shape), (Term(0, full(run[0].parameter), there),))
+        _moved(full(run[0].parameter), _at(_span(run[0].place, run[-1].place), axes, shape), there)
         for run in runs
         for there in [_at(_span(run[0].source_place, run[-1].source_place), axes, shape)]
     )
+
+
+def _one(place: int) -> range:
+    return range(place, place + 1)
+
+
+def _moved(tensor: str, at: Region, region: Region) -> Block:
+    """The block that is a region of a tensor of the source's."""
+    return Block(at, (Term(0, tensor, region),))
 
 
 def _follows(piece: Piece, last: Piece) -> bool:

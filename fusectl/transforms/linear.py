@@ -190,9 +190,7 @@ class Application:
     def like(self, parameter: str) -> str:
         """A parameter of the small model of the same kind."""
         row = self.growing.grown.rows[parameter]
-        if not row.is_of_layers(parameter):
-            return parameter
-        return row.of_layer(parameter, row.first)[0]
+        return next(name for name, each in self.growing.tree.rows.items() if each is row)
 
     @cached_property
     def _kept_in(self) -> Mapping[tuple[str, str, int], tuple[str, int | None]]:

@@ -81,6 +81,12 @@ class OptimizerState:
             return f"{STATE}{parameter}/{what}"
         return self._adam[what, parameter]
 
+    def slot_beside(self, like: str, parameter: str, what: str) -> str:
+        """The full name of a slot of a parameter that is not there yet, where that of the one `like` it is."""
+        if self.kind == "adafactor":
+            return self.slot(parameter, what)
+        return self.slot(like, what).removesuffix(like) + parameter
+
     def names_of(self, slot: str) -> tuple[str | None, str]:
         """The parameter and the slot that a full name says; no parameter for a counter."""
         if self.kind == "adafactor":

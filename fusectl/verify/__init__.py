@@ -22,6 +22,8 @@ from importlib.metadata import version
 
 import fusectl
 from fusectl.archs import Recognized
+from fusectl.archs.table import Family
+from fusectl.errors import UsageError
 from fusectl.formats import open_checkpoint
 from fusectl.formats.objects import Place
 from fusectl.formats.staging import storage_errors
@@ -99,13 +101,18 @@ def _against_smaller(fused: Checkpoint, path: str, settings: Settings, progress:
     """The report on a checkpoint that was grown from the one at a path."""
     if settings.levels == ("files",) or (report.files is not None and not report.files.passed):
         return report
+    if settings.trace:
+        raise UsageError("--trace: of the streams of a fusion's sources; this one was grown from a single one")
     grown = open_grown(fused, path)
     has_twin = grown.tree.family.twin is not None
     if settings.asks_for_models:
         grown.tree.family.require_twin()
     notes = [f"grown from {path}: one model, not a mean of several; the level algebra has nothing to say"]
+    if settings.runs_native and not has_twin:
+        notes.append(_no_models(grown.tree.family))
     tokens = _tokens(grown.tree, settings) if settings.runs_native and has_twin else None
-    if settings.runs("weights"):
+    # Of algebra alone nothing would be left.
+    if settings.runs("weights") or tokens is None:
         started = time.monotonic()
         if grown.growth.operator is not None:
             weights = check_linear(grown, progress)
@@ -142,7 +149,7 @@ def _against_sources(claim: Claim, settings: Settings, progress: Progress, repor
         claim.tree.family.require_twin()
         tokens = _tokens(claim.tree, settings)
     elif settings.runs_models:
-        report = replace(report, notes=(*report.notes, _no_models(claim)))
+        report = replace(report, notes=(*report.notes, _no_models(claim.tree.family)))
     if settings.runs("weights"):
         started = time.monotonic()
         weights = check_weights(claim, budget_bytes=settings.read_bytes, jobs=settings.threads, progress=progress)
@@ -150,9 +157,8 @@ def _against_sources(claim: Claim, settings: Settings, progress: Progress, repor
     return report if tokens is None else _run_models(claim, tokens, settings, progress, report)
 
 
-def _no_models(claim: Claim) -> str:
+def _no_models(family: Family) -> str:
     """Why the levels with forward passes were not run, in words."""
-    family = claim.tree.family
     return f"algebra and native were not run: fusectl has no network of {family.name} ({'; '.join(family.lacks)})"
 
 

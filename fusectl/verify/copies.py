@@ -21,7 +21,7 @@ from fusectl.formats import fingerprint, open_checkpoint
 from fusectl.formats.tree import NONE, STEPS, T5X_STEP, Checkpoint, Key, dict_keys, is_dropped
 from fusectl.layout import Region, common_tile, size, tiles
 from fusectl.parallel import Progress, in_parallel
-from fusectl.record import Copy, Origin
+from fusectl.record import Copy, Origin, Record
 from fusectl.restack import restacked
 from fusectl.sources import own_family, recognized
 from fusectl.transforms.optimizer import is_state
@@ -30,7 +30,7 @@ from fusectl.verify.report import WeightsResult
 
 # Both sides, the cast one and a mask.
 BYTES_PER_VALUE = 24
-# What a copy's record says as its source's does.
+# What the record of a copy, or of a model that is grown, says as its source's does.
 _OF_THE_MODEL = ("weights", "widths", "norm", "norm_groups", "residual_scales")
 
 Pairs = tuple[tuple[str, int], ...]
@@ -71,6 +71,20 @@ def check_copy(fused: Checkpoint, path: str, *, budget_bytes: int, jobs: int, pr
         problems.insert(0, f"{path} has changed since it was converted")
     slots = sum(map(is_state, compared.values()))
     return WeightsResult(not problems, len(compared), 0, 0, slots, tuple(problems), bytes_read=read)
+
+
+def of_another_model(record: Record, source: Checkpoint) -> Iterator[str]:
+    """What a record says of the model, and that of its source does not."""
+    theirs = source.record
+    if theirs is None:
+        if record.fused or record.norm != "rule" or record.fill.kind != "zeros":
+            yield f"{source.path} has no record of a fusion, as this one has"
+        return
+    for what in _OF_THE_MODEL:
+        if getattr(record, what) != getattr(theirs, what):
+            yield f"the record's {what}: {getattr(record, what)}, not {getattr(theirs, what)}"
+    if replace(record.fill, seed=None) != replace(theirs.fill, seed=None):
+        yield f"the record's fill: {record.fill}, not {theirs.fill}"
 
 
 def count_differing(found: npt.NDArray[Any], expected: npt.NDArray[Any]) -> int:
@@ -177,16 +191,7 @@ class _Pair:
         return _joined(keys), kind == NONE if self.to_t5x else (keys, kind)
 
     def _record_problems(self) -> Iterator[str]:
-        theirs = self.source.record
-        if theirs is None:
-            if self.record.fused or self.record.norm != "rule" or self.record.fill.kind != "zeros":
-                yield f"{self.source.path} has no record of a fusion, as the copy has"
-        else:
-            for what in _OF_THE_MODEL:
-                if getattr(self.record, what) != getattr(theirs, what):
-                    yield f"the record's {what}: {getattr(self.record, what)}, not {getattr(theirs, what)}"
-            if replace(self.record.fill, seed=None) != replace(theirs.fill, seed=None):
-                yield f"the record's fill: {self.record.fill}, not {theirs.fill}"
+        yield from of_another_model(self.record, self.source)
         if self.to_t5x and not self.from_t5x:
             ours = self.record.origin
             own = {_pairs(self.source.leaves[name].keys) for name in self.kept}

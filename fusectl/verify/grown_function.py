@@ -43,26 +43,22 @@ def check_grown_function(
     comparison = LogitsComparison(head_of(grown.tree))
     comparison.add(tokens, found, expected)
     limit, limit_says = None, ""
-    now, then = (_coarsest(*each) for each in ((grown.source, grown.source_tree), (grown.fused, grown.tree)))
     # What rounding all weights to a narrower dtype does to a function has no bound worth the name.
-    if grown.keeps_function and epsilon(then) <= epsilon(now):
+    if grown.keeps_function and not grown.narrowed:
         layers, largest = 1 + sum(grown.tree.depths.values()), comparison.reference_max_abs
         unit = float(np.finfo(settings.precision).eps)
         relative = unit * UNITS_PER_LAYER[settings.precision] * layers
         limit_says = f"{UNITS_PER_LAYER[settings.precision]} x {unit:.1e} ({settings.precision}) x {layers} layers"
         if grown.growth.operator is not None:
             # What an operator multiplies is rounded anew.
-            relative += epsilon(then) * UNITS_AS_STORED * math.sqrt(layers)
-            limit_says = f"({limit_says} + {UNITS_AS_STORED} x {epsilon(then):.1e} ({then} as stored) x sqrt({layers}))"
+            stored = max({grown.fused.leaves[grown.tree.full(name)].dtype for name in grown.tree.shapes}, key=epsilon)
+            relative += epsilon(stored) * UNITS_AS_STORED * math.sqrt(layers)
+            as_stored = f"{UNITS_AS_STORED} x {epsilon(stored):.1e} ({stored} as stored) x sqrt({layers})"
+            limit_says = f"({limit_says} + {as_stored})"
         limit, limit_says = relative * largest, f"{limit_says} x the largest logit {largest:.3g}"
     says = "against the model that it was grown from"
     result = comparison.result(limit, limit_says, says, None, settings.max_native_rms)
     return result, how
-
-
-def _coarsest(checkpoint: Checkpoint, tree: Recognized) -> str:
-    """The dtype of the parameters that are stored in least."""
-    return max({checkpoint.leaves[tree.full(name)].dtype for name in tree.shapes}, key=epsilon)
 
 
 def _logits(

@@ -6,30 +6,37 @@ no part in it; the families' tables do.
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from fusectl.archs import Recognized
-from fusectl.archs.table import Row, stack_of
+from fusectl.archs.table import DECODER, Row, stack_of
 from fusectl.errors import NotFound
 from fusectl.formats import fingerprint, open_checkpoint
-from fusectl.formats.tree import STEPS, Checkpoint, is_dropped
+from fusectl.formats.tree import STEPS, Checkpoint, kept_shapes
+from fusectl.formats.zarr import epsilon
 from fusectl.layout import Region, common_tile, shifted, size, tiles, whole
 from fusectl.packed import unpacked
 from fusectl.parallel import Progress, in_parallel
-from fusectl.record import Growth
+from fusectl.record import Growth, Record
 from fusectl.sources import own_family, recognized
-from fusectl.transforms.optimizer import FIRST_MOMENTS, OptimizerState, find_state, is_state
-from fusectl.verify.copies import count_differing
+from fusectl.transforms.optimizer import FIRST_MOMENTS, UNUSED, OptimizerState, find_state
+from fusectl.verify.copies import count_differing, of_another_model
 from fusectl.verify.report import WeightsResult
 
 
 # Both sides, the cast one and a mask.
 BYTES_PER_VALUE = 24
+# The ways to grow that are known here, and where MaxText keeps its streams of random numbers.
+HOWS = ("stack", "interleave", "identity")
+STREAMS = "nnx_aux/"
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,15 @@ class Grown:
         """Whether it claims to compute what its source does."""
         return self.growth.keeps_function
 
+    @property
+    def narrowed(self) -> bool:
+        """Whether parameters are kept in a narrower dtype than the source's."""
+        now, then = (
+            {each.leaves[tree.full(name)].dtype for name in tree.shapes}
+            for each, tree in ((self.fused, self.tree), (self.source, self.source_tree))
+        )
+        return max(map(epsilon, now)) > min(map(epsilon, then))
+
     @cached_property
     def layers(self) -> Mapping[str, tuple[list[int], list[bool]]]:
         """For each stack the source's layer that each layer should be made from, and whether it should add nothing."""
@@ -59,104 +75,234 @@ class Grown:
         }
 
     def problems(self) -> Iterator[str]:
-        """What the record says and is not so, and tensors that should be there and are not."""
+        """What the record says and is not so, tensors that should be there and are not, and others."""
+        if self.growth.how not in HOWS:
+            yield f"the record's growth: {self.growth.how}, which fusectl does not know"
+            return
+        for what in ("sizes", "depths"):
+            now, then = getattr(self.tree, what), getattr(self.source_tree, what)
+            if (what == "sizes" and now != then) or now.keys() != then.keys() or any(now[k] < then[k] for k in now):
+                yield f"{what}: {now}, grown from {then}"
+                return
         for stack, (layers, idle) in self.layers.items():
             said, said_idle = self.growth.layers.get(stack, ()), self.growth.idle.get(stack, ())
             if list(said) != layers or [i in said_idle for i in range(len(layers))] != idle:
                 yield f"the record's layers of the {stack} are not those of --how {self.growth.how}"
-        wanted = {self.tree.full(name) for name in self.tree.shapes}
-        wanted |= {name for name, _, _ in self.slots()}
-        here = {name for name in self.fused.leaves if name in wanted or is_state(name)}
-        yield from (f"{name}: missing" for name in sorted(wanted - self.fused.leaves.keys()))
-        if self.has_state:
-            yield from (f"{name}: a slot of nothing" for name in sorted(here - wanted - self._counters))
-        step = next((self.fused.read(name) for name in STEPS if name in self.fused.leaves), None)
-        if self.fused.record is not None and self.fused.record.step is not None:
-            if step is None or int(step) != self.fused.record.step:
-                yield f"the step: {step}, expected {self.fused.record.step}"
-        elif step is not None and self.source.step is not None and int(step) != self.source.step:
-            yield f"the step: {step}, expected {self.source.step}"
+        yield from of_another_model(self._record, self.source)
+        yield from self._tensor_problems()
+        yield from self._step_problems()
+
+    @property
+    def _record(self) -> Record:
+        assert self.fused.record is not None
+        return self.fused.record
+
+    def _tensor_problems(self) -> Iterator[str]:
+        """Tensors that are missing, of no use, or of another shape or dtype."""
+        known = set(STEPS)
+        for name, like, shape in self._expected():
+            known.add(name)
+            found = self.fused.leaves.get(name)
+            if found is None:
+                yield f"{name}: missing"
+            elif like not in self.source.leaves:
+                yield f"{name}: {like} is not in {self.source.path}"
+            elif found.shape != shape:
+                yield f"{name}: shape {list(found.shape)}, expected {list(shape)}"
+            elif found.dtype != self.source.leaves[like].dtype and name not in self._cast:
+                yield f"{name}: {found.dtype}, {self.source.leaves[like].dtype} in the source"
+        yield from (f"{name}: no part of what was grown" for name in sorted(self.fused.leaves.keys() - known))
+
+    @cached_property
+    def _cast(self) -> frozenset[str]:
+        """The parameters, if all of them may have been cast to one dtype."""
+        parameters = frozenset(map(self.tree.full, self.tree.shapes))
+        dtypes = {self.fused.leaves[name].dtype for name in parameters}
+        return parameters if len(dtypes) == 1 else frozenset()
+
+    def _expected(self) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+        """Every tensor but the step that should be there: its name, that of the source's like it, and its shape."""
+        for parameter, shape in self.tree.shapes.items():
+            yield self.tree.full(parameter), self.source_tree.full(self.like(parameter)), shape
+        for name, parameter, moment in self.slots():
+            kept = self._state.axes_of(moment, self.tree.shapes[parameter], self.tree.rows[parameter].spec)
+            shape = UNUSED if kept is None else tuple(self.tree.shapes[parameter][axis] for axis in kept)
+            yield name, self._state.slot(self.like(parameter), moment), shape
+        yield from ((name, name, ()) for name in self._counters)
+        for name, like, places in self._streams():
+            shape = self.source.leaves[like].shape
+            yield name, like, (shape if places is None else (len(places), *shape[1:]))
+
+    def _step_problems(self) -> Iterator[str]:
+        now, then = (
+            next((each.read(name) for name in STEPS if name in each.leaves), None) for each in (self.fused, self.source)
+        )
+        wanted = self._record.step if self._record.step is not None else then
+        if wanted is None and self.fused.format == "t5x":
+            # T5X had to be given one.
+            wanted = self.source.step or 0
+        if wanted is not None and (now is None or int(now) != int(wanted)):
+            yield f"the step: {now}, expected {wanted}"
 
     @cached_property
     def has_state(self) -> bool:
         """Whether the optimizer's state came along."""
-        return self.fused.record is not None and self.fused.record.optimizer in {"carry", "reset"}
+        return self._record.optimizer in {"carry", "reset"}
 
     @cached_property
     def _state(self) -> OptimizerState:
-        drop = self.fused.record.drop if self.fused.record is not None else ()
-        kept = {name: shape for name, shape in self.source.shapes.items() if not is_dropped(name, drop)}
+        kept = kept_shapes(self.source.shapes, self._record.drop)
         return find_state(kept, self.source_tree, self.source.path)
 
     @property
     def _counters(self) -> frozenset[str]:
+        if not self.has_state:
+            return frozenset()
         return frozenset(name for name in self._state.names if self._state.names_of(name)[0] is None)
 
     def slots(self) -> Iterator[tuple[str, str, str]]:
         """The full name of every slot that should be there, its parameter, and which moment it is."""
         if self.has_state and self._state.kind != "none":
             for parameter in self.tree.shapes:
-                like = self.of(parameter, 0)[0]
+                like = self.like(parameter)
                 for moment in self._state.moments:
-                    yield self._state.slot(like, moment).replace(like, parameter), parameter, moment
+                    yield self._state.slot_beside(like, parameter, moment), parameter, moment
 
-    def of(self, parameter: str, layer: int) -> tuple[str, int]:
+    def like(self, parameter: str) -> str:
+        """The source's parameter that the first layer of a parameter is made from."""
+        if not _is_of_layers(self.tree.rows[parameter], parameter):
+            return parameter
+        return self._of(parameter, self.tree.layers_of(parameter)[0])[0]
+
+    def _of(self, parameter: str, layer: int) -> tuple[str, int]:
         """The source's parameter that a layer of a parameter is made from, and the place in it."""
-        row = self.tree.rows[parameter]
-        place = (self.layers[stack_of(parameter)][0][layer] - row.first) // row.every
+        row, stack = self.tree.rows[parameter], stack_of(parameter)
+        first = row.first
+        if row.behind:
+            depth, group = self.source_tree.depths[stack], max(each.every for each in self.tree.rows.values())
+            first += depth // group * group
+        place = (self.layers[stack][0][layer] - first) // row.every
         alternative = row.alternative(parameter) or parameter
         return (parameter, place) if "layers" in row.spec.axes else (alternative.replace("#", str(place)), 0)
 
+    def _streams(self) -> Iterator[tuple[str, str, list[int] | None]]:
+        """MaxText's streams of random numbers: name, the one of the source it is from, and its places, or None.
+
+        Each layer has that of the one it is made from; those that not all layers have stay where they are.
+        """
+        shapes = kept_shapes(self.source.shapes, self._record.drop)
+        here = {name: shape for name, shape in shapes.items() if name.startswith(STREAMS)}
+        if not here:
+            return
+        group = max(row.every for row in self.tree.rows.values())
+        now, then = (tree.depths.get(DECODER, 0) // group for tree in (self.source_tree, self.tree))
+        places = [self.layers[DECODER][0][i * group] // group for i in range(then)]
+        for name, shape in here.items():
+            head, layers, tail = name.partition("/decoder/layers")
+            number = re.match(r"_(\d+)/", tail)
+            of_all = number and all(f"{head}{layers}_{i}/{tail[number.end() :]}" in here for i in range(now))
+            if number and of_all:
+                rest = tail[number.end() :]
+                for i, place in enumerate(places):
+                    if place == int(number[1]):
+                        yield f"{head}{layers}_{i}/{rest}", name, None
+            elif tail.startswith("/") and shape[:1] == (now,):
+                yield name, name, places
+            else:
+                yield name, name, None
+
     def comparisons(self) -> Iterator[Comparison]:
-        """Every region of every tensor, with the one of the source's that it should be equal to."""
+        """Every region of every tensor, with what it should be equal to."""
         for parameter, row in self.tree.rows.items():
             nothing = -1.0 if row.is_norm and self.tree.network.norm_adds_one else 0.0
             name = self.tree.full(parameter)
             yield from self._of_tensor(parameter, name, row.spec.axes, None, nothing if row.writes_stream else None)
-        reset = self.fused.record is not None and self.fused.record.optimizer == "reset"
+        reset = self._record.optimizer == "reset"
         for name, parameter, moment in self.slots():
             row = self.tree.rows[parameter]
             kept = self._state.axes_of(moment, self.tree.shapes[parameter], row.spec)
             if kept is None or reset:
-                yield Comparison(name, whole(self.fused.leaves[name].shape), None, (), 0.0)
+                yield Comparison(name, whole(self.fused.leaves[name].shape), None)
             else:
                 axes = tuple(row.spec.axes[axis] for axis in kept)
                 yield from self._of_tensor(parameter, name, axes, moment, 0.0 if moment in FIRST_MOMENTS else None)
-        if self.has_state:
-            for name in self._counters & self.fused.leaves.keys():
-                yield Comparison(name, (), None if reset else name, (), 0.0)
+        yield from (Comparison(name, (), None if reset else name) for name in self._counters)
+        for name, like, places in self._streams():
+            at = whole(self.fused.leaves[name].shape)
+            if places is None:
+                yield Comparison(name, at, like)
+                continue
+            for run in _runs(places):
+                yield Comparison(name, (run, *at[1:]), like, 0, tuple(places[i] for i in run))
 
     def _of_tensor(
         self, parameter: str, name: str, axes: Sequence[str], moment: str | None, nothing: float | None
     ) -> Iterator[Comparison]:
-        row, shape = self.tree.rows[parameter], self.fused.leaves[name].shape
+        row, at = self.tree.rows[parameter], whole(self.fused.leaves[name].shape)
 
         def theirs(source: str) -> str:
             return self.source_tree.full(source) if moment is None else self._state.slot(source, moment)
 
         if not _is_of_layers(row, parameter):
-            yield Comparison(name, whole(shape), theirs(parameter), whole(shape), None)
+            yield Comparison(name, at, theirs(parameter))
             return
-        idle = self.layers[stack_of(parameter)][1]
-        for place, layer in enumerate(self.tree.layers_of(parameter)):
-            source, there = self.of(parameter, layer)
-            at, region = (
-                tuple(range(i, i + 1) if axis == "layers" else range(n) for axis, n in zip(axes, shape, strict=True))
-                for i in (place, there)
-            )
-            adds_nothing = idle[layer] and nothing is not None
-            yield Comparison(name, at, None if adds_nothing else theirs(source), region, nothing or 0.0)
+        layers = self.tree.layers_of(parameter)
+        found = [self._of(parameter, layer) for layer in layers]
+        idle = [nothing is not None and self.layers[stack_of(parameter)][1][layer] for layer in layers]
+        if "layers" not in axes:
+            yield Comparison(name, at, None if idle[0] else theirs(found[0][0]), value=nothing or 0.0)
+            return
+        axis, places = axes.index("layers"), [place for _, place in found]
+        for run in _runs(places):
+            region = (*at[:axis], run, *at[axis + 1 :])
+            of_run = tuple(places[i] for i in run)
+            adds_nothing = tuple(i for i in range(len(run)) if idle[run[i]])
+            yield Comparison(name, region, theirs(found[0][0]), axis, of_run, adds_nothing, nothing or 0.0)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A region of a tensor, and that of the source's which it should be equal to; for None it is `value` everywhere."""
+    """A region of a tensor, and the source's tensor that it should be equal to; for None it is `value` everywhere.
+
+    Along `axis` it has the source's `places`, all of them where there are none, and `value` at those `valued`, which
+    are counted from the region's first.
+    """
 
     name: str
     at: Region
     source: str | None
-    region: Region
-    value: float | None
+    axis: int = 0
+    places: tuple[int, ...] = ()
+    valued: tuple[int, ...] = ()
+    value: float = 0.0
+
+    def expected(self, source: Checkpoint, at: Region, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+        """What should stand in a region `at` of this one."""
+        if self.source is None:
+            return np.full(tuple(map(len, at)), self.value, dtype)
+        if not self.places:
+            values = source.read(self.source, at)
+        else:
+            first = self.at[self.axis].start
+            inside = range(at[self.axis].start - first, at[self.axis].stop - first)
+            places = [self.places[i] for i in inside]
+            there = (*at[: self.axis], range(places[0], places[-1] + 1), *at[self.axis + 1 :])
+            values = source.read(self.source, there).take([place - places[0] for place in places], self.axis)
+        with np.errstate(over="ignore"):
+            expected = np.array(values.astype(dtype, copy=False), order="C")
+        for i in self.valued:
+            if self.places and i in inside:
+                expected[(slice(None),) * self.axis + (i - inside.start,)] = self.value
+        return expected
+
+
+def _runs(places: Sequence[int]) -> Iterator[range]:
+    """Where places go up by one at most: what is read for a run is no more than the run."""
+    first = 0
+    for i in range(1, len(places) + 1):
+        if i == len(places) or not 0 <= places[i] - places[i - 1] <= 1:
+            yield range(first, i)
+            first = i
 
 
 def open_grown(fused: Checkpoint, path: str) -> Grown:
@@ -179,6 +325,7 @@ def check_grown(grown: Grown, *, budget_bytes: int, jobs: int, progress: Progres
     """Compares all of a grown checkpoint with what it should be made of, bit for bit, after a cast if there was one."""
     problems = list(grown.problems())
     if problems:
+        problems = [*_changed(grown), *problems]
         return WeightsResult(passed=False, tensors=0, blocks=0, noise_blocks=0, slots=0, problems=tuple(problems))
     comparisons = list(grown.comparisons())
     wrong: dict[str, int] = {}
@@ -188,12 +335,7 @@ def check_grown(grown: Grown, *, budget_bytes: int, jobs: int, progress: Progres
 
     def compare(each: Comparison, at: Region) -> None:
         found = grown.fused.read(each.name, at)
-        expected = np.full(found.shape, each.value or 0.0, found.dtype)
-        if each.source is not None:
-            values = grown.source.read(each.source, shifted(at, each.at, each.region))
-            with np.errstate(over="ignore"):
-                expected = np.ascontiguousarray(values.astype(found.dtype, copy=False))
-        if differing := count_differing(found, expected):
+        if differing := count_differing(found, each.expected(grown.source, at, found.dtype)):
             with lock:
                 wrong[each.name] = wrong.get(each.name, 0) + differing
         progress.advance(each.name, 2 * found.nbytes)
@@ -201,17 +343,24 @@ def check_grown(grown: Grown, *, budget_bytes: int, jobs: int, progress: Progres
     def tasks() -> Iterator[tuple[int, partial[None]]]:
         for each in comparisons:
             leaf = grown.fused.leaves[each.name]
+            source = leaf if each.source is None else grown.source.leaves[each.source]
             shape = tuple(map(len, each.at))
-            for tile in tiles(shape, common_tile(shape, [leaf.chunks], budget_bytes // BYTES_PER_VALUE)):
+            for tile in tiles(shape, common_tile(shape, [leaf.chunks, source.chunks], budget_bytes // BYTES_PER_VALUE)):
                 at = shifted(tile, whole(shape), each.at)
-                yield size(at) * BYTES_PER_VALUE + 2 * leaf.reading_bytes, partial(compare, each, at)
+                reading = leaf.reading_bytes + source.reading_bytes
+                yield size(at) * BYTES_PER_VALUE + reading, partial(compare, each, at)
 
     in_parallel(tasks(), budget_bytes=budget_bytes, jobs=jobs)
     found = [f"{name}: {n:,} values are not what they should be made of" for name, n in sorted(wrong.items())]
-    if found and fingerprint(grown.source) != grown.growth.source.fingerprint:
-        found.insert(0, f"{grown.source.path} has changed since it was grown")
+    found = [*_changed(grown), *found] if found else []
     slots = sum(1 for _ in grown.slots())
-    return WeightsResult(not found, len(grown.tree.shapes), len(comparisons), 0, slots, tuple(found), bytes_read=read)
+    return WeightsResult(not found, len(grown.tree.shapes), 0, 0, slots, tuple(found), bytes_read=read)
+
+
+def _changed(grown: Grown) -> Iterator[str]:
+    """That the source is another one than it was, if it is."""
+    if fingerprint(grown.source) != grown.growth.source.fingerprint:
+        yield f"{grown.source.path} has changed since it was grown"
 
 
 def _layers(how: str, now: int, then: int, turn: int) -> tuple[list[int], list[bool]]:

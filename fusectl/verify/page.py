@@ -36,7 +36,9 @@ def _lines(report: Report) -> Iterator[str]:
     yield ""
     yield "| source | weight | step | norm groups | digest of its files | residual stream times |"
     yield "|---|---|---|---|---|---|"
-    for source, weight, scale in zip(record.sources, record.weights, record.residual_scales, strict=False):
+    sources = record.sources or record.made_from
+    shares = (record.weights, record.residual_scales) if record.sources else ((1.0,), (1.0,))
+    for source, weight, scale in zip(sources, *shares, strict=False):
         groups = " + ".join(map(str, source.norm_groups))
         step = "none" if source.step is None else f"{source.step:,}"
         yield f"| `{source.path}` | {weight:g} | {step} | {groups} | `{source.fingerprint}` | {scale:.9g} |"

@@ -36,8 +36,9 @@ class FilesResult:
 class WeightsResult:
     """What the weights level found.
 
-    `blocks` is 0 for a copy, whose tensors are compared as they are. `noise_blocks` counts the blocks whose noise was
-    measured; the furthest that their mean and deviation are from the declared ones is given in standard errors.
+    `blocks` is 0 for a copy, and for what was grown layer by layer: those are compared as they are. `noise_blocks`
+    counts the blocks whose noise was measured; the furthest that their mean and deviation are from the declared ones is
+    given in standard errors.
     """
 
     passed: bool
@@ -161,7 +162,7 @@ class Report:
             "precision": self.precision,
             "passes": self.passes,
             "tokens": self.tokens,
-            "sources": [dataclasses.asdict(source) for source in record.sources],
+            "sources": [dataclasses.asdict(source) for source in record.sources or record.made_from],
             "mean_weights": list(record.weights),
             "fill": record.fill.kind,
             "noise_scale": record.fill.noise_scale,
