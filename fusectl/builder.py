@@ -139,9 +139,11 @@ class Builder:
         like: str | None,
         noise_name: str | None = None,
         keys: tuple[Key, ...] | None = None,
+        beside: str | None = None,
     ) -> None:
         """A tensor of the output; `like` names the tensor of the first source whose keys and chunks it inherits.
 
+        It is worked on side by side with those of equal shape that have the same `beside`.
         What that one packs with others is packed with them again, as soon as all of them are there.
         """
         leaf = self._sources[0].checkpoint.leaves[like] if like else None
@@ -166,7 +168,7 @@ class Builder:
         mesh = self._options.mesh
         shard = None if mesh is None else mesh.shard_shape(layout.axes, layout.shape)
         through = {leaf.through.name for leaf in leaves.values() if leaf.through is not None}
-        part_of = through.pop() if len(through) == 1 else None
+        part_of = beside or (through.pop() if len(through) == 1 else None)
         storage, passed = storing.choose(layout, whole_told, leaf if terms else None, shard)
         tile, cost = storing.unit(layout, storage, leaves, passed)
         if keys is None:

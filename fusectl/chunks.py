@@ -89,7 +89,10 @@ class Storing:
         )
         if best is not None and best[1]:
             return best
-        chunks = choose_chunks(layout, like.chunks if like else None, self.budget_bytes, shard)
+        # What several layers are made from is kept chunk by chunk, that of all of them.
+        layers = max((sum(isinstance(term, Mapped) for term in block.terms) for block in layout.blocks), default=0)
+        budget_bytes = self.budget_bytes // max(1, layers)
+        chunks = choose_chunks(layout, like.chunks if like else None, budget_bytes, shard)
         # Trained weights and noise lose a tenth of their size to zstd, and most of the speed of writing and restoring.
         # Zeros that are to be stored are another matter.
         codec = wanted or ("zstd" if layout.covered < math.prod(layout.shape) and not self.sparse else "none")
@@ -125,7 +128,7 @@ class Storing:
             # What is added here and taken off there is kept in between.
             noise = sum(map(size, recurring_noise(computed))) * itemsize if tile == layout.shape else 0
             reads = _reads(computed, leaves, tile, with_kernels=tile == layout.shape)
-            working = max(beside, chunk_bytes + _mapping_bytes(computed, chunks))
+            working = max(beside, chunk_bytes + _mapping_bytes(computed, leaves, chunks))
             return max((max(reading, held + noise + working) for held, reading in reads), default=working)
 
         wide = chunks
@@ -134,6 +137,8 @@ class Storing:
                 c * math.ceil(min(s, n) / c) if s > w else w
                 for n, c, s, w in zip(layout.shape, chunks, leaf.chunks, wide, strict=True)
             )
+        if any(isinstance(term, Mapped) for block in computed for term in block.terms):
+            return chunks, cost(chunks)
         for tile in (layout.shape, _over_copies(computed, leaves, layout.shape, wide)):
             if cost(tile) <= self.budget_bytes // 2:
                 return tile, cost(tile)
@@ -248,13 +253,16 @@ def _reads(
         yield held, max((held + _beside(leaf, region) for (_, region), leaf in regions.items()), default=0)
 
 
-def _mapping_bytes(blocks: Sequence[Block], chunks: tuple[int, ...]) -> int:
-    """The memory, in float64, that mapping kernels takes for a chunk, at most."""
+def _mapping_bytes(blocks: Sequence[Block], leaves: Mapping[Term, Leaf], chunks: tuple[int, ...]) -> int:
+    """The memory that mapping kernels takes for a chunk, at most: one by one they are read and mapped, in float64."""
     held = []
     for block in blocks:
         part = tuple(range(r.start, min(r.stop, r.start + c)) for r, c in zip(block.at, chunks, strict=True))
-        held += [term.held(part, block.at) for term in block.terms if isinstance(term, Mapped)]
-    return 8 * max(held, default=0)
+        for term in block.terms:
+            if isinstance(term, Mapped):
+                read = size(term.reads(part, block.at)) * leaves[term.term].itemsize
+                held.append(8 * term.held(part, block.at) + read + leaves[term.term].reading_bytes)
+    return max(held, default=0)
 
 
 def _beside(leaf: Leaf, region: Region) -> int:

@@ -1158,7 +1158,6 @@ def _learned(
     One that an interrupted run has left is taken when it is resumed.
     """
     from fusectl.formats.locate import local
-    from fusectl.ligo.learn import Data, Learning, learn
     from fusectl.ligo.operator import save_operator
     from fusectl.surgery import check_output
 
@@ -1172,6 +1171,8 @@ def _learned(
         check_output(place, [checkpoint], force=how.force)
     stopped = None
     if lesson is not None:
+        from fusectl.ligo.learn import Data, Learning, learn
+
         learning = Learning(lesson.steps, lesson.learning_rate, lesson.optimizer)
         data = Data(lesson.data, lesson.batch, lesson.length, lesson.target_length, lesson.sentinel)
         examples = data.examples(growing.tree, operator.seed)

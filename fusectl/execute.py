@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fusectl.cache import Cache
 from fusectl.errors import Corrupt, Incompatible
 from fusectl.fill import Moments, lanes, tile_shape, unit_quantiles
 from fusectl.formats.encoding import checksum
@@ -76,6 +77,8 @@ class Work:
     checked: dict[tuple[int, str, tuple[int, ...]], str] = field(default_factory=dict)
     # The matrices that axes are expanded with.
     matrices: Matrices = field(default_factory=lambda: Matrices((), 0))
+    # And parts of kernels that were, for the layers that are made from the same ones.
+    mapped: Cache = field(default_factory=lambda: Cache(0))
 
 
 def execute(
@@ -383,17 +386,27 @@ def _mapped_sum(
     """The sum of kernels whose axes are expanded, and of products, over a part of a block, in float64."""
     total = np.zeros(tuple(map(len, part)), np.float64)
     for term in mapped:
-        values = unit.source(term.term, term.reads(part, block.at)).astype(np.float64)
-        if term.added:
-            values += term.added
-        by_axis = {each.axis: each for each in term.expansions}
-        for axis in term.order(part):
-            rows = unit.work.matrices.of(by_axis[axis])[part[axis].start : part[axis].stop]
-            values = np.moveaxis(np.tensordot(rows, values, (1, axis)), 0, axis)
-        total += values * term.term.scale
+        # What a layer is mapped to goes into many layers, each with a weight of its own.
+        key = (
+            replace(term, term=replace(term.term, scale=1.0)),
+            shifted(part, block.at, whole(tuple(map(len, block.at)))),
+        )
+        total += unit.work.mapped.get(key, partial(_mapped, term, block, part, unit)) * term.term.scale
     for product in products:
         total += _product(product, shifted(part, block.at, whole(tuple(map(len, block.at)))), unit.work.means)
     return total
+
+
+def _mapped(term: Mapped, block: Block, part: Region, unit: _Unit) -> Array:
+    """A kernel whose axes are expanded, over a part of a block, in float64 and not scaled."""
+    values = read_finite(unit.work, term.term, term.reads(part, block.at)).astype(np.float64)
+    if term.added:
+        values += term.added
+    by_axis = {each.axis: each for each in term.expansions}
+    for axis in term.order(part):
+        rows = unit.work.matrices.of(by_axis[axis])[part[axis].start : part[axis].stop]
+        values = np.moveaxis(np.tensordot(rows, values, (1, axis)), 0, axis)
+    return values
 
 
 def _product(product: Product, region: Region, means: Mapping[Mean, Array]) -> Array:

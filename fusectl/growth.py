@@ -114,11 +114,12 @@ def plan_with_operator(path: str, operator: Kept, options: Options) -> tuple[Pla
     out_format, item, prefix = target_of(opened, options)
     # For the matrices of a layer, both as they are and inverted.
     matrix_bytes = min(options.max_memory_bytes // 4, 8 * MATRICES * _largest(growing))
-    builder = Builder([opened], options, out_format, reserved_bytes=matrix_bytes)
+    mapped_bytes = options.max_memory_bytes // 4
+    builder = Builder([opened], options, out_format, reserved_bytes=matrix_bytes + mapped_bytes)
     for parameter in grown.shapes:
-        like = opened.full(application.like(parameter))
-        layout = application.layout(parameter, options.dtype or opened.checkpoint.leaves[like].dtype)
-        builder.add(prefix + parameter, layout, like=like)
+        like = application.like(parameter)
+        layout = application.layout(parameter, options.dtype or opened.checkpoint.leaves[opened.full(like)].dtype)
+        builder.add(prefix + parameter, layout, like=opened.full(like), beside=like)
     with_state = any(is_state(name) and name not in opened.dropped for name in opened.checkpoint.leaves)
     builder.notes += [DROPPED] * with_state
     plan_step(builder, opened, options, out_format)
@@ -149,7 +150,8 @@ def plan_with_operator(path: str, operator: Kept, options: Options) -> tuple[Pla
     because = f"a linear operator has made it ({operator.how}): its loss is for verify to tell"
     exactness = Exactness() if operator.keeps_function else Exactness(APPROXIMATE, (because,))
     notes = [*opened.checkpoint.location.notes, *builder.notes, *on_mesh]
-    plan = replace(builder.plan(record, item, notes), exactness=exactness, matrix_bytes=matrix_bytes)
+    plan = replace(builder.plan(record, item, notes), exactness=exactness)
+    plan = replace(plan, matrix_bytes=matrix_bytes, mapped_bytes=mapped_bytes)
     return plan, [opened.checkpoint, *([] if own is None else [own])]
 
 

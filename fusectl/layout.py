@@ -252,17 +252,15 @@ class Block:
     terms: tuple[Summand, ...]
 
     def reads(self, part: Region) -> Iterator[tuple[Term, Region]]:
-        """The terms that a part of the block is made of, and the regions of their tensors that it needs."""
-        for term in self.terms:
-            if isinstance(term, Term):
-                yield term, shifted(part, self.at, term.region)
-            elif isinstance(term, Mapped):
-                yield term.term, term.reads(part, self.at)
+        """The terms that a part of the block is made of as they are, and the regions of their tensors that it needs."""
+        return ((term, shifted(part, self.at, term.region)) for term in self.terms if isinstance(term, Term))
 
     @property
     def sources(self) -> Iterator[Term]:
-        """The terms that read a source."""
-        return (term for term, _ in self.reads(self.at))
+        """The terms that read a source, as it is or mapped."""
+        for term in self.terms:
+            if isinstance(term, Term | Mapped):
+                yield term.term if isinstance(term, Mapped) else term
 
 
 def recurring_noise(blocks: Sequence[Block]) -> frozenset[Region]:

@@ -6,14 +6,15 @@ inputs     A = B (B^T B)^-1, so that A^T B = I        what B duplicates, A count
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from fusectl.cache import Cache
 from fusectl.errors import Incompatible
 from fusectl.formats.tree import Checkpoint
 from fusectl.layout import Expansion, whole
@@ -29,22 +30,12 @@ class Matrices:
 
     def __init__(self, sources: Sequence[Checkpoint], most_bytes: int) -> None:
         self._sources = sources
-        self._most_bytes = most_bytes
-        self._kept: OrderedDict[tuple[Any, ...], Array] = OrderedDict()
-        self._lock = threading.Lock()
+        self._cache = Cache(most_bytes)
 
     def of(self, expansion: Expansion) -> Array:
         """The matrix (large, small) that an axis is multiplied with; raises Incompatible where it has no inverse."""
-        each = expansion
-        key = (each.source, each.tensor, each.index, each.repeat, each.inverse)
-        # Made by one thread, for all that want it.
-        with self._lock:
-            if key not in self._kept:
-                self._kept[key] = self._made(expansion)
-                while len(self._kept) > 1 and sum(kept.nbytes for kept in self._kept.values()) > self._most_bytes:
-                    self._kept.popitem(last=False)
-            self._kept.move_to_end(key)
-            return self._kept[key]
+        # Whatever axis it is for.
+        return self._cache.get(replace(expansion, axis=0), partial(self._made, expansion))
 
     def _made(self, expansion: Expansion) -> Array:
         source = self._sources[expansion.source]

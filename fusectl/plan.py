@@ -104,6 +104,8 @@ class Plan:
     custom: Mapping[str, object] = field(default_factory=dict, repr=False)
     # The memory for the matrices that axes are expanded with.
     matrix_bytes: int = 0
+    # And for parts of kernels that have been.
+    mapped_bytes: int = 0
     # The learning rates that continue the trajectory, by parameter.
     rates: Mapping[str, Rate] = field(default_factory=dict, repr=False)
 

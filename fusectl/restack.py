@@ -10,10 +10,9 @@ for the axis `layers`. The optimizer's slots go along by the axes that they have
 from __future__ import annotations
 
 import re
-import threading
-from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ import numpy.typing as npt
 
 from fusectl.archs import FAMILIES, Recognized
 from fusectl.archs.table import Family, Row, stack_of
+from fusectl.cache import Cache
 from fusectl.errors import Incompatible
 from fusectl.formats.tree import Checkpoint, Leaf, View, dict_keys, kept_shapes, keys_beside
 from fusectl.formats.zarr import np_dtype
@@ -262,11 +262,7 @@ class _Chunks:
 
     def __init__(self, source: Checkpoint, most_bytes: int) -> None:
         self._source = source
-        self._most_bytes = most_bytes
-        self._kept: OrderedDict[tuple[str, tuple[int, ...]], Array] = OrderedDict()
-        # Of two threads that want a chunk one decodes it.
-        self._decoding: dict[tuple[str, tuple[int, ...]], threading.Lock] = {}
-        self._lock = threading.Lock()
+        self._cache = Cache(most_bytes)
 
     def read(self, tensor: str, region: Region) -> Array:
         """The values of a region."""
@@ -276,22 +272,6 @@ class _Chunks:
             chunk = chunk_at(index, leaf.chunks, leaf.shape)
             met = intersect(chunk, region)
             assert met is not None
-            out[slices(met, region)] = self._chunk(tensor, index, chunk)[slices(met, chunk)]
+            values = self._cache.get((tensor, index), partial(self._source.read, tensor, chunk))
+            out[slices(met, region)] = values[slices(met, chunk)]
         return out
-
-    def _chunk(self, tensor: str, index: tuple[int, ...], chunk: Region) -> Array:
-        key = (tensor, index)
-        with self._lock:
-            decoding = self._decoding.setdefault(key, threading.Lock())
-        with decoding:
-            with self._lock:
-                values = self._kept.get(key)
-                if values is not None:
-                    self._kept.move_to_end(key)
-            if values is None:
-                values = self._source.read(tensor, chunk)
-                with self._lock:
-                    self._kept[key] = values
-                    while len(self._kept) > 1 and sum(each.nbytes for each in self._kept.values()) > self._most_bytes:
-                        self._kept.popitem(last=False)
-        return values

@@ -22,6 +22,7 @@ import fusectl
 from fusectl.archs import Recognized
 from fusectl.archs.config import read_config
 from fusectl.builder import Builder, Options, notes_on_mesh, plan_auxiliary, plan_step, source_record, target_of
+from fusectl.cache import Cache
 from fusectl.equalize import Equalize, residual_scales
 from fusectl.errors import Corrupt, FusectlError, Incompatible, OutputExists, UsageError, counted, shorten
 from fusectl.exactness import Exactness, least, of_model, of_tensor
@@ -244,7 +245,7 @@ def carry_out(
         if extra and any(str(source.location.home).startswith(f"{output.scheme}://") for source in sources):
             note(f"what is taken over goes through this machine; with fusectl[{extra}] it is copied by the store")
     work = Work(sources, plan.record.fill, allow_nonfinite, plan.check_sources)
-    work = replace(work, matrices=Matrices(sources, plan.matrix_bytes))
+    work = replace(work, matrices=Matrices(sources, plan.matrix_bytes), mapped=Cache(plan.mapped_bytes))
     manner = Manner(plan.sparse, plan.links, plan.commit_bytes)
     out_format = format_named(plan.format)
     names = names_written((o.keys for o in plan.outputs), out_format, plan.item)
