@@ -134,7 +134,8 @@ class _Dense:
         name = f"{stack}/depth/{role.removesuffix('_bias')}"
         if layer is None or name not in self.operator.leaves:
             return [(layer, 1.0)]
-        return [(j, float(w)) for j, w in enumerate(self._read(name)[layer]) if w]
+        # A layer of nothing has a shape, too.
+        return [(j, float(w)) for j, w in enumerate(self._read(name)[layer]) if w] or [(0, 0.0)]
 
     def _kernel(
         self, name: str, stack: str, role: str, layer: int | None, region: Region
