@@ -1102,7 +1102,7 @@ def _learned(
     """
     from fusectl.formats.locate import local
     from fusectl.ligo.learn import Data, Learning, learn
-    from fusectl.ligo.operator import save_operator
+    from fusectl.ligo.operator import open_operator, require_same_start, save_operator
     from fusectl.surgery import check_output
 
     growing, checkpoint, operator = start
@@ -1110,6 +1110,7 @@ def _learned(
         raise UsageError("--operator-out: where to keep the operator, which is no part of what goes into the bucket")
     at = local(operator_out or f"{final}.operator")
     if how.resume and at.exists():
+        require_same_start(open_operator(str(at)), operator, growing)
         return str(at)
     for place in (final, at):
         check_output(place, [checkpoint], force=how.force)
