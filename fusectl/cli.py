@@ -1109,6 +1109,8 @@ def _learned(
     if not isinstance(final, Path) and operator_out is None:
         raise UsageError("--operator-out: where to keep the operator, which is no part of what goes into the bucket")
     at = local(operator_out or f"{final}.operator")
+    if isinstance(final, Path) and final.absolute() in (at.absolute(), *at.absolute().parents):
+        raise UsageError(f"--operator-out {at}: inside the output, which is to appear at once")
     if how.resume and at.exists():
         require_same_start(open_operator(str(at)), operator, growing)
         return str(at)

@@ -535,6 +535,9 @@ def test_what_is_there_is_not_written_over(tmp_path, fusectl):
     done = fusectl(*words[:-1], tmp_path / "elsewhere", "--operator-out", tmp_path / "out.operator")
     assert done.code == 7
     assert not (tmp_path / "elsewhere").exists()
+    done = fusectl(*words[:-1], tmp_path / "elsewhere", "--operator-out", tmp_path / "elsewhere/operator")
+    assert done.code == 2
+    assert not (tmp_path / "elsewhere").exists()
     done = fusectl(*words[:-1], tmp_path / "elsewhere", "--operator-out", path)
     assert done.code == 7
 
