@@ -30,6 +30,8 @@ DECODERS = [
     *("gemma", "gemma2", "maxtext-qwen3"),
 ]
 WHOLE, OTHER = "twice as large", "by no whole ratio"
+# Those that are not slow: JAX compiles networks and operators for each.
+QUICK = {("t5-1.0", OTHER), ("gemma2", WHOLE), ("maxtext-gemma2-scanned", "pinv"), ("t5-1.1", "paper")}
 
 
 def larger(family, ratio=OTHER):
@@ -70,12 +72,12 @@ def parameters(path):
 # Starts.
 
 
-@pytest.mark.parametrize("ratio", [WHOLE, OTHER])
 @pytest.mark.parametrize(
-    "family",
+    ("family", "ratio"),
     [
-        pytest.param(each, marks=[] if each in {"t5-1.0", "t5-1.1", "gemma2"} else pytest.mark.slow)
+        pytest.param(each, ratio, marks=[] if (each, ratio) in QUICK else pytest.mark.slow)
         for each in (*FAMILY_NAMES, *DECODERS)
+        for ratio in (WHOLE, OTHER)
     ],
 )
 def test_a_duplicate_computes_what_the_small_model_does(tmp_path, family, ratio):
@@ -219,12 +221,12 @@ def _sizes(operator):
         yield {name: then for name, (now, then) in operator.about[key].items() if now != then or key == "depths"}
 
 
-@pytest.mark.parametrize("tie", ["pinv", "paper"])
 @pytest.mark.parametrize(
-    "family",
+    ("family", "tie"),
     [
-        pytest.param(each, marks=[] if each in {"t5-1.0", "maxtext-gemma2-scanned"} else pytest.mark.slow)
+        pytest.param(each, tie, marks=[] if (each, tie) in QUICK else pytest.mark.slow)
         for each in (*FAMILY_NAMES, *DECODERS)
+        for tie in ("pinv", "paper")
     ],
 )
 def test_the_executor_computes_what_jax_learns(tmp_path, family, tie):
@@ -235,6 +237,7 @@ def test_the_executor_computes_what_jax_learns(tmp_path, family, tie):
     assert verify(out, settings=Settings(levels=("files", "weights"))).passed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["t5x", "orbax"])
 def test_small_chunks_and_budgets_change_nothing(tmp_path, format):
     path = checkpoint(tmp_path / "small", "scalable-t5-1.1-scanned", format=format)
@@ -390,6 +393,7 @@ def test_a_seed_decides_what_is_learned(bytes_model, learned):
     assert about(learned / "other.operator")["losses"] != about(learned / "a.operator")["losses"]
 
 
+@pytest.mark.slow
 def test_without_a_rate_worth_the_name_nothing_is_learned(bytes_model, tmp_path, fusectl):
     words = [*WIDER, *LEARN, "--steps", 2, "--learning-rate", 1e-12]
     done = fusectl("ligo", bytes_model, *words, "-o", tmp_path / "out")
@@ -445,6 +449,7 @@ def test_lessons_that_make_no_sense(bytes_model, tmp_path, fusectl, monkeypatch,
     assert not list(tmp_path.glob("out*"))
 
 
+@pytest.mark.slow
 def test_a_function_gives_the_data(bytes_model, tmp_path, fusectl, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("ligo_gives.py").write_text(
