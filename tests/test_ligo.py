@@ -15,6 +15,7 @@ from models import FAMILY_NAMES, LAYERS, SIZES, checkpoint, contents, ends_at, l
 from fusectl.archs import family_named
 from fusectl.builder import Options
 from fusectl.cli import run
+from fusectl.errors import Incompatible
 from fusectl.formats import open_checkpoint
 from fusectl.formats.sink import save
 from fusectl.growth import begin_operator, plan_with_operator
@@ -91,6 +92,15 @@ def test_a_duplicate_computes_what_the_small_model_does(tmp_path, family, ratio)
     report = verify(rounded, settings=replace(PROOF, x64=False))
     assert report.passed
     assert report.native.max_abs < 5e-6 * report.native.reference_max_abs
+
+
+def test_layers_that_remain_behind_groups_get_wider(tmp_path):
+    path = checkpoint(tmp_path / "small", "maxtext-gemma3-scanned")
+    out = grown(path, tmp_path / "grown", {"embed": 17, "heads": 8, "mlp": 31}, {})
+
+    assert verify(out, settings=Settings(levels=("files", "weights"))).passed
+    with pytest.raises(Incompatible):
+        begin(path, {}, {"decoder": 13})
 
 
 def test_the_paper_s_tie_is_not_exact(tmp_path):
@@ -575,6 +585,7 @@ def test_a_corrupt_source_is_refused(tmp_path, fusectl, steps):
 MEASURE = """
 import sys
 from fusectl.cli import run
+from fusectl.errors import Incompatible
 from fusectl.memory import peak_rss_bytes
 code = run(sys.argv[1:])
 print(peak_rss_bytes(), file=sys.stderr)

@@ -87,9 +87,16 @@ class Recognized:
         Depths are whole groups of layers, where layers are counted by groups.
         """
         shapes: dict[str, tuple[int, ...]] = {}
+        own = self.depths
         for name, row in self.rows.items():
             stack = stack_of(name)
-            now = {**sizes, "layers": depths.get(stack, self.depths.get(stack, 0)) // row.every}
+            depth = own.get(stack, 0)
+            if depths.get(stack, depth) == depth:
+                # Layers that remain behind groups stay with them.
+                axes = zip(row.spec.axes, self.shapes[name], strict=True)
+                shapes[name] = tuple(sizes.get(axis, n) for axis, n in axes)
+                continue
+            now = {**sizes, "layers": depths[stack] // row.every}
             shape = tuple(now.get(axis, n) for axis, n in zip(row.spec.axes, self.shapes[name], strict=True))
             alternative = row.alternative(name) or name
             numbers = range(now["layers"] if "#" in alternative else 1)

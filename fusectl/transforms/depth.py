@@ -67,7 +67,7 @@ def problems_of_depths(tree: Recognized, then: Mapping[str, int]) -> list[str]:
     unknown = sorted(then.keys() - tree.depths.keys())
     if unknown:
         return [f"{tree.family.name} has no {stack}" for stack in unknown]
-    if any(row.behind for row in tree.rows.values()):
+    if any(n != tree.depths[stack] for stack, n in then.items()) and any(row.behind for row in tree.rows.values()):
         return ["layers that remain behind those scanned by groups: fusectl convert --unscan first"]
     problems = []
     turn = turn_of(tree)
