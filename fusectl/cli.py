@@ -1158,14 +1158,17 @@ def _learned(
     One that an interrupted run has left is taken when it is resumed.
     """
     from fusectl.formats.locate import local
-    from fusectl.ligo.operator import save_operator
+    from fusectl.ligo.operator import open_operator, require_same_start, save_operator
     from fusectl.surgery import check_output
 
     growing, checkpoint, operator = start
     if not isinstance(final, Path) and operator_out is None:
         raise UsageError("--operator-out: where to keep the operator, which is no part of what goes into the bucket")
     at = local(operator_out or f"{final}.operator")
+    if isinstance(final, Path) and final.absolute() in (at.absolute(), *at.absolute().parents):
+        raise UsageError(f"--operator-out {at}: inside the output, which is to appear at once")
     if how.resume and at.exists():
+        require_same_start(open_operator(str(at)), operator, growing)
         return str(at)
     for place in (final, at):
         check_output(place, [checkpoint], force=how.force)

@@ -87,9 +87,10 @@ class Recognized:
         Depths are whole groups of layers, where layers are counted by groups; those behind them stay as many.
         """
         shapes: dict[str, tuple[int, ...]] = {}
+        own = self.depths
         for name, row in self.rows.items():
             stack = stack_of(name)
-            places = depths.get(stack, self.depths.get(stack, 0)) // row.every
+            places = depths.get(stack, own.get(stack, 0)) // row.every
             now = dict(sizes) if row.behind else {**sizes, "layers": places}
             shape = tuple(now.get(axis, n) for axis, n in zip(row.spec.axes, self.shapes[name], strict=True))
             alternative = row.alternative(name) or name

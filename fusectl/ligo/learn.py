@@ -16,9 +16,10 @@ import optax
 
 from fusectl.archs import Recognized
 from fusectl.archs.table import EMBEDDING, ENCODER
-from fusectl.errors import UsageError
+from fusectl.errors import Corrupt, UsageError
 from fusectl.examples import Examples, full_target_length, read_examples
 from fusectl.formats.tree import Checkpoint
+from fusectl.formats.zarr import nonfinite_at
 from fusectl.forward import twin_of
 from fusectl.ligo.network import batch_of, grow, loss
 from fusectl.ligo.operator import Operator, initial
@@ -50,13 +51,20 @@ class Learning:
             raise UsageError(f"--steps {self.steps}, --learning-rate {self.learning_rate:g}: both are positive")
 
     def transformation(self) -> optax.GradientTransformation:
-        """The optimizer; raises UsageError for a name that optax has none of."""
-        made = getattr(optax, self.optimizer, None)
+        """The optimizer; raises UsageError for a name that optax has none of, and for one that wants more than a rate
+        and gradients.
+        """
+        made, hint = getattr(optax, self.optimizer, None), "adam, adamw, sgd, lion, …"
         if not callable(made) or "learning_rate" not in inspect.signature(made).parameters:
-            raise UsageError(
-                f"--learner {self.optimizer}: optax has no such optimizer", hint="adam, adamw, sgd, lion, …"
-            )
-        return made(learning_rate=self.learning_rate)
+            raise UsageError(f"--learner {self.optimizer}: optax has no such optimizer", hint=hint)
+        try:
+            found: optax.GradientTransformation = made(learning_rate=self.learning_rate)
+            probe = {"matrix": jnp.zeros((1, 1))}
+            found.update(probe, found.init(probe), probe)
+        except Exception as error:
+            says = f"--learner {self.optimizer}: it wants more than a learning rate and gradients"
+            raise UsageError(says, details=(f"{type(error).__name__}: {error}",), hint=hint) from error
+        return found
 
 
 @dataclass(frozen=True)
@@ -132,7 +140,8 @@ def learn(
     def update(matrices: Any, moments: Any, frozen: Any, batch: Any) -> Any:
         value, gradient = jax.value_and_grad(loss_of)(matrices, frozen, batch)
         updates, moments = optimizer.update(gradient, moments, matrices)
-        return value, optax.global_norm(gradient), optax.apply_updates(matrices, updates), moments
+        norm = jnp.sqrt(sum(jnp.sum(each**2) for each in gradient.values()))
+        return value, norm, optax.apply_updates(matrices, updates), moments
 
     step = jax.jit(update)
     # `good` has led to a loss that is a number; the one behind it is not known yet.
@@ -199,8 +208,18 @@ def _loss(tree: Recognized, config: Any, parameters: Mapping[str, Array], batch:
 
 
 def read_parameters(checkpoint: Checkpoint, tree: Recognized) -> dict[str, Array]:
-    """The parameters of a checkpoint in float32, by their names in the family's table."""
-    return {name: jnp.asarray(checkpoint.read(tree.full(name)), jnp.float32) for name in tree.shapes}
+    """The parameters of a checkpoint in float32, by their names in the family's table.
+
+    Raises Corrupt for a NaN or Inf: no loss of it would be a number.
+    """
+    found = {}
+    for name in tree.shapes:
+        values = checkpoint.read(tree.full(name))
+        at = nonfinite_at(values)
+        if at is not None:
+            raise Corrupt(f"{checkpoint.path}: {tree.full(name)}{[int(i) for i in at]} is {values[at]}")
+        found[name] = jnp.asarray(values, jnp.float32)
+    return found
 
 
 def random_parameters(tree: Recognized, seed: int) -> dict[str, Array]:

@@ -226,6 +226,22 @@ def open_operator(path: str) -> Kept:
     return Kept(about, checkpoint.shapes, depth, checkpoint)
 
 
+def require_same_start(found: Kept, start: Operator, growing: Growing) -> None:
+    """Raises Incompatible for an operator that has begun otherwise than `start`: another run has left it."""
+    about = described(start, growing)
+    differ = [
+        f"{key}: {found.about.get(key)}, not {about[key]}"
+        for key in ("sizes", "depths", "tie", "init", "seed")
+        if found.about.get(key) != about[key]
+    ]
+    if differ:
+        raise Incompatible(
+            f"{found.label}: an operator that another run has left",
+            details=differ,
+            hint=f"--operator {found.label} applies it; --force without --resume begins anew",
+        )
+
+
 def _makes_sense(about: Mapping[str, Any]) -> bool:
     """Whether what a checkpoint says of its operator can be read."""
     try:

@@ -134,8 +134,8 @@ class _Dense:
         name = f"{stack}/depth/{role.removesuffix('_bias')}"
         if layer is None or name not in self.operator.leaves:
             return [(layer, 1.0)]
-        # Of a layer that adds nothing all weights are zero; the first one says of which shape.
-        return [(j, float(w)) for j, w in enumerate(self._read(name)[layer]) if w or j == 0]
+        # A layer of nothing has a shape, too.
+        return [(j, float(w)) for j, w in enumerate(self._read(name)[layer]) if w] or [(0, 0.0)]
 
     def _kernel(
         self, name: str, stack: str, role: str, layer: int | None, region: Region
