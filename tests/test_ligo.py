@@ -15,7 +15,6 @@ from models import FAMILY_NAMES, LAYERS, SIZES, checkpoint, contents, ends_at, l
 from fusectl.archs import family_named
 from fusectl.builder import Options
 from fusectl.cli import run
-from fusectl.errors import Incompatible
 from fusectl.formats import open_checkpoint
 from fusectl.formats.sink import save
 from fusectl.growth import begin_operator, plan_with_operator
@@ -94,13 +93,14 @@ def test_a_duplicate_computes_what_the_small_model_does(tmp_path, family, ratio)
     assert report.native.max_abs < 5e-6 * report.native.reference_max_abs
 
 
-def test_layers_that_remain_behind_groups_get_wider(tmp_path):
+@pytest.mark.parametrize("depths", [{}, {"decoder": 13}])
+def test_layers_that_remain_behind_groups_go_along(tmp_path, depths):
     path = checkpoint(tmp_path / "small", "maxtext-gemma3-scanned")
-    out = grown(path, tmp_path / "grown", {"embed": 17, "heads": 8, "mlp": 31}, {})
+    out = grown(path, tmp_path / "grown", {"embed": 17, "heads": 8, "mlp": 31}, depths, dtype="float64")
 
-    assert verify(out, settings=Settings(levels=("files", "weights"))).passed
-    with pytest.raises(Incompatible):
-        begin(path, {}, {"decoder": 13})
+    report = verify(out, settings=PROOF)
+    assert report.passed
+    assert report.native.max_abs < 1e-12 * report.native.reference_max_abs
 
 
 def test_the_paper_s_tie_is_not_exact(tmp_path):

@@ -129,6 +129,9 @@ def as_toml(family) -> str:
 @pytest.mark.parametrize("name", [f.name for f in FAMILIES if not any(row.behind for row in f.rows)])
 def test_every_family_can_be_written_as_a_file(name):
     family = family_named(name)
+    if family.trainer == "t5x":
+        # A file has the roles of decoders.
+        family = dataclasses.replace(family, rows=tuple(dataclasses.replace(row, role="") for row in family.rows))
 
     found = parse_family(as_toml(family), "my.toml")
 
