@@ -26,6 +26,8 @@ COMMANDS = [
     "noise-fill",
     "convert",
     "stack",
+    "ligo",
+    "grow",
     "verify",
     "diff",
     "inspect",

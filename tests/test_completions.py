@@ -48,6 +48,8 @@ def test_the_scripts_are_what_the_program_prints(shell):
                 "noise-fill",
                 "convert",
                 "stack",
+                "ligo",
+                "grow",
                 "verify",
                 "diff",
                 "inspect",

@@ -115,7 +115,7 @@ def _against_smaller(fused: Checkpoint, path: str, settings: Settings, progress:
     if settings.runs("weights") or tokens is None:
         started = time.monotonic()
         if grown.growth.operator is not None:
-            weights = check_linear(grown, progress)
+            weights = check_linear(grown, budget_bytes=settings.read_bytes, progress=progress)
         else:
             weights = check_grown(grown, budget_bytes=settings.read_bytes, jobs=settings.threads, progress=progress)
         report = replace(report, weights=replace(weights, seconds=time.monotonic() - started))

@@ -1,20 +1,22 @@
 """A checkpoint that a growth operator has made: every tensor against a dense application of the operator.
 
 In float64, tensor by tensor, by the paper's formula: Omega_j = A_j W_j B_j^T, W'_l = sum_j w_lj Omega_j. What is
-multiplied with what is worked out anew from axes and roles, the duals are numpy's pseudo-inverses. The planner, the
-executor and what learning computes have no part in it.
+multiplied with what is worked out anew from axes and roles, the duals come from another factorisation. The planner,
+the executor and what learning computes have no part in it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fusectl.archs.table import Row, stack_of
+from fusectl.cache import Cache
 from fusectl.errors import NotFound
 from fusectl.formats import fingerprint, open_checkpoint
 from fusectl.formats.tree import Checkpoint
@@ -32,7 +34,7 @@ RELATIVE = 1e-11
 TABLE_ELEMENTS = 1 << 24
 
 
-def check_linear(grown: Grown, progress: Progress) -> WeightsResult:
+def check_linear(grown: Grown, *, budget_bytes: int, progress: Progress) -> WeightsResult:
     """Compares every tensor with the operator's, to the rounding of its dtype; raises NotFound without the operator."""
     path = grown.growth.operator
     assert path is not None
@@ -42,7 +44,7 @@ def check_linear(grown: Grown, progress: Progress) -> WeightsResult:
         raise NotFound(
             f"the operator {path} is not there any more", hint="move it back, beside what it grew"
         ) from error
-    dense = _Dense(grown, operator)
+    dense = _Dense(grown, operator, budget_bytes)
     problems = [
         f"{each.path} has changed since it was used"
         for each, digest in (
@@ -51,7 +53,9 @@ def check_linear(grown: Grown, progress: Progress) -> WeightsResult:
         )
         if fingerprint(each) != digest
     ]
-    names = [name for name in grown.tree.shapes if grown.tree.full(name) in grown.fused.leaves]
+    # All layers of a kind one after the other.
+    kinds = {name: row.alternative(name) or name for name, row in grown.tree.rows.items()}
+    names = [name for name in sorted(kinds, key=kinds.__getitem__) if grown.tree.full(name) in grown.fused.leaves]
     wanted = {grown.tree.full(name) for name in dense.wanted()}
     problems += [f"{name}: missing" for name in sorted(wanted - grown.fused.leaves.keys())]
     progress.start("applying the operator", sum(grown.fused.leaves[grown.tree.full(name)].nbytes for name in names))
@@ -92,7 +96,10 @@ class _Dense:
 
     grown: Grown
     operator: Checkpoint
-    _kept: dict[str, Array] = field(default_factory=dict)
+    budget_bytes: int
+
+    def __post_init__(self) -> None:
+        self._cache = Cache(self.budget_bytes)
 
     def wanted(self) -> Iterator[str]:
         """The parameters that the grown model should have: each kind as often as it has layers."""
@@ -109,7 +116,6 @@ class _Dense:
         row, stack, network = self.grown.tree.rows[name], stack_of(name), self.grown.source_tree.network
         one = 1.0 if network.norm_adds_one and row.role.endswith("_norm") else 0.0
         axes = row.spec.axes
-        inner = tuple(axis for axis in axes if axis not in {"layers", "stack"})
         layers = list(self.grown.tree.layers_of(name)) if row.is_of_layers(name) else [None]
         by_layer = []
         for layer in layers:
@@ -117,18 +123,24 @@ class _Dense:
             for role in row.roles:
                 total: Array | float = 0.0
                 for j, weight in self._weights(stack, role, layer):
-                    source, where = self._kernel(name, stack, role, j, region)
-                    values = source + one
-                    for axis in inner:
-                        matrix = self._matrix(axis, role, stack, j, reads=axis in row.spec.inputs)
-                        if matrix is not None:
-                            at = where.index(axis)
-                            values = np.moveaxis(np.tensordot(matrix, values, (1, at)), 0, at)
-                    total = total + weight * values
+                    # Every layer of a kind is made from the same ones.
+                    key = (stack, role, j, region if j is None else None)
+                    total = total + weight * self._cache.get(key, partial(self._omega, name, role, j, region, one))
                 kernels.append(np.asarray(total) * self._factor(row, role) - one)
             beside = [axis for axis in axes if axis != "layers"]
             by_layer.append(np.stack(kernels, beside.index("stack")) if "stack" in axes else kernels[0])
         return np.stack(by_layer, axes.index("layers")) if "layers" in axes else np.asarray(by_layer[0])
+
+    def _omega(self, name: str, role: str, layer: int | None, region: Region, one: float) -> Array:
+        """A kernel of the small model with all axes as long as the grown one's."""
+        row, stack = self.grown.tree.rows[name], stack_of(name)
+        source, axes = self._kernel(name, stack, role, layer, region)
+        values = source + one
+        for at, axis in enumerate(axes):
+            matrix = self._matrix(axis, role, stack, layer, reads=axis in row.spec.inputs)
+            if matrix is not None:
+                values = np.moveaxis(np.tensordot(matrix, values, (1, at)), 0, at)
+        return values
 
     def _weights(self, stack: str, role: str, layer: int | None) -> list[tuple[int | None, float]]:
         name = f"{stack}/depth/{role.removesuffix('_bias')}"
@@ -182,9 +194,16 @@ class _Dense:
             repeat = now["joined_kv"] // now["heads"] if axis == "joined_kv" else repeat
         elif axis != "embed":
             return None
-        matrix = self._read(name)
-        matrix = matrix[layer] if matrix.ndim == 3 else matrix
-        matrix = np.linalg.pinv(matrix).T if reads and pinv else matrix
+        index = layer if len(self.operator.leaves[name].shape) == 3 else None
+        inverted = reads and pinv
+        return self._cache.get((name, index, repeat, inverted), partial(self._made, name, index, repeat, inverted))
+
+    def _made(self, name: str, index: int | None, repeat: int, inverted: bool) -> Array:
+        matrix = self._read(name) if index is None else self._read(name)[index]
+        if inverted:
+            # A^T with A^T B = 1, from the triangles of B: another way than the executor's, and faster than by SVD.
+            q, triangle = np.linalg.qr(matrix)
+            matrix = np.linalg.solve(triangle, q.T).T
         return np.kron(matrix, np.eye(repeat)) if repeat > 1 else matrix
 
     def _factor(self, row: Row, role: str) -> float:
@@ -204,9 +223,4 @@ class _Dense:
         return self.operator.custom["fusectl_operator"]
 
     def _read(self, name: str) -> Array:
-        if name not in self._kept:
-            # One kind after the other: those of another are not wanted again soon.
-            if len(self._kept) > 8:
-                self._kept.clear()
-            self._kept[name] = self.operator.read(name).astype(np.float64)
-        return self._kept[name]
+        return self._cache.get(name, lambda: self.operator.read(name).astype(np.float64))
