@@ -502,15 +502,24 @@ def ligo(
         str | None, typer.Option(metavar="PATH", help="Where to keep what is learned. [default: OUTPUT.operator]")
     ] = None,
     tie: Annotated[
-        Literal["pinv", "paper"], typer.Option(help="Inputs' matrices: the duals of outputs', or the same.")
-    ] = "pinv",
+        Literal["pinv", "paper"] | None,
+        typer.Option(help="Inputs' matrices: the duals of outputs', or the same. [default: pinv]"),
+    ] = None,
     init: Annotated[
-        Literal["duplicate", "stack", "interpolate", "random"],
-        typer.Option(help="The start: the small model's function; layers again; or LiGO's released one."),
-    ] = "duplicate",
-    steps: Annotated[int, typer.Option(help="Steps of learning; 0 applies the start as it is.", min=0)] = 100,
-    learning_rate: Annotated[float, typer.Option(help="Of the operator, constant, without warm-up.")] = 1e-3,
-    learner: Annotated[str, typer.Option(help="The optimizer that learns it, by its name in optax.")] = "adam",
+        Literal["duplicate", "stack", "interpolate", "random"] | None,
+        typer.Option(
+            help="The start: the small model's function; layers again; or LiGO's released one. [default: duplicate]"
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Steps of learning; 0 applies the start as it is. [default: 100]", min=0)
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Of the operator, constant, without warm-up. [default: 0.001]")
+    ] = None,
+    learner: Annotated[
+        str | None, typer.Option(help="The optimizer that learns it, by its name in optax. [default: adam]")
+    ] = None,
     batch: Annotated[int, typer.Option(help="Rows of a batch.", min=1)] = 16,
     length: Annotated[int, typer.Option(help="Tokens of a row.", min=4)] = 256,
     target_length: Annotated[
@@ -556,19 +565,29 @@ def ligo(
         writing = _Writing(output, force, jobs, dry_run, False, verify, report, max_memory, sync, resume)
         sizes = {"embed": emb, "heads": heads, "kv_heads": kv_heads, "mlp": mlp}
         depths = {"encoder": encoder_layers, "decoder": decoder_layers}
-        if operator is not None and (data or any({**sizes, **depths}.values()) or layers):
-            raise UsageError("--operator says what to grow to, and nothing is learned", hint="without sizes and --data")
+        of_learning = (data, operator_out, tie, init, steps, learning_rate, learner, target_length, sentinel)
+        if operator is not None and any(
+            each is not None for each in (*sizes.values(), *depths.values(), layers, *of_learning)
+        ):
+            raise UsageError(
+                "--operator says what to grow to, and nothing is learned",
+                hint="without sizes, and without what is about learning",
+            )
         if operator is None:
+            steps = 100 if steps is None else steps
             if steps and data is None:
                 raise UsageError("--data: what to learn the operator from", hint="--steps 0 applies the start as it is")
-            growing, opened, start = begin_operator(path, sizes, layers, depths, tie, init, seed, options)
+            growing, opened, start = begin_operator(
+                path, sizes, layers, depths, tie or "pinv", init or "duplicate", seed, options
+            )
             plan, _ = plan_with_operator(path, kept(start, growing), options)
             if dry_run:
                 _write(screen, plan, [opened.checkpoint], writing)
                 return
             lesson = None
             if data is not None and steps:
-                lesson = _Lesson(data, steps, learning_rate, learner, batch, length, target_length, sentinel)
+                rate = 1e-3 if learning_rate is None else learning_rate
+                lesson = _Lesson(data, steps, rate, learner or "adam", batch, length, target_length, sentinel)
             final = _final(output, [opened.checkpoint], plan)
             operator = _learned(screen, (growing, opened.checkpoint, start), lesson, final, operator_out, writing)
         plan, sources = plan_with_operator(path, open_operator(operator), options)
@@ -1158,7 +1177,7 @@ def _learned(
     One that an interrupted run has left is taken when it is resumed.
     """
     from fusectl.formats.locate import local
-    from fusectl.ligo.operator import open_operator, require_same_start, save_operator
+    from fusectl.ligo.operator import open_operator, require_same_run, save_operator
     from fusectl.surgery import check_output
 
     growing, checkpoint, operator = start
@@ -1168,7 +1187,10 @@ def _learned(
     if isinstance(final, Path) and final.absolute() in (at.absolute(), *at.absolute().parents):
         raise UsageError(f"--operator-out {at}: inside the output, which is to appear at once")
     if how.resume and at.exists():
-        require_same_start(open_operator(str(at)), operator, growing)
+        wanted: dict[str, Any] = {"learned": 0}
+        if lesson is not None:
+            wanted = {"learned": lesson.steps, "optimizer": lesson.optimizer, "learning_rate": lesson.learning_rate}
+        require_same_run(open_operator(str(at)), operator, growing, wanted)
         return str(at)
     for place in (final, at):
         check_output(place, [checkpoint], force=how.force)

@@ -40,7 +40,8 @@ def grow(growing: Growing, small: Mapping[str, Array], operator: Mapping[str, Ar
     return {name: _assembled(grown, name, mapped) for name in grown.shapes}
 
 
-# Enough for gram matrices of any condition that float64 can tell from none.
+# The first ones bring the smallest eigenvalue up, the last ones the digits. Where operators are applied, conditions
+# above 1e12 are refused.
 _MOST_ITERATIONS = 64
 
 

@@ -28,6 +28,7 @@ from fusectl.formats import open_checkpoint
 from fusectl.formats.sink import save
 from fusectl.formats.tree import Checkpoint
 from fusectl.formats.zarr import nonfinite_at
+from fusectl.jsontree import finite
 from fusectl.transforms.depth import arrangement, turn_of
 from fusectl.transforms.linear import TIES, Growing, growing_to, is_depth
 
@@ -140,10 +141,10 @@ def described(operator: Operator, growing: Growing) -> Mapping[str, Any]:
         "init": operator.init,
         "seed": operator.seed,
         "learned": operator.learned,
-        "losses": list(operator.losses),
+        "losses": finite(operator.losses),
         "sizes": {axis: [n, grown.sizes[axis]] for axis, n in tree.sizes.items()},
         "depths": {stack: [n, grown.depths[stack]] for stack, n in tree.depths.items()},
-        **operator.about,
+        **finite(operator.about),
     }
 
 
@@ -226,13 +227,15 @@ def open_operator(path: str) -> Kept:
     return Kept(about, checkpoint.shapes, depth, checkpoint)
 
 
-def require_same_start(found: Kept, start: Operator, growing: Growing) -> None:
-    """Raises Incompatible for an operator that has begun otherwise than `start`: another run has left it."""
-    about = described(start, growing)
+def require_same_run(found: Kept, start: Operator, growing: Growing, lesson: Mapping[str, Any]) -> None:
+    """Raises Incompatible for an operator that has begun otherwise than `start`, or was learned otherwise than the
+    `lesson` says, which has keys of what is kept with it: another run has left it.
+    """
+    wanted = {**described(start, growing), **lesson}
     differ = [
-        f"{key}: {found.about.get(key)}, not {about[key]}"
-        for key in ("sizes", "depths", "tie", "init", "seed")
-        if found.about.get(key) != about[key]
+        f"{key}: {found.about.get(key)}, not {wanted[key]}"
+        for key in ("sizes", "depths", "tie", "init", "seed", *lesson)
+        if found.about.get(key) != wanted[key]
     ]
     if differ:
         raise Incompatible(
