@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import FAMILY_NAMES, LAYERS, SIZES, checkpoint, contents, ends_at, layers_of, state
+from models import FAMILY_NAMES, LAYERS, SIZES, checkpoint, contents, ends_at, layers_of, sizes_of, state
 
 from fusectl.archs import family_named
 from fusectl.builder import Options
@@ -401,6 +401,20 @@ def test_a_seed_decides_what_is_learned(bytes_model, learned):
     assert about(learned / "again.operator") == about(learned / "a.operator")
     assert contents(learned / "other") != contents(learned / "a")
     assert about(learned / "other.operator")["losses"] != about(learned / "a.operator")["losses"]
+
+
+@pytest.mark.parametrize("family", ["maxtext-llama-tied-scanned", "gemma2"])
+def test_decoders_learn_by_the_next_token(tmp_path, family, fusectl):
+    sizes = {**sizes_of(family_named(family)), "vocab": 300}
+    path = checkpoint(tmp_path / "small", family, sizes=sizes, layers={"decoder": 2}, format="orbax")
+    words = ["--emb", 17, "--heads", 8, "--mlp", 31, "--layers", 4, *LEARN, "--steps", 4, "--learning-rate", 1e-2]
+    done = fusectl("ligo", path, *words, "--arch", family, "-o", tmp_path / "out")
+
+    assert done.code == 0, done.err
+    held = about(tmp_path / "out.operator")["held_out"]
+    assert held["duplicate start"] == pytest.approx(held["small model"], rel=1e-5)
+    assert held["operator"] < held["duplicate start"]
+    assert verify(str(tmp_path / "out"), settings=Settings(levels=("files", "weights"))).passed
 
 
 @pytest.mark.slow

@@ -173,7 +173,7 @@ def _kernels(row: Row, axes: list[str], values: Array, prefix: str, xp: Any = np
         parameter, order = ROLES[role]
         # With as many heads of keys as of queries they are called heads.
         places = [inside.index(axis if axis in inside else "heads") for axis in order]
-        yield (parameter if role in STEM else prefix + parameter), xp.asarray(kernel.transpose(places), order="C")
+        yield (parameter if role in STEM else prefix + parameter), kernel.transpose(places)
 
 
 def _embedder(tree: Recognized, name: str, ids: Any) -> Stage:

@@ -30,11 +30,13 @@ ATTENTIONS = (
     ("decoder", "self_attention", ""),
     ("decoder", "encoder_decoder_attention", "cross_"),
 )
+STACKS = ("encoder", "decoder")
 NORMS = (
     ("encoder", "pre_attention_layer_norm", "pre_attention_norm"),
+    ("encoder", "pre_mlp_layer_norm", "pre_mlp_norm"),
     ("decoder", "pre_self_attention_layer_norm", "pre_attention_norm"),
     ("decoder", "pre_cross_attention_layer_norm", "pre_cross_attention_norm"),
-    ("{encoder,decoder}", "pre_mlp_layer_norm", "pre_mlp_norm"),
+    ("decoder", "pre_mlp_layer_norm", "pre_mlp_norm"),
 )
 # The kernels that read the stream in the MLP, by the names of their tensors.
 GATED, PLAIN = (("wi_0", "gate"), ("wi_1", "up")), (("wi", "up"),)
@@ -63,19 +65,18 @@ def _layers(wi: Inputs, heads: str) -> tuple[Row, ...]:
             Row(f"{stack}/layers_#/{attention}/out/kernel", f"{heads} -> embed", f"{of}out")
             for stack, attention, of in ATTENTIONS
         ),
-        *(Row(f"{{encoder,decoder}}/layers_#/mlp/{name}/kernel", "embed -> mlp", role) for name, role in wi),
+        *(Row(f"{stack}/layers_#/mlp/{name}/kernel", "embed -> mlp", role) for stack in STACKS for name, role in wi),
         Row("{encoder,decoder}/layers_#/mlp/wo/kernel", "mlp -> embed", "down"),
         *(Row(f"{stack}/layers_#/{norm}/scale", "-> embed", role) for stack, norm, role in NORMS),
     )
 
 
 def _scanned(wi: Inputs, head: tuple[Row, ...]) -> tuple[Row, ...]:
-    stacks = ("encoder", "decoder")
     return (
         *STEM,
         *(
             Row(f"{stack}/{stack}/relpos_bias/rel_embedding", "heads layers <- relpos_buckets", "relpos")
-            for stack in stacks
+            for stack in STACKS
         ),
         *(
             Row(f"{stack}/{stack}/{attention}/{part}/kernel", "embed layers -> heads kv", f"{of}{part}")
@@ -86,14 +87,13 @@ def _scanned(wi: Inputs, head: tuple[Row, ...]) -> tuple[Row, ...]:
             Row(f"{stack}/{stack}/{attention}/out/kernel", "heads layers kv -> embed", f"{of}out")
             for stack, attention, of in ATTENTIONS
         ),
-        *(Row(f"{s}/{s}/mlp/{name}/kernel", "embed layers -> mlp", role) for s in stacks for name, role in wi),
-        *(Row(f"{s}/{s}/mlp/wo/kernel", "mlp layers -> embed", "down") for s in stacks),
         *(
-            Row(f"{s}/{s}/{norm}/scale", "-> embed layers", role)
-            for stack, norm, role in NORMS
-            for s in stacks
-            if s in stack
+            Row(f"{stack}/{stack}/mlp/{name}/kernel", "embed layers -> mlp", role)
+            for stack in STACKS
+            for name, role in wi
         ),
+        *(Row(f"{stack}/{stack}/mlp/wo/kernel", "mlp layers -> embed", "down") for stack in STACKS),
+        *(Row(f"{stack}/{stack}/{norm}/scale", "-> embed layers", role) for stack, norm, role in NORMS),
         *head,
     )
 

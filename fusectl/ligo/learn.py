@@ -20,10 +20,10 @@ from fusectl.errors import Corrupt, UsageError
 from fusectl.examples import Examples, full_target_length, read_examples
 from fusectl.formats.tree import Checkpoint
 from fusectl.formats.zarr import nonfinite_at
-from fusectl.forward import twin_of
-from fusectl.ligo.network import batch_of, grow, loss
+from fusectl.ligo.network import grow
 from fusectl.ligo.operator import Operator, initial
 from fusectl.tokens import Tokens
+from fusectl.training import batch_of, loss_of, mean_loss
 from fusectl.transforms.linear import Growing
 
 
@@ -123,7 +123,6 @@ def learn(
     it ends, with the last operator whose loss was one.
     """
     small = read_parameters(checkpoint, growing.tree)
-    config = twin_of(growing.grown).config_of(growing.grown, (growing.grown.sizes["embed"],), "float32")
     fixed = {name: jnp.asarray(each, jnp.float32) for name, each in start.arrays.items() if name.endswith("/relpos")}
     learned = {
         name: jnp.asarray(each, jnp.float32) for name, each in start.arrays.items() if not name.endswith("/relpos")
@@ -133,12 +132,12 @@ def learn(
     optimizer = how.transformation()
     state = optimizer.init(learned)
 
-    def loss_of(matrices: Mapping[str, Array], frozen: Mapping[str, Array], batch: Mapping[str, Array]) -> Array:
+    def of_matrices(matrices: Mapping[str, Array], frozen: Mapping[str, Array], batch: Mapping[str, Array]) -> Array:
         parameters = grow(growing, frozen, {**fixed, **matrices})
-        return _loss(growing.grown, config, parameters, batch)
+        return loss_of(growing.grown, parameters, batch)
 
     def update(matrices: Any, moments: Any, frozen: Any, batch: Any) -> Any:
-        value, gradient = jax.value_and_grad(loss_of)(matrices, frozen, batch)
+        value, gradient = jax.value_and_grad(of_matrices)(matrices, frozen, batch)
         updates, moments = optimizer.update(gradient, moments, matrices)
         norm = jnp.sqrt(sum(jnp.sum(each**2) for each in gradient.values()))
         return value, norm, optax.apply_updates(matrices, updates), moments
@@ -190,10 +189,7 @@ def held_out_losses(
     }
     found = {}
     for name, (own, made) in makers.items():
-        config = twin_of(own).config_of(own, (own.sizes["embed"],), "float32")
-        evaluate = jax.jit(partial(_loss, own, config))
-        parameters = made()
-        found[name] = float(np.mean([float(evaluate(parameters, batch_of(batch))) for batch in batches]))
+        found[name] = mean_loss(jax.jit(partial(loss_of, own)), made(), batches)
     return found
 
 
@@ -201,10 +197,6 @@ def _grown(growing: Growing, small: Mapping[str, Array], operator: Operator) -> 
     matrices = {name: jnp.asarray(each, jnp.float32) for name, each in operator.arrays.items()}
     made: Mapping[str, Array] = jax.jit(partial(grow, growing))(small, matrices)
     return made
-
-
-def _loss(tree: Recognized, config: Any, parameters: Mapping[str, Array], batch: Mapping[str, Array]) -> Array:
-    return loss(twin_of(tree).logits(config, tree, parameters, Tokens(**batch)), batch["targets"])
 
 
 def read_parameters(checkpoint: Checkpoint, tree: Recognized) -> dict[str, Array]:

@@ -1,4 +1,4 @@
-"""The grown model as a function of the operator, in JAX: W'_l = sum_j w[l, j] A_j W_j B_j^T, and the loss of it.
+"""The grown model as a function of the operator, in JAX: W'_l = sum_j w[l, j] A_j W_j B_j^T.
 
 It shares with the plan what each axis is multiplied with (transforms/linear.py), and computes all layers of a kind at
 once; the executor computes chunks. A test holds the two against each other.
@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from fusectl.archs import Recognized
 from fusectl.archs.table import Row, stack_of
 from fusectl.layout import Expansion
-from fusectl.tokens import Tokens
 from fusectl.transforms.linear import Growing, depth_name, is_depth
 
 
@@ -86,22 +85,6 @@ def _inverse_backward(found: Array, cotangent: Array) -> tuple[Array]:
 # What differentiates the iteration is the inverse itself.
 inverse = jax.custom_vjp(_inverse)
 inverse.defvjp(_inverse_forward, _inverse_backward)
-
-
-def loss(logits: Array, targets: Array) -> Array:
-    """The cross-entropy in nats of a token, over the targets that are no padding."""
-    wanted = targets > 0
-    log = jax.nn.log_softmax(logits.astype(jnp.float32))
-    of_targets = jnp.take_along_axis(log, targets[..., None], axis=-1)[..., 0]
-    return -jnp.sum(jnp.where(wanted, of_targets, 0.0)) / jnp.sum(wanted)
-
-
-def batch_of(tokens: Tokens) -> dict[str, Array]:
-    """What a step is given of a batch: arrays only, so that JAX compiles it once."""
-    return {name: getattr(tokens, name) for name in _BATCH}
-
-
-_BATCH = ("encoder", "decoder", "targets", "encoder_segments", "target_segments")
 
 
 def _expanded(values: Array, matrix: Array, axis: int, expansion: Expansion) -> Array:

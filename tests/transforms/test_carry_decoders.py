@@ -1,7 +1,5 @@
 """Adam's state of decoders: carried, and gathered by the fused model over the same batches, in float64."""
 
-from types import SimpleNamespace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,12 +24,8 @@ FAMILIES = ["maxtext-llama-scanned", "maxtext-gemma2-tied", "maxtext-qwen3-tied"
 
 
 @pytest.fixture
-def differentiable(monkeypatch):
-    """The twin's way from a tree's tensors to the network's, in JAX instead of numpy."""
-    shim = SimpleNamespace(
-        asarray=jnp.asarray, moveaxis=jnp.moveaxis, ascontiguousarray=lambda x: x, dtype=np.dtype, unique=np.unique
-    )
-    monkeypatch.setattr(decoder_twin, "np", shim)
+def differentiable():
+    """In float64, as derivatives are compared."""
     with jax.enable_x64(True):
         yield
 
@@ -41,7 +35,7 @@ def loss_of(tree):
     config = decoder_twin.config_of(tree, (tree.sizes["embed"],), "float64", accumulate="float64")
 
     def loss(parameters, tokens):
-        modules = unflatten_dict(dict(decoder_twin._modules(tree, parameters)), sep="/")
+        modules = unflatten_dict(dict(decoder_twin._modules(tree, parameters, xp=jnp)), sep="/")
         logits = jax.nn.log_softmax(Decoder(config).apply({"params": modules}, tokens[:, :-1]))
         return -jnp.take_along_axis(logits, tokens[:, 1:, None], -1).mean()
 
