@@ -440,6 +440,7 @@ def stack(
     step: Step = None,
     format: FormatName = None,
     arch: Arch = None,
+    config: Configs = [],  # noqa: B006
     drop: Drop = [],  # noqa: B006
     dtype: Dtype = None,
     codec: Codec = "auto",
@@ -469,6 +470,7 @@ def stack(
 
         stored = _Stored(codec, sparse, link, check, _mesh(mesh, axis_rules))
         options = _options(Fill(), optimizer, format, arch, drop, dtype, stored, max_memory, step)
+        options = replace(options, configs=tuple(config))
         depths = {"encoder": encoder_layers, "decoder": decoder_layers}
         plan, opened = plan_stack(_path(source), how, layers, depths, options)
         writing = _Writing(output, force, jobs, dry_run, allow_nonfinite, verify, report, max_memory, sync, resume)
@@ -533,6 +535,7 @@ def ligo(
     step: Step = None,
     format: FormatName = None,
     arch: Arch = None,
+    config: Configs = [],  # noqa: B006
     drop: Drop = [],  # noqa: B006
     dtype: Dtype = None,
     codec: Codec = "auto",
@@ -561,6 +564,7 @@ def ligo(
 
         stored = _Stored(codec, sparse, link=False, check=check, mesh=_mesh(mesh, axis_rules))
         options = _options(Fill(), "drop", format, arch, drop, dtype, stored, max_memory, step)
+        options = replace(options, configs=tuple(config))
         path = _path(source)
         writing = _Writing(output, force, jobs, dry_run, False, verify, report, max_memory, sync, resume)
         sizes = {"embed": emb, "heads": heads, "kv_heads": kv_heads, "mlp": mlp}

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from fusectl.archs import Recognized
+from fusectl.archs.config import read_config
 from fusectl.builder import (
     Builder,
     Options,
@@ -45,7 +46,7 @@ def plan_stack(
     `how` is one of transforms.depth.HOWS. Raises Incompatible where a stack cannot be as deep; UsageError where none
     would be deeper.
     """
-    opened = open_source(path, options.arch, options.drop)
+    opened = _opened(path, options)
     tree = opened.tree
     depths = depths_wanted(tree, layers, of_stack)
     deepening = deepen(tree, how, depths, opened.label)
@@ -86,12 +87,20 @@ def begin_operator(
 
     None are the sizes that it has. Raises Incompatible for what it cannot grow to, UsageError where nothing would grow.
     """
-    opened = open_source(path, options.arch, options.drop)
+    opened = _opened(path, options)
     wanted = {axis: n for axis, n in sizes.items() if n is not None}
     growing = growing_to(opened.tree, wanted, depths_wanted(opened.tree, layers, of_stack), tie, opened.label)
     if not growing.shapes():
         raise UsageError(f"{opened.label}: it is as large as that already", hint="--emb, --heads, --mlp, --layers")
     return growing, opened, initial(growing, init, seed)
+
+
+def _opened(path: str, options: Options) -> Opened:
+    """The checkpoint to grow, with what a config tells of it."""
+    if len(options.configs) > 1:
+        raise UsageError(f"{len(options.configs)} configs for one checkpoint")
+    config = read_config(options.configs[0]) if options.configs else None
+    return open_source(path, options.arch, options.drop, config)
 
 
 def depths_wanted(tree: Recognized, layers: int | None, of_stack: Mapping[str, int | None]) -> dict[str, int]:
@@ -107,7 +116,7 @@ def plan_with_operator(path: str, operator: Kept, options: Options) -> tuple[Pla
     for a model that the operator is not for.
     """
     options = replace(options, optimizer="drop")
-    opened = open_source(path, options.arch, options.drop)
+    opened = _opened(path, options)
     growing = operator.growing(opened.tree, opened.label)
     grown, application = growing.grown, Application(growing, operator.depth)
     on_mesh = notes_on_mesh(options.mesh, grown, grown.shapes)

@@ -621,3 +621,32 @@ def test_an_operator_is_applied_within_the_budget(tmp_path):
 
     assert sum(leaf.nbytes for leaf in open_checkpoint(str(tmp_path / "out")).leaves.values()) > 300e6
     assert int(done.stderr.split()[-1]) < 64 * 2**20 + 250e6
+
+
+def test_a_config_tells_what_queries_are_scaled_by(tmp_path, fusectl):
+    path = checkpoint(tmp_path / "small", "gemma2", layers={"decoder": 2}, format="orbax")
+    config = tmp_path / "gemma.yml"
+    config.write_text("embed_dim: 12\nquery_pre_attn_norm: BY_ONE_OVER_SQRT_EMBED_DIM_DIV_NUM_HEADS\n")
+    words = ["ligo", path, "--arch", "gemma2", "--steps", 0, "--config", config]
+    done = fusectl(*words, "--emb", 20, "-o", tmp_path / "other")
+
+    assert done.code == 6
+    assert "embed // heads, by which queries are scaled: 2 now, 3 then" in done.err
+    done = fusectl(*words, "--emb", 24, "--heads", 12, "-o", tmp_path / "out")
+    assert done.code == 0, done.err
+    report = verify(str(tmp_path / "out"), settings=replace(PROOF, x64=True))
+    assert report.passed
+    assert report.record.network.query_scale == "embed_over_heads"
+
+
+def test_a_stack_keeps_what_a_config_tells(tmp_path, fusectl):
+    path = checkpoint(tmp_path / "small", "maxtext-llama", format="orbax")
+    config = tmp_path / "llama.yml"
+    config.write_text("rope_max_timescale: 500000\ndecoder_block: llama2\n")
+    done = fusectl("stack", path, "--layers", 6, "--how", "identity", "--config", config, "-o", tmp_path / "out")
+
+    assert done.code == 0, done.err
+    assert open_checkpoint(str(tmp_path / "out")).record.network.attending[0].rope_base == 500_000
+    assert verify(str(tmp_path / "out")).passed
+    both = fusectl("stack", path, "--layers", 6, "--config", config, "--config", config, "-o", tmp_path / "two")
+    assert both.code == 2

@@ -152,6 +152,10 @@ def growing_to(tree: Recognized, sizes: Mapping[str, int], depths: Mapping[str, 
         )
         if one != other:
             problems.append(f"heads for each kv head: {one:g} now, {other:g} then; both have to grow by as much")
+    if tree.network.query_scale == "embed_over_heads":
+        one, other = (each["embed"] // each["heads"] for each in (now, {**now, **then}))
+        if one != other:
+            problems.append(f"embed // heads, by which queries are scaled: {one} now, {other} then")
     problems += problems_of_depths(tree, depths)
     if problems:
         raise Incompatible(f"{where}: sizes that it cannot grow to", details=problems)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -318,7 +318,8 @@ def open_grown(fused: Checkpoint, path: str) -> Grown:
         raise NotFound(f"{path}, which it was grown from, is not there any more", hint=hint) from error
     arch = own_family(fused) or record.family
     tree, source_tree = (recognized(each, arch, record.drop) for each in (fused, source))
-    return Grown(fused, tree, source, source_tree, record.growth)
+    # What a config has told of the network is in the record of what was grown.
+    return Grown(fused, tree, source, replace(source_tree, told=tree.network), record.growth)
 
 
 def check_grown(grown: Grown, *, budget_bytes: int, jobs: int, progress: Progress) -> WeightsResult:
