@@ -1,6 +1,7 @@
 """LiGO: starts that keep the function, its special cases, the executor against JAX, learning, and what is refused."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -650,3 +651,24 @@ def test_a_stack_keeps_what_a_config_tells(tmp_path, fusectl):
     assert verify(str(tmp_path / "out")).passed
     both = fusectl("stack", path, "--layers", 6, "--config", config, "--config", config, "-o", tmp_path / "two")
     assert both.code == 2
+
+
+def test_verify_says_the_losses(tmp_path, bytes_model, learned):
+    tokens = tmp_path / "tokens.jsonl"
+    tokens.write_text('{"inputs": [70, 71, 72, 1], "targets": [80, 81, 1]}\n')
+    report = verify(str(learned / "a"), settings=Settings(tokens=str(tokens)))
+    held = about(learned / "a.operator")["held_out"]
+
+    assert report.passed
+    assert any(f"operator {held['operator']:.4f}" in note for note in report.notes)
+    (said,) = (note for note in report.notes if note.startswith("loss on these tokens"))
+    # Of the source against itself, by the twin's logits.
+    small = [float(word) for word in re.findall(r"\d+\.\d+", said)][1]
+    out = applied(bytes_model, grown_start(bytes_model, tmp_path), tmp_path / "same")
+    (same,) = (n for n in verify(out, settings=Settings(tokens=str(tokens))).notes if n.startswith("loss on these"))
+    assert [float(word) for word in re.findall(r"\d+\.\d+", same)] == pytest.approx([small, small], abs=2e-4)
+
+
+def grown_start(path, at):
+    """The operator of the lossless start, as it is kept."""
+    return f"{grown(path, at / 'start', *larger('t5-1.1'))}.operator"

@@ -35,7 +35,7 @@ from fusectl.verify.claim import Claim, Declared, make_claim, nothing_known
 from fusectl.verify.copies import check_copy
 from fusectl.verify.files import check_files
 from fusectl.verify.growth import check_grown, open_grown
-from fusectl.verify.linear import check_linear
+from fusectl.verify.linear import check_linear, held_out
 from fusectl.verify.page import page
 from fusectl.verify.report import FILE_NAME, PAGE_NAME, Report
 from fusectl.verify.settings import LEVELS, Settings
@@ -105,9 +105,11 @@ def _against_smaller(fused: Checkpoint, path: str, settings: Settings, progress:
         raise UsageError("--trace: of the streams of a fusion's sources; this one was grown from a single one")
     grown = open_grown(fused, path)
     has_twin = grown.tree.family.twin is not None
+    learned = held_out(grown)
     if settings.asks_for_models:
         grown.tree.family.require_twin()
     notes = [f"grown from {path}: one model, not a mean of several; the level algebra has nothing to say"]
+    notes += [learned] if learned else []
     if settings.runs_native and not has_twin:
         notes.append(_no_models(grown.tree.family))
     tokens = _tokens(grown.tree, settings) if settings.runs_native and has_twin else None
@@ -125,13 +127,14 @@ def _against_smaller(fused: Checkpoint, path: str, settings: Settings, progress:
     from fusectl.verify.grown_function import check_grown_function
 
     started = time.monotonic()
-    native, passes = check_grown_function(grown, report.record, tokens, settings, progress)
+    native, passes, said = check_grown_function(grown, report.record, tokens, settings, progress)
     return replace(
         report,
         precision=settings.precision,
         tokens=tokens.says,
         passes=passes,
         native=native,
+        notes=(*report.notes, *said),
         function_seconds=time.monotonic() - started,
         versions=_versions("jax", "flax"),
     )

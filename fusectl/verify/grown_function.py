@@ -32,8 +32,9 @@ Array = npt.NDArray[Any]
 
 def check_grown_function(
     grown: Grown, record: Record, tokens: Tokens, settings: Settings, progress: Progress
-) -> tuple[FunctionResult, str]:
-    """The comparison of a grown model's logits with its source's, and how the passes were run.
+) -> tuple[FunctionResult, str, tuple[str, ...]]:
+    """The comparison of a grown model's logits with its source's, how the passes were run, and the losses in words, if
+    the tokens are somebody's and not random.
 
     It is a claim to hold where the growth keeps the function, and a distance to report where it does not. Raises
     NotEnoughSpace when not even one layer of a model fits into the budget.
@@ -58,7 +59,17 @@ def check_grown_function(
         limit, limit_says = relative * largest, f"{limit_says} x the largest logit {largest:.3g}"
     says = "against the model that it was grown from"
     result = comparison.result(limit, limit_says, says, None, settings.max_native_rms)
-    return result, how
+    losses = [f"{_loss(each, tokens):.4f}" for each in (found, expected)] if settings.tokens is not None else []
+    said = [f"loss on these tokens, in nats for each: {losses[0]}; of the model that it was grown from, {losses[1]}"]
+    return result, how, tuple(said if losses else ())
+
+
+def _loss(logits: Array, tokens: Tokens) -> float:
+    """The cross-entropy of logits (compared positions, vocab), in nats for a token."""
+    largest = logits.max(axis=-1, keepdims=True)
+    log_total = np.log(np.exp(logits - largest).sum(axis=-1)) + largest[:, 0]
+    of_targets = np.take_along_axis(logits, tokens.targets[tokens.compared][:, None], axis=-1)[:, 0]
+    return float(np.mean(log_total - of_targets))
 
 
 def _logits(

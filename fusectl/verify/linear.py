@@ -7,7 +7,7 @@ the executor and what learning computes have no part in it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -32,6 +32,24 @@ Array = npt.NDArray[Any]
 RELATIVE = 1e-11
 # Of the elements of a table that are multiplied at once.
 TABLE_ELEMENTS = 1 << 24
+
+
+def held_out(grown: Grown) -> str:
+    """What learning the operator has measured on data that it was not learned from, in words; nothing where it was not
+    learned, or is not there.
+    """
+    if grown.growth.operator is None:
+        return ""
+    try:
+        about = open_checkpoint(grown.growth.operator).custom["fusectl_operator"]
+    except (NotFound, KeyError):
+        # The level that needs it says so.
+        return ""
+    losses = about.get("held_out") if isinstance(about, Mapping) else None
+    if not isinstance(losses, Mapping):
+        return ""
+    said = (f"{name} {value:.4f}" for name, value in losses.items() if isinstance(value, float))
+    return f"held-out losses when it was learned: {', '.join(said)}"
 
 
 def check_linear(grown: Grown, *, budget_bytes: int, progress: Progress) -> WeightsResult:
