@@ -133,8 +133,12 @@ def execute(
 
 def _units(plan: Plan) -> Iterator[tuple[Output, Region]]:
     """The units of work, the largest first: none is left to be worked on alone."""
-    ordered = sorted(plan.outputs, key=lambda output: (-output.cost_bytes, output.part_of or ""))
-    for _, group in itertools.groupby(ordered, key=lambda output: output.part_of or output.name):
+
+    def beside(output: Output) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
+        return output.part_of or output.name, output.layout.shape, output.tile
+
+    ordered = sorted(plan.outputs, key=lambda output: (-output.cost_bytes, beside(output)))
+    for _, group in itertools.groupby(ordered, key=beside):
         parts = list(group)
         for place in zip(*(tiles(output.layout.shape, output.tile) for output in parts), strict=True):
             yield from zip(parts, place, strict=True)

@@ -194,7 +194,8 @@ class Application:
     def like(self, parameter: str) -> str:
         """A parameter of the small model of the same kind."""
         row = self.growing.grown.rows[parameter]
-        return next(name for name, each in self.growing.tree.rows.items() if each is row)
+        kind = row.alternative(parameter)
+        return next(n for n, each in self.growing.tree.rows.items() if each is row and each.alternative(n) == kind)
 
     @cached_property
     def _kept_in(self) -> Mapping[tuple[str, str, int], tuple[str, int | None]]:
