@@ -59,9 +59,11 @@ def check_grown_function(
         limit, limit_says = relative * largest, f"{limit_says} x the largest logit {largest:.3g}"
     says = "against the model that it was grown from"
     result = comparison.result(limit, limit_says, says, None, settings.max_native_rms)
-    losses = [f"{_loss(each, tokens):.4f}" for each in (found, expected)] if settings.tokens is not None else []
-    said = [f"loss on these tokens, in nats for each: {losses[0]}; of the model that it was grown from, {losses[1]}"]
-    return result, how, tuple(said if losses else ())
+    if settings.tokens is None:
+        return result, how, ()
+    own, before = (_loss(each, tokens) for each in (found, expected))
+    said = f"loss on these tokens, in nats for each: {own:.4f}; of the model that it was grown from, {before:.4f}"
+    return result, how, (said,)
 
 
 def _loss(logits: Array, tokens: Tokens) -> float:
