@@ -389,15 +389,13 @@ def _mapped_sum(
 ) -> Array:
     """The sum of kernels whose axes are expanded, and of products, over a part of a block, in float64."""
     total = np.zeros(tuple(map(len, part)), np.float64)
+    inside = shifted(part, block.at, whole(tuple(map(len, block.at))))
     for term in mapped:
         # What a layer is mapped to goes into many layers, each with a weight of its own.
-        key = (
-            replace(term, term=replace(term.term, scale=1.0)),
-            shifted(part, block.at, whole(tuple(map(len, block.at)))),
-        )
+        key = (replace(term, term=replace(term.term, scale=1.0)), inside)
         total += unit.work.mapped.get(key, partial(_mapped, term, block, part, unit)) * term.term.scale
     for product in products:
-        total += _product(product, shifted(part, block.at, whole(tuple(map(len, block.at)))), unit.work.means)
+        total += _product(product, inside, unit.work.means)
     return total
 
 

@@ -244,8 +244,14 @@ def carry_out(
         extra = missing_library(output.scheme)
         if extra and any(str(source.location.home).startswith(f"{output.scheme}://") for source in sources):
             note(f"what is taken over goes through this machine; with fusectl[{extra}] it is copied by the store")
-    work = Work(sources, plan.record.fill, allow_nonfinite, plan.check_sources)
-    work = replace(work, matrices=Matrices(sources, plan.matrix_bytes), mapped=Cache(plan.mapped_bytes))
+    work = Work(
+        sources,
+        plan.record.fill,
+        allow_nonfinite,
+        plan.check_sources,
+        matrices=Matrices(sources, plan.matrix_bytes),
+        mapped=Cache(plan.mapped_bytes),
+    )
     manner = Manner(plan.sparse, plan.links, plan.commit_bytes)
     out_format = format_named(plan.format)
     names = names_written((o.keys for o in plan.outputs), out_format, plan.item)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+from test_cli import COMMANDS
 
 from fusectl import cli
 from fusectl.equalize import MEASURES
@@ -40,24 +41,7 @@ def test_the_scripts_are_what_the_program_prints(shell):
 @pytest.mark.parametrize(
     ("words", "offered"),
     [
-        (
-            "fusectl ",
-            [
-                "fuse",
-                "self-fuse",
-                "noise-fill",
-                "convert",
-                "stack",
-                "ligo",
-                "grow",
-                "verify",
-                "diff",
-                "inspect",
-                "plot",
-                "restart-config",
-                "demo",
-            ],
-        ),
+        ("fusectl ", COMMANDS),
         ("fusectl self", ["self-fuse"]),
         ("fusectl fuse --fi", ["--fill"]),
         ("fusectl fuse --fill ", list(FILLS)),

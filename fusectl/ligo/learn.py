@@ -123,10 +123,8 @@ def learn(
     it ends, with the last operator whose loss was one.
     """
     small = read_parameters(checkpoint, growing.tree)
-    fixed = {name: jnp.asarray(each, jnp.float32) for name, each in start.arrays.items() if name.endswith("/relpos")}
-    learned = {
-        name: jnp.asarray(each, jnp.float32) for name, each in start.arrays.items() if not name.endswith("/relpos")
-    }
+    learned = {name: jnp.asarray(each, jnp.float32) for name, each in start.arrays.items()}
+    fixed = {name: learned.pop(name) for name in start.arrays if name.endswith("/relpos")}
     if not learned:
         raise UsageError("nothing to learn: the model grows by heads alone", hint="fusectl grow, or larger sizes")
     optimizer = how.transformation()

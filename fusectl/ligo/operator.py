@@ -56,11 +56,6 @@ class Operator:
     losses: tuple[float, ...] = ()
     about: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
-    def keeps_function(self) -> bool:
-        """Whether what it grows computes what the small model does."""
-        return self.init == "duplicate" and self.tie == "pinv" and not self.learned
-
 
 def initial(growing: Growing, init: str, seed: int) -> Operator:
     """The operator that learning starts from, in float64; raises UsageError for a start of another name."""

@@ -146,10 +146,7 @@ def growing_to(tree: Recognized, sizes: Mapping[str, int], depths: Mapping[str, 
         if n < now[axis]
     ]
     if "kv_heads" in now:
-        one, other = (
-            now["heads"] / now["kv_heads"],
-            then.get("heads", now["heads"]) / then.get("kv_heads", now["kv_heads"]),
-        )
+        one, other = (each["heads"] / each["kv_heads"] for each in (now, {**now, **then}))
         if one != other:
             problems.append(f"heads for each kv head: {one:g} now, {other:g} then; both have to grow by as much")
     if tree.network.query_scale == "embed_over_heads":

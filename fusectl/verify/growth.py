@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fusectl.archs import Recognized
-from fusectl.archs.table import DECODER, Row, stack_of
+from fusectl.archs.table import DECODER, stack_of
 from fusectl.errors import NotFound
 from fusectl.formats import fingerprint, open_checkpoint
 from fusectl.formats.tree import STEPS, Checkpoint, kept_shapes
@@ -170,7 +170,7 @@ class Grown:
 
     def like(self, parameter: str) -> str:
         """The source's parameter that the first layer of a parameter is made from."""
-        if not _is_of_layers(self.tree.rows[parameter], parameter):
+        if not self.tree.rows[parameter].is_of_layers(parameter):
             return parameter
         return self._of(parameter, self.tree.layers_of(parameter)[0])[0]
 
@@ -243,7 +243,7 @@ class Grown:
         def theirs(source: str) -> str:
             return self.source_tree.full(source) if moment is None else self._state.slot(source, moment)
 
-        if not _is_of_layers(row, parameter):
+        if not row.is_of_layers(parameter):
             yield Comparison(name, at, theirs(parameter))
             return
         layers = self.tree.layers_of(parameter)
@@ -380,7 +380,3 @@ def _layers(how: str, now: int, then: int, turn: int) -> tuple[list[int], list[b
         if place == turn - 1:
             last = source
     return layers, idle
-
-
-def _is_of_layers(row: Row, parameter: str) -> bool:
-    return "layers" in row.spec.axes or row.index(parameter) is not None

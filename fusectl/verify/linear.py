@@ -22,6 +22,7 @@ from fusectl.formats import fingerprint, open_checkpoint
 from fusectl.formats.tree import Checkpoint
 from fusectl.formats.zarr import epsilon
 from fusectl.layout import Region, whole
+from fusectl.ligo.operator import CUSTOM
 from fusectl.parallel import Progress
 from fusectl.verify.growth import Grown
 from fusectl.verify.report import WeightsResult
@@ -41,7 +42,7 @@ def held_out(grown: Grown) -> str:
     if grown.growth.operator is None:
         return ""
     try:
-        about = open_checkpoint(grown.growth.operator).custom["fusectl_operator"]
+        about = open_checkpoint(grown.growth.operator).custom[CUSTOM]
     except (NotFound, KeyError):
         # The level that needs it says so.
         return ""
@@ -238,7 +239,7 @@ class _Dense:
 
     @property
     def _about(self) -> Any:
-        return self.operator.custom["fusectl_operator"]
+        return self.operator.custom[CUSTOM]
 
     def _read(self, name: str) -> Array:
         return self._cache.get(name, lambda: self.operator.read(name).astype(np.float64))
