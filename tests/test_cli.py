@@ -8,14 +8,18 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 
 import numpy as np
 import pytest
+import typer
 from conftest import process
 from models import SIZES, WIDER, checkpoint, state
 
-from fusectl.cli import gather
+from fusectl import cli
+from fusectl.cli.options import gather
 from fusectl.formats import FORMATS, open_checkpoint
 from fusectl.formats.sink import save
 
@@ -649,6 +653,30 @@ def test_version_and_no_arguments(fusectl):
     assert "Commands" in done.stdout + done.stderr
 
 
+def test_the_table_of_commands_names_all_that_the_modules_have():
+    """What is not in it would run nowhere; what is in it and in no module would be missing from the help alone."""
+    modules = {each.name: import_module(f"fusectl.cli.{each.name}") for each in iter_modules(cli.__path__)}
+    found = {
+        typer.main.get_command_name(command.callback.__name__): name
+        for name, module in modules.items()
+        if hasattr(module, "commands")
+        for command in module.commands.registered_commands
+    }
+
+    assert found == cli.MODULES
+    assert list(cli.MODULES) == COMMANDS
+
+
+@pytest.mark.parametrize("argv", [["fuse", "--help"], ["inspect", "--help"], ["demo", "-h"]])
+def test_a_command_imports_its_own_module_alone(argv):
+    assert imported_by(*argv, whole=True) & OF_COMMANDS == {f"fusectl.cli.{cli.MODULES[argv[0]]}"}
+    # The control: the help of all of them imports them all.
+    assert imported_by("--help", whole=True) & OF_COMMANDS == OF_COMMANDS
+
+
+OF_COMMANDS = {f"fusectl.cli.{module}" for module in cli.MODULES.values()}
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help_with_an_example(command, fusectl):
     done = fusectl(command, "--help")
@@ -670,7 +698,8 @@ def test_help_documents_every_exit_code(fusectl):
 HEAVY = {"numpy", "tensorstore", "jax", "flax", "orbax", "rich", "msgpack", "ml_dtypes", "pydantic"}
 
 
-def imported_by(*argv) -> set[str]:
+def imported_by(*argv, whole=False) -> set[str]:
+    """The packages that a run imports, or the whole names of all modules."""
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "fusectl", *map(str, argv)],
         capture_output=True,
@@ -679,9 +708,8 @@ def imported_by(*argv) -> set[str]:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-500:]
-    return {
-        line.split("|")[-1].strip().split(".")[0] for line in done.stderr.splitlines() if line.startswith("import time")
-    }
+    names = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time")}
+    return names if whole else {name.split(".")[0] for name in names}
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["fuse", "--help"], ["verify", "--help"], ["--version"]])
