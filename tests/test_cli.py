@@ -654,7 +654,6 @@ def test_version_and_no_arguments(fusectl):
 
 
 def test_the_table_of_commands_names_all_that_the_modules_have():
-    """What is not in it would run nowhere; what is in it and in no module would be missing from the help alone."""
     modules = {each.name: import_module(f"fusectl.cli.{each.name}") for each in iter_modules(cli.__path__)}
     found = {
         typer.main.get_command_name(command.callback.__name__): name
@@ -667,14 +666,18 @@ def test_the_table_of_commands_names_all_that_the_modules_have():
     assert list(cli.MODULES) == COMMANDS
 
 
-@pytest.mark.parametrize("argv", [["fuse", "--help"], ["inspect", "--help"], ["demo", "-h"]])
-def test_a_command_imports_its_own_module_alone(argv):
-    assert imported_by(*argv, whole=True) & OF_COMMANDS == {f"fusectl.cli.{cli.MODULES[argv[0]]}"}
-    # The control: the help of all of them imports them all.
-    assert imported_by("--help", whole=True) & OF_COMMANDS == OF_COMMANDS
+@pytest.mark.parametrize("command", ["fuse", "inspect", "demo"])
+def test_a_command_imports_its_own_module_alone(command):
+    of_commands = {f"fusectl.cli.{module}" for module in cli.MODULES.values()}
 
+    def loaded(*argv: str) -> set[str]:
+        code = "import sys; from fusectl.cli import run; run(sys.argv[1:]); print(*sys.modules, file=sys.stderr)"
+        done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, check=True)
+        return of_commands.intersection(done.stderr.split())
 
-OF_COMMANDS = {f"fusectl.cli.{module}" for module in cli.MODULES.values()}
+    assert loaded(command, "--help") == {f"fusectl.cli.{cli.MODULES[command]}"}
+    # The control: the help of all of them needs them all.
+    assert loaded("--help") == of_commands
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -698,8 +701,7 @@ def test_help_documents_every_exit_code(fusectl):
 HEAVY = {"numpy", "tensorstore", "jax", "flax", "orbax", "rich", "msgpack", "ml_dtypes", "pydantic"}
 
 
-def imported_by(*argv, whole=False) -> set[str]:
-    """The packages that a run imports, or the whole names of all modules."""
+def imported_by(*argv) -> set[str]:
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "fusectl", *map(str, argv)],
         capture_output=True,
@@ -708,8 +710,9 @@ def imported_by(*argv, whole=False) -> set[str]:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-500:]
-    names = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time")}
-    return names if whole else {name.split(".")[0] for name in names}
+    return {
+        line.split("|")[-1].strip().split(".")[0] for line in done.stderr.splitlines() if line.startswith("import time")
+    }
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["fuse", "--help"], ["verify", "--help"], ["--version"]])
