@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -45,6 +45,7 @@ from fusectl.cli.options import (
 )
 from fusectl.cli.writing import Writing, final_place, write
 from fusectl.errors import Incompatible, UsageError
+from fusectl.ligo.lesson import Data, Learning
 from fusectl.render import Screen
 
 
@@ -149,16 +150,19 @@ def ligo(
         ),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(help="Steps of learning; 0 applies the start as it is. [default: 100]", min=0)
+        int | None,
+        typer.Option(help=f"Steps of learning; 0 applies the start as it is. [default: {Learning.steps}]", min=0),
     ] = None,
     learning_rate: Annotated[
-        float | None, typer.Option(help="Of the operator, constant, without warm-up. [default: 0.001]")
+        float | None,
+        typer.Option(help=f"Of the operator, constant, without warm-up. [default: {Learning.learning_rate}]"),
     ] = None,
     learner: Annotated[
-        str | None, typer.Option(help="The optimizer that learns it, by its name in optax. [default: adam]")
+        str | None,
+        typer.Option(help=f"The optimizer that learns it, by its name in optax. [default: {Learning.optimizer}]"),
     ] = None,
-    batch: Annotated[int, typer.Option(help="Rows of a batch.", min=1)] = 16,
-    length: Annotated[int, typer.Option(help="Tokens of a row.", min=4)] = 256,
+    batch: Annotated[int, typer.Option(help="Rows of a batch.", min=1)] = Data.batch,
+    length: Annotated[int, typer.Option(help="Tokens of a row.", min=4)] = Data.length,
     target_length: Annotated[
         int | None, typer.Option(help="Tokens of a row of targets. [default: as the spans of --length make]", min=4)
     ] = None,
@@ -213,7 +217,7 @@ def ligo(
                 hint="without sizes, and without what is about learning",
             )
         if operator is None:
-            steps = 100 if steps is None else steps
+            steps = Learning.steps if steps is None else steps
             if steps and data is None:
                 raise UsageError("--data: what to learn the operator from", hint="--steps 0 applies the start as it is")
             growing, opened, start = begin_operator(
@@ -225,29 +229,22 @@ def ligo(
                 return
             lesson = None
             if data is not None and steps:
-                rate = 1e-3 if learning_rate is None else learning_rate
-                lesson = _Lesson(data, steps, rate, learner or "adam", batch, length, target_length, sentinel)
+                rate = Learning.learning_rate if learning_rate is None else learning_rate
+                learning = Learning(steps, rate, learner or Learning.optimizer)
+                lesson = Data(data, batch, length, target_length, sentinel), learning
             final = final_place(output, [opened.checkpoint], plan)
             operator = _learned(screen, (growing, opened.checkpoint, start), lesson, final, operator_out, writing)
         plan, sources = plan_with_operator(path, open_operator(operator), options)
         write(screen, plan, sources, writing)
 
 
-class _Lesson(NamedTuple):
-    """What an operator is learned from, and how."""
-
-    data: str
-    steps: int
-    learning_rate: float
-    optimizer: str
-    batch: int
-    length: int
-    target_length: int | None
-    sentinel: int | None
-
-
 def _learned(
-    screen: Screen, start: Any, lesson: _Lesson | None, final: Place, operator_out: str | None, how: Writing
+    screen: Screen,
+    start: Any,
+    lesson: tuple[Data, Learning] | None,
+    final: Place,
+    operator_out: str | None,
+    how: Writing,
 ) -> str:
     """Learns an operator, or keeps the start where there is no lesson; the path that it is at.
 
@@ -264,20 +261,17 @@ def _learned(
     if isinstance(final, Path) and final.absolute() in (at.absolute(), *at.absolute().parents):
         raise UsageError(f"--operator-out {at}: inside the output, which is to appear at once")
     if how.resume and at.exists():
-        wanted: dict[str, Any] = {"learned": 0}
-        if lesson is not None:
-            wanted = {"learned": lesson.steps, "optimizer": lesson.optimizer, "learning_rate": lesson.learning_rate}
-        require_same_run(open_operator(str(at)), operator, growing, wanted)
+        learning = None if lesson is None else lesson[1]
+        require_same_run(open_operator(str(at)), operator, growing, learning)
         return str(at)
     for place in (final, at):
         check_output(place, [checkpoint], force=how.force)
     stopped = None
     if lesson is not None:
-        from fusectl.ligo.learn import Data, Learning, learn
+        from fusectl.ligo.learn import examples_of, learn
 
-        learning = Learning(lesson.steps, lesson.learning_rate, lesson.optimizer)
-        data = Data(lesson.data, lesson.batch, lesson.length, lesson.target_length, lesson.sentinel)
-        examples = data.examples(growing.tree, operator.seed)
+        data, learning = lesson
+        examples = examples_of(data, growing.tree, operator.seed)
         screen.note(f"learning from {examples.says}")
         learned = learn(growing, checkpoint, operator, examples, learning, screen.note)
         operator, stopped = learned.operator, learned.stopped
