@@ -1,4 +1,4 @@
-"""What a growth operator is learned from and how, with the defaults: plain values, which import nothing."""
+"""What a growth operator is learned from and how, with the defaults: plain values, for which no JAX is imported."""
 
 from __future__ import annotations
 
