@@ -8,14 +8,18 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 
 import numpy as np
 import pytest
+import typer
 from conftest import process
 from models import SIZES, WIDER, checkpoint, state
 
-from fusectl.cli import gather
+from fusectl import cli
+from fusectl.cli.options import gather
 from fusectl.formats import FORMATS, open_checkpoint
 from fusectl.formats.sink import save
 
@@ -647,6 +651,33 @@ def test_version_and_no_arguments(fusectl):
     done = process()
     assert done.returncode == 2
     assert "Commands" in done.stdout + done.stderr
+
+
+def test_the_table_of_commands_names_all_that_the_modules_have():
+    modules = {each.name: import_module(f"fusectl.cli.{each.name}") for each in iter_modules(cli.__path__)}
+    found = {
+        typer.main.get_command_name(command.callback.__name__): name
+        for name, module in modules.items()
+        if hasattr(module, "commands")
+        for command in module.commands.registered_commands
+    }
+
+    assert found == cli.MODULES
+    assert list(cli.MODULES) == COMMANDS
+
+
+@pytest.mark.parametrize("command", ["fuse", "inspect", "demo"])
+def test_a_command_imports_its_own_module_alone(command):
+    of_commands = {f"fusectl.cli.{module}" for module in cli.MODULES.values()}
+
+    def loaded(*argv: str) -> set[str]:
+        code = "import sys; from fusectl.cli import run; run(sys.argv[1:]); print(*sys.modules, file=sys.stderr)"
+        done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, check=True)
+        return of_commands.intersection(done.stderr.split())
+
+    assert loaded(command, "--help") == {f"fusectl.cli.{cli.MODULES[command]}"}
+    # The control: the help of all of them needs them all.
+    assert loaded("--help") == of_commands
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -9,7 +9,7 @@ from typing import get_args
 import pytest
 from test_cli import COMMANDS
 
-from fusectl import cli
+from fusectl.cli import options
 from fusectl.equalize import MEASURES
 from fusectl.formats import FORMATS
 from fusectl.record import FILLS, NORMS
@@ -61,8 +61,8 @@ def test_the_choices_that_the_parser_spells_out_are_the_ones_that_exist():
         kind = get_args(annotated)[0]
         return get_args(get_args(kind)[0]) or get_args(kind)
 
-    assert choices(cli.FillKind) == FILLS
-    assert choices(cli.FormatName) == tuple(FORMATS)
-    assert choices(cli.Norm) == NORMS
-    assert choices(cli.EqualizeBy) == MEASURES
-    assert choices(cli.TrainerName) == tuple(TRAINERS)
+    assert choices(options.FillKind) == FILLS
+    assert choices(options.FormatName) == tuple(FORMATS)
+    assert choices(options.Norm) == NORMS
+    assert choices(options.EqualizeBy) == MEASURES
+    assert choices(options.TrainerName) == tuple(TRAINERS)

@@ -2,5 +2,6 @@
 
 operator.py   its matrices: how they start, and the checkpoint that they are kept in
 network.py    the grown model as a function of them, in JAX, and its loss
+lesson.py     what they are learned from, and how, with the defaults
 learn.py      learning them
 """

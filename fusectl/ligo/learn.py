@@ -20,6 +20,7 @@ from fusectl.errors import Corrupt, UsageError
 from fusectl.examples import Examples, full_target_length, read_examples
 from fusectl.formats.tree import Checkpoint
 from fusectl.formats.zarr import nonfinite_at
+from fusectl.ligo.lesson import Data, Learning
 from fusectl.ligo.network import grow
 from fusectl.ligo.operator import Operator, initial
 from fusectl.tokens import Tokens
@@ -29,72 +30,44 @@ from fusectl.transforms.linear import Growing
 
 Array = Any
 
-DEFAULT_STEPS = 100
-# Ten times as much is too large for small models, and the 2e-6 of LiGO's released schedule learns hardly anything.
-DEFAULT_LEARNING_RATE = 1e-3
 # Steps between two lines of progress.
 TOLD_EVERY = 10
 # What losses on held-out data are of.
 SMALL, LEARNED, DUPLICATE, RANDOM = "small model", "operator", "duplicate start", "random start"
 
 
-@dataclass(frozen=True)
-class Learning:
-    """How an operator is learned: so many steps of one of optax's optimizers, at a constant rate, without dropout."""
-
-    steps: int = DEFAULT_STEPS
-    learning_rate: float = DEFAULT_LEARNING_RATE
-    optimizer: str = "adam"
-
-    def __post_init__(self) -> None:
-        if self.steps < 1 or not 0.0 < self.learning_rate < math.inf:
-            raise UsageError(f"--steps {self.steps}, --learning-rate {self.learning_rate:g}: both are positive")
-
-    def transformation(self) -> optax.GradientTransformation:
-        """The optimizer; raises UsageError for a name that optax has none of, and for one that wants more than a rate
-        and gradients.
-        """
-        made, hint = getattr(optax, self.optimizer, None), "adam, adamw, sgd, lion, …"
-        if not callable(made) or "learning_rate" not in inspect.signature(made).parameters:
-            raise UsageError(f"--learner {self.optimizer}: optax has no such optimizer", hint=hint)
-        try:
-            found: optax.GradientTransformation = made(learning_rate=self.learning_rate)
-            probe = {"matrix": jnp.zeros((1, 1))}
-            found.update(probe, found.init(probe), probe)
-        except Exception as error:
-            says = f"--learner {self.optimizer}: it wants more than a learning rate and gradients"
-            raise UsageError(says, details=(f"{type(error).__name__}: {error}",), hint=hint) from error
-        return found
+def examples_of(data: Data, tree: Recognized, seed: int) -> Examples:
+    """What to learn from: span corruption for an encoder-decoder, the next token for a decoder."""
+    if ENCODER not in tree.depths:
+        lengths = (1, data.target_length or data.length)
+    else:
+        lengths = (data.length, data.target_length or full_target_length(data.length))
+    return read_examples(
+        data.path,
+        vocab=tree.sizes["vocab"],
+        objective="span_corruption" if ENCODER in tree.depths else "next_token",
+        batch=data.batch,
+        lengths=lengths,
+        seed=seed,
+        sentinel=data.sentinel,
+    )
 
 
-@dataclass(frozen=True)
-class Data:
-    """What to learn from (examples.py), so many rows and tokens at a time.
-
-    An encoder's rows have `length` tokens, and targets `target_length`: by default what spans of that length make.
+def _transformation(how: Learning) -> optax.GradientTransformation:
+    """The optimizer; raises UsageError for a name that optax has none of, and for one that wants more than a rate and
+    gradients.
     """
-
-    path: str
-    batch: int = 16
-    length: int = 256
-    target_length: int | None = None
-    sentinel: int | None = None
-
-    def examples(self, tree: Recognized, seed: int) -> Examples:
-        """Span corruption for an encoder-decoder, the next token for a decoder."""
-        if ENCODER not in tree.depths:
-            lengths = (1, self.target_length or self.length)
-        else:
-            lengths = (self.length, self.target_length or full_target_length(self.length))
-        return read_examples(
-            self.path,
-            vocab=tree.sizes["vocab"],
-            objective="span_corruption" if ENCODER in tree.depths else "next_token",
-            batch=self.batch,
-            lengths=lengths,
-            seed=seed,
-            sentinel=self.sentinel,
-        )
+    made, hint = getattr(optax, how.optimizer, None), "adam, adamw, sgd, lion, …"
+    if not callable(made) or "learning_rate" not in inspect.signature(made).parameters:
+        raise UsageError(f"--learner {how.optimizer}: optax has no such optimizer", hint=hint)
+    try:
+        found: optax.GradientTransformation = made(learning_rate=how.learning_rate)
+        probe = {"matrix": jnp.zeros((1, 1))}
+        found.update(probe, found.init(probe), probe)
+    except Exception as error:
+        says = f"--learner {how.optimizer}: it wants more than a learning rate and gradients"
+        raise UsageError(says, details=(f"{type(error).__name__}: {error}",), hint=hint) from error
+    return found
 
 
 @dataclass(frozen=True)
@@ -127,7 +100,7 @@ def learn(
     fixed = {name: learned.pop(name) for name in start.arrays if name.endswith("/relpos")}
     if not learned:
         raise UsageError("nothing to learn: the model grows by heads alone", hint="fusectl grow, or larger sizes")
-    optimizer = how.transformation()
+    optimizer = _transformation(how)
     state = optimizer.init(learned)
 
     def of_matrices(matrices: Mapping[str, Array], frozen: Mapping[str, Array], batch: Mapping[str, Array]) -> Array:

@@ -29,6 +29,7 @@ from fusectl.formats.sink import save
 from fusectl.formats.tree import Checkpoint
 from fusectl.formats.zarr import nonfinite_at
 from fusectl.jsontree import finite
+from fusectl.ligo.lesson import Learning
 from fusectl.transforms.depth import arrangement, turn_of
 from fusectl.transforms.linear import TIES, Growing, growing_to, is_depth
 
@@ -222,10 +223,13 @@ def open_operator(path: str) -> Kept:
     return Kept(about, checkpoint.shapes, depth, checkpoint)
 
 
-def require_same_run(found: Kept, start: Operator, growing: Growing, lesson: Mapping[str, Any]) -> None:
-    """Raises Incompatible for an operator that has begun otherwise than `start`, or was learned otherwise than the
-    `lesson` says, which has keys of what is kept with it: another run has left it.
+def require_same_run(found: Kept, start: Operator, growing: Growing, how: Learning | None) -> None:
+    """Raises Incompatible for an operator that has begun otherwise than `start`, or was learned otherwise than `how`
+    says, None for not at all: another run has left it.
     """
+    lesson: dict[str, Any] = {"learned": 0}
+    if how is not None:
+        lesson = {"learned": how.steps, "optimizer": how.optimizer, "learning_rate": how.learning_rate}
     wanted = {**described(start, growing), **lesson}
     differ = [
         f"{key}: {found.about.get(key)}, not {wanted[key]}"

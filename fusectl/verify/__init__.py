@@ -35,7 +35,7 @@ from fusectl.verify.claim import Claim, Declared, make_claim, nothing_known
 from fusectl.verify.copies import check_copy
 from fusectl.verify.files import check_files
 from fusectl.verify.growth import check_grown, open_grown
-from fusectl.verify.linear import check_linear, held_out
+from fusectl.verify.linear import check_linear, find_operator, held_out
 from fusectl.verify.page import page
 from fusectl.verify.report import FILE_NAME, PAGE_NAME, Report
 from fusectl.verify.settings import LEVELS, Settings
@@ -105,7 +105,8 @@ def _against_smaller(fused: Checkpoint, path: str, settings: Settings, progress:
         raise UsageError("--trace: of the streams of a fusion's sources; this one was grown from a single one")
     grown = open_grown(fused, path)
     has_twin = grown.tree.family.twin is not None
-    learned = held_out(grown)
+    operator = find_operator(grown)
+    learned = "" if operator is None else held_out(operator)
     if settings.asks_for_models:
         grown.tree.family.require_twin()
     notes = [f"grown from {path}: one model, not a mean of several; the level algebra has nothing to say"]
@@ -117,7 +118,7 @@ def _against_smaller(fused: Checkpoint, path: str, settings: Settings, progress:
     if settings.runs("weights") or tokens is None:
         started = time.monotonic()
         if grown.growth.operator is not None:
-            weights = check_linear(grown, budget_bytes=settings.read_bytes, progress=progress)
+            weights = check_linear(grown, operator, budget_bytes=settings.read_bytes, progress=progress)
         else:
             weights = check_grown(grown, budget_bytes=settings.read_bytes, jobs=settings.threads, progress=progress)
         report = replace(report, weights=replace(weights, seconds=time.monotonic() - started))

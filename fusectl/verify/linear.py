@@ -35,17 +35,21 @@ RELATIVE = 1e-11
 TABLE_ELEMENTS = 1 << 24
 
 
-def held_out(grown: Grown) -> str:
-    """What learning the operator has measured on data that it was not learned from, in words; nothing where it was not
-    learned, or is not there.
-    """
+def find_operator(grown: Grown) -> Checkpoint | None:
+    """The operator that made a checkpoint, opened; None where none did, or where it is not there any more."""
     if grown.growth.operator is None:
-        return ""
+        return None
     try:
-        about = open_checkpoint(grown.growth.operator).custom[CUSTOM]
-    except (NotFound, KeyError):
-        # The level that needs it says so.
-        return ""
+        return open_checkpoint(grown.growth.operator)
+    except NotFound:
+        return None
+
+
+def held_out(operator: Checkpoint) -> str:
+    """What learning an operator has measured on data that it was not learned from, in words; nothing where it was not
+    learned.
+    """
+    about = operator.custom.get(CUSTOM)
     losses = about.get("held_out") if isinstance(about, Mapping) else None
     if not isinstance(losses, Mapping):
         return ""
@@ -53,16 +57,11 @@ def held_out(grown: Grown) -> str:
     return f"held-out losses when it was learned: {', '.join(said)}"
 
 
-def check_linear(grown: Grown, *, budget_bytes: int, progress: Progress) -> WeightsResult:
+def check_linear(grown: Grown, operator: Checkpoint | None, *, budget_bytes: int, progress: Progress) -> WeightsResult:
     """Compares every tensor with the operator's, to the rounding of its dtype; raises NotFound without the operator."""
-    path = grown.growth.operator
-    assert path is not None
-    try:
-        operator = open_checkpoint(path)
-    except NotFound as error:
-        raise NotFound(
-            f"the operator {path} is not there any more", hint="move it back, beside what it grew"
-        ) from error
+    if operator is None:
+        path = grown.growth.operator
+        raise NotFound(f"the operator {path} is not there any more", hint="move it back, beside what it grew")
     dense = _Dense(grown, operator, budget_bytes)
     problems = [
         f"{each.path} has changed since it was used"

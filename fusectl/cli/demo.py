@@ -1,0 +1,35 @@
+"""The command that shows what there is: demo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fusectl.cli.options import Debug, Json, Quiet
+from fusectl.cli.process import stay_on_the_cpu
+from fusectl.errors import VerificationFailed
+from fusectl.render import Screen
+
+
+commands = typer.Typer()
+
+
+@commands.command(short_help="Make, fuse and verify small models.", epilog="Example: fusectl demo")
+def demo(
+    directory: Annotated[Path | None, typer.Option("-o", "--output", help="Keep the checkpoints here.")] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Make two small T5 checkpoints, fuse, self-fuse and noise-fill them, and verify the results."""
+    screen = Screen("demo", json=json, quiet=quiet, debug=debug)
+    with screen.errors():
+        stay_on_the_cpu()
+        from fusectl.demo import demo as run_demo
+
+        rows = run_demo(directory, screen.note)
+        screen.demo(rows)
+        if not all(row.report.passed for row in rows):
+            raise VerificationFailed("the demo's own checkpoints failed", hint="please report it")

@@ -1,0 +1,346 @@
+"""The commands that grow one checkpoint otherwise than by fusing it: stack, ligo, grow."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from fusectl.cli.options import (
+    AllowNonfinite,
+    Arch,
+    AxisRules,
+    Check,
+    Codec,
+    Configs,
+    Debug,
+    DecoderLayers,
+    Drop,
+    DryRun,
+    Dtype,
+    EncoderLayers,
+    Force,
+    FormatName,
+    Jobs,
+    Json,
+    Layers,
+    Link,
+    MaxMemory,
+    MeshSizes,
+    Output,
+    Quiet,
+    Resume,
+    Source,
+    Sparse,
+    Step,
+    Stored,
+    Sync,
+    Verify,
+    WithReport,
+    mesh_of,
+    options_of,
+    path_of,
+)
+from fusectl.cli.writing import Writing, final_place, write
+from fusectl.errors import Incompatible, UsageError
+from fusectl.ligo.lesson import Data, Learning
+from fusectl.render import Screen
+
+
+if TYPE_CHECKING:
+    from fusectl.formats.objects import Place
+
+commands = typer.Typer()
+
+
+@commands.command(
+    short_help="Make a checkpoint deeper, without data.",
+    epilog="Example: fusectl stack small/checkpoint_500000 --layers 24 --how identity",
+)
+def stack(
+    source: Source = None,
+    layers: Layers = None,
+    encoder_layers: EncoderLayers = None,
+    decoder_layers: DecoderLayers = None,
+    how: Annotated[
+        Literal["stack", "interleave", "identity"],
+        typer.Option(help="The whole stack again, each layer again, or new layers that add nothing at first."),
+    ] = "stack",
+    output: Output = None,
+    optimizer: Annotated[
+        Literal["carry", "reset", "drop"],
+        typer.Option(help="The optimizer's state: along with the layers, zeros, or none."),
+    ] = "carry",
+    step: Step = None,
+    format: FormatName = None,
+    arch: Arch = None,
+    config: Configs = [],  # noqa: B006
+    drop: Drop = [],  # noqa: B006
+    dtype: Dtype = None,
+    codec: Codec = "auto",
+    sparse: Sparse = None,
+    mesh: MeshSizes = None,
+    axis_rules: AxisRules = None,
+    link: Link = False,
+    check: Check = True,
+    sync: Sync = True,
+    max_memory: MaxMemory = None,
+    jobs: Jobs = None,
+    force: Force = False,
+    resume: Resume = False,
+    dry_run: DryRun = False,
+    verify: Verify = False,
+    report: WithReport = True,
+    allow_nonfinite: AllowNonfinite = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Make a checkpoint deeper: its layers again, or new ones that keep the function, the optimizer's state along."""
+    screen = Screen("stack", json=json, quiet=quiet, debug=debug)
+    with screen.errors():
+        from fusectl.growth import plan_stack
+        from fusectl.record import Fill
+
+        stored = Stored(codec, sparse, link, check, mesh_of(mesh, axis_rules))
+        options = options_of(Fill(), optimizer, format, arch, drop, dtype, stored, max_memory, step)
+        options = replace(options, configs=tuple(config))
+        depths = {"encoder": encoder_layers, "decoder": decoder_layers}
+        plan, opened = plan_stack(path_of(source), how, layers, depths, options)
+        writing = Writing(output, force, jobs, dry_run, allow_nonfinite, verify, report, max_memory, sync, resume)
+        write(screen, plan, opened, writing)
+
+
+@commands.command(
+    short_help="Learn a linear growth operator, and grow with it.",
+    epilog="Example: fusectl ligo small/checkpoint_500000 --emb 1024 --heads 16 --mlp 4096 --data corpus.txt",
+)
+def ligo(
+    source: Source = None,
+    emb: Annotated[int | None, typer.Option("--emb", help="The width to grow to. [default: as it is]", min=1)] = None,
+    heads: Annotated[int | None, typer.Option(help="Heads, of as many features as now.", min=1)] = None,
+    kv_heads: Annotated[int | None, typer.Option(help="Kv heads. [default: as many for a head as now]", min=1)] = None,
+    mlp: Annotated[int | None, typer.Option(help="The width of the MLP.", min=1)] = None,
+    layers: Layers = None,
+    encoder_layers: EncoderLayers = None,
+    decoder_layers: DecoderLayers = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|MODULE:FUNCTION",
+            help="What to learn from: text, a .npz or .jsonl of tokens, or a function that returns batches.",
+        ),
+    ] = None,
+    operator: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Apply this operator instead of learning one.")
+    ] = None,
+    operator_out: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Where to keep what is learned. [default: OUTPUT.operator]")
+    ] = None,
+    tie: Annotated[
+        Literal["pinv", "paper"] | None,
+        typer.Option(help="Inputs' matrices: the duals of outputs', or the same. [default: pinv]"),
+    ] = None,
+    init: Annotated[
+        Literal["duplicate", "stack", "interpolate", "random"] | None,
+        typer.Option(
+            help="The start: the small model's function; layers again; or LiGO's released one. [default: duplicate]"
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(help=f"Steps of learning; 0 applies the start as it is. [default: {Learning.steps}]", min=0),
+    ] = None,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(help=f"Of the operator, constant, without warm-up. [default: {Learning.learning_rate}]"),
+    ] = None,
+    learner: Annotated[
+        str | None,
+        typer.Option(help=f"The optimizer that learns it, by its name in optax. [default: {Learning.optimizer}]"),
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Rows of a batch.", min=1)] = Data.batch,
+    length: Annotated[int, typer.Option(help="Tokens of a row.", min=4)] = Data.length,
+    target_length: Annotated[
+        int | None, typer.Option(help="Tokens of a row of targets. [default: as the spans of --length make]", min=4)
+    ] = None,
+    sentinel: Annotated[
+        int | None, typer.Option(help="The token that stands for the first span. [default: by the vocabulary]", min=0)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the start and of the order of the data.", min=0)] = 0,
+    output: Output = None,
+    step: Step = None,
+    format: FormatName = None,
+    arch: Arch = None,
+    config: Configs = [],  # noqa: B006
+    drop: Drop = [],  # noqa: B006
+    dtype: Dtype = None,
+    codec: Codec = "auto",
+    sparse: Sparse = None,
+    mesh: MeshSizes = None,
+    axis_rules: AxisRules = None,
+    check: Check = True,
+    sync: Sync = True,
+    max_memory: MaxMemory = None,
+    jobs: Jobs = None,
+    force: Force = False,
+    resume: Resume = False,
+    dry_run: DryRun = False,
+    verify: Verify = False,
+    report: WithReport = True,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Grow a checkpoint to any larger sizes by a linear operator that is learned in some hundred steps (LiGO)."""
+    screen = Screen("ligo", json=json, quiet=quiet, debug=debug)
+    with screen.errors():
+        from fusectl.growth import begin_operator, plan_with_operator
+        from fusectl.ligo.operator import kept, open_operator
+        from fusectl.record import Fill
+
+        stored = Stored(codec, sparse, link=False, check=check, mesh=mesh_of(mesh, axis_rules))
+        options = options_of(Fill(), "drop", format, arch, drop, dtype, stored, max_memory, step)
+        options = replace(options, configs=tuple(config))
+        path = path_of(source)
+        writing = Writing(output, force, jobs, dry_run, False, verify, report, max_memory, sync, resume)
+        sizes = {"embed": emb, "heads": heads, "kv_heads": kv_heads, "mlp": mlp}
+        depths = {"encoder": encoder_layers, "decoder": decoder_layers}
+        of_learning = (data, operator_out, tie, init, steps, learning_rate, learner, target_length, sentinel)
+        if operator is not None and any(
+            each is not None for each in (*sizes.values(), *depths.values(), layers, *of_learning)
+        ):
+            raise UsageError(
+                "--operator says what to grow to, and nothing is learned",
+                hint="without sizes, and without what is about learning",
+            )
+        if operator is None:
+            steps = Learning.steps if steps is None else steps
+            if steps and data is None:
+                raise UsageError("--data: what to learn the operator from", hint="--steps 0 applies the start as it is")
+            growing, opened, start = begin_operator(
+                path, sizes, layers, depths, tie or "pinv", init or "duplicate", seed, options
+            )
+            plan, _ = plan_with_operator(path, kept(start, growing), options)
+            if dry_run:
+                write(screen, plan, [opened.checkpoint], writing)
+                return
+            lesson = None
+            if data is not None and steps:
+                rate = Learning.learning_rate if learning_rate is None else learning_rate
+                learning = Learning(steps, rate, learner or Learning.optimizer)
+                lesson = Data(data, batch, length, target_length, sentinel), learning
+            final = final_place(output, [opened.checkpoint], plan)
+            operator = _learned(screen, (growing, opened.checkpoint, start), lesson, final, operator_out, writing)
+        plan, sources = plan_with_operator(path, open_operator(operator), options)
+        write(screen, plan, sources, writing)
+
+
+def _learned(
+    screen: Screen,
+    start: Any,
+    lesson: tuple[Data, Learning] | None,
+    final: Place,
+    operator_out: str | None,
+    how: Writing,
+) -> str:
+    """Learns an operator, or keeps the start where there is no lesson; the path that it is at.
+
+    One that an interrupted run has left is taken when it is resumed.
+    """
+    from fusectl.formats.locate import local
+    from fusectl.ligo.operator import open_operator, require_same_run, save_operator
+    from fusectl.surgery import check_output
+
+    growing, checkpoint, operator = start
+    if not isinstance(final, Path) and operator_out is None:
+        raise UsageError("--operator-out: where to keep the operator, which is no part of what goes into the bucket")
+    at = local(operator_out or f"{final}.operator")
+    if isinstance(final, Path) and final.absolute() in (at.absolute(), *at.absolute().parents):
+        raise UsageError(f"--operator-out {at}: inside the output, which is to appear at once")
+    if how.resume and at.exists():
+        learning = None if lesson is None else lesson[1]
+        require_same_run(open_operator(str(at)), operator, growing, learning)
+        return str(at)
+    for place in (final, at):
+        check_output(place, [checkpoint], force=how.force)
+    stopped = None
+    if lesson is not None:
+        from fusectl.ligo.learn import examples_of, learn
+
+        data, learning = lesson
+        examples = examples_of(data, growing.tree, operator.seed)
+        screen.note(f"learning from {examples.says}")
+        learned = learn(growing, checkpoint, operator, examples, learning, screen.note)
+        operator, stopped = learned.operator, learned.stopped
+        said = ", ".join(f"{name} {value:.4f}" for name, value in learned.held_out.items())
+        screen.note(f"held-out loss in nats for a token: {said}")
+    save_operator(operator, growing, at, force=how.force)
+    if stopped is not None:
+        raise Incompatible(
+            f"learning ended: {stopped}",
+            details=(f"the operator of step {operator.learned}, the last one whose loss is a number, is in {at}",),
+            hint="a smaller --learning-rate",
+        )
+    return str(at)
+
+
+@commands.command(
+    short_help="Say which operator leads to larger sizes, and what it keeps.",
+    epilog="Example: fusectl grow small/checkpoint_500000 --to emb=1024,heads=16,mlp=4096,layers=12",
+)
+def grow(
+    source: Source = None,
+    to: Annotated[
+        str | None,
+        typer.Option(
+            "--to", metavar="NAME=N,...|FILE|CKPT", help="Sizes, a config (yml, json, gin), or another checkpoint."
+        ),
+    ] = None,
+    how: Annotated[
+        Literal["self-fuse", "stack", "duplicate", "ligo"] | None,
+        typer.Option(help="Grow by this operator. [default: say what there is]"),
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="For ligo: what to learn from.")] = None,
+    output: Output = None,
+    arch: Arch = None,
+    max_memory: MaxMemory = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+    verify: Verify = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Say which operators lead from a checkpoint to larger sizes and what each keeps; run the one that is asked for."""
+    screen = Screen("grow", json=json, quiet=quiet, debug=debug)
+    with screen.errors():
+        from fusectl.formats import open_checkpoint
+        from fusectl.packed import unpacked
+        from fusectl.routes import read_target, routes
+        from fusectl.sources import recognized
+
+        path = path_of(source)
+        if to is None:
+            raise UsageError("--to: what to grow to", hint="--to emb=1024,heads=16,mlp=4096,layers=12")
+        checkpoint = unpacked(open_checkpoint(path))
+        tree = recognized(checkpoint, arch)
+        found = routes(tree, read_target(to, tree), path)
+        if how is None:
+            screen.routes(found, path)
+            return
+        route = next(each for each in found if each.how == how)
+        if route.why_not:
+            raise Incompatible(f"{path}: {how} does not lead there", details=(route.why_not,), hint="without --how")
+        if len(route.steps) > 1:
+            raise UsageError(f"--how {how}: two steps, of which each writes a checkpoint", hint=route.command(path))
+        ((name, given),) = route.steps
+        options = {**given, **({"data": data} if how == "ligo" else {}), "arch": arch, "output": output}
+        options |= {"max_memory": max_memory, "force": force, "dry_run": dry_run, "verify": verify}
+    from fusectl.cli.surgery import self_fuse
+
+    # It prints what it has done, and its errors, itself.
+    commands: dict[str, Any] = {"self-fuse": self_fuse, "stack": stack, "ligo": ligo}
+    commands[name](path, **options, json=json, quiet=quiet, debug=debug)

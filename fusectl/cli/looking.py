@@ -1,0 +1,141 @@
+"""The commands that look at a checkpoint and write none: inspect, plot, restart-config."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from fusectl.cli.options import (
+    Arch,
+    Debug,
+    Force,
+    Jobs,
+    Json,
+    MaxMemory,
+    Quiet,
+    Source,
+    TrainerName,
+    parse_bytes,
+    path_of,
+)
+from fusectl.errors import Corrupt
+from fusectl.render import Screen
+
+
+commands = typer.Typer()
+
+
+@commands.command(
+    short_help="Show what a checkpoint is.", epilog="Example: fusectl inspect runs/a/latest --json | jq .result.sizes"
+)
+def inspect(
+    source: Source = None,
+    arch: Arch = None,
+    tree: Annotated[bool, typer.Option("--tree/--no-tree", help="List the tensors.")] = True,
+    fsck: Annotated[
+        bool, typer.Option("--fsck", help="Read all of it instead, and list everything that is wrong with it.")
+    ] = False,
+    max_memory: MaxMemory = None,
+    jobs: Jobs = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Show what a checkpoint is: format, family, step, sizes, optimizer, and every tensor.
+
+    Reads metadata only, unless all of it is asked for.
+    """
+    screen = Screen("inspect", json=json, quiet=quiet, debug=debug)
+    with screen.errors():
+        if fsck:
+            _fsck(screen, path_of(source), arch, max_memory, jobs)
+            return
+        from fusectl.inspection import inspect as run_inspect
+
+        seen = run_inspect(path_of(source), arch)
+        screen.inspection(seen, tree=tree, rows=arch is not None)
+        seen.require_recognized()
+        seen.require_complete()
+
+
+def _fsck(screen: Screen, path: str, arch: str | None, max_memory: str | None, jobs: int | None) -> None:
+    from fusectl.fsck import fsck as run_fsck
+
+    with screen.progress() as progress:
+        budget_bytes = parse_bytes(max_memory, "--max-memory")
+        found = run_fsck(path, arch, max_memory_bytes=budget_bytes, jobs=jobs, progress=progress)
+    screen.fsck(found)
+    if found.problems:
+        n = len(found.problems)
+        raise Corrupt(f"{found.path}: {n:,} problem{'s' if n > 1 else ''}", details=found.problems)
+
+
+@commands.command(
+    short_help="Draw a tensor, and how its zero blocks catch up.",
+    epilog="Example: fusectl plot grown/checkpoint_1000 --tensor encoder/layers_0/mlp/wi_0/kernel -o wi.png",
+)
+def plot(
+    tensor: Annotated[str, typer.Option(metavar="NAME", help="The parameter; `target/` may be left out.")],
+    output: Annotated[str, typer.Option("-o", "--output", metavar="FILE", help="The picture, such as out.png.")],
+    source: Source = None,
+    over_time: Annotated[
+        list[str],
+        typer.Option("--over-time", metavar="STEP1 STEP2 ...", help="More checkpoints of the run, to draw the ratio."),
+    ] = [],  # noqa: B006
+    layer: Annotated[int | None, typer.Option(help="Of a tensor that stacks layers, which one.", min=0)] = None,
+    copies: Annotated[
+        int | None, typer.Option("--copies", "-k", help="For a fusion without fusectl.json: its K.")
+    ] = None,
+    arch: Arch = None,
+    max_memory: MaxMemory = None,
+    jobs: Jobs = None,
+    force: Force = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Draw |W| of a kernel with the borders between its sources, and from step to step how its zero blocks catch up."""
+    screen = Screen("plot", json=json, quiet=quiet, debug=debug)
+    with screen.errors():
+        from fusectl.heatmap import measure
+        from fusectl.picture import draw_heat_map, new_picture
+
+        file = new_picture(output, force=force)
+        with screen.progress() as progress:
+            found = measure(
+                [path_of(source), *over_time],
+                tensor,
+                layer=layer,
+                copies=copies,
+                arch=arch,
+                max_memory_bytes=parse_bytes(max_memory, "--max-memory"),
+                jobs=jobs,
+                progress=progress,
+            )
+        draw_heat_map(found, file)
+        screen.heat_map(found, file)
+
+
+@commands.command(
+    short_help="Print what a trainer has to be told.",
+    epilog="Example: fusectl restart-config grown/checkpoint_1000000 > grown.gin",
+)
+def restart_config(
+    source: Source = None,
+    trainer: TrainerName = None,
+    lr_offset: Annotated[
+        int,
+        typer.Option(help="Steps by which T5X's schedule is ahead; negative ones hold the maximal rate for longer."),
+    ] = 0,
+    arch: Arch = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Print what T5X (gin), MaxText (overrides) or Gemma (Python) goes on with: sizes, path, what is to be restored."""
+    screen = Screen("restart-config", json=json, quiet=quiet, debug=debug)
+    with screen.errors():
+        from fusectl.restart import restart
+
+        screen.restart(restart(path_of(source), arch, trainer=trainer, lr_offset=lr_offset))

@@ -1,0 +1,270 @@
+"""The options that commands have in common, as types of their parameters, and what is made of their values."""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
+
+import typer
+
+from fusectl.cli.process import ARGUMENTS
+from fusectl.errors import UsageError
+
+
+if TYPE_CHECKING:
+    from fusectl.builder import Options
+    from fusectl.mesh import Mesh
+    from fusectl.record import Fill
+
+
+Source = Annotated[str | None, typer.Argument(metavar="[CKPT]", help="The checkpoint; read from a pipe if left out.")]
+Output = Annotated[
+    str | None, typer.Option("-o", "--output", help="The checkpoint to write. [default: a sibling of the source]")
+]
+# The choices are spelt out for the parser and for completion, which must not import what defines them; tests compare.
+FillKind = Annotated[
+    Literal["zeros", "gaussian", "antisymmetric"], typer.Option("--fill", help="What stands where no source does.")
+]
+NoiseScale = Annotated[
+    float | None,
+    typer.Option("--noise-scale", help="The noise's standard deviation relative to the kernel's own. [default: 0.1]"),
+]
+Seed = Annotated[int, typer.Option(help="The noise's seed.")]
+Optimizer = Annotated[
+    Literal["carry", "reset", "drop", "asymmetric"],
+    typer.Option(help="The optimizer's state: carried over, zeros, none, or kept for the first copy only."),
+]
+Norm = Annotated[
+    Literal["rule", "property"],
+    typer.Option(help="What it will train with: the trainer's one norm, or a norm per source (fusectl.archs)."),
+]
+EqualizeBy = Annotated[
+    Literal["trace", "weights"],
+    typer.Option(help="Measure the streams in forward passes, or estimate them from the weights alone."),
+]
+FormatName = Annotated[
+    Literal["t5x", "orbax", "orbax-ocdbt-zarr2", "orbax-zarr2", "orbax-zarr3"] | None,
+    typer.Option("--format", help="The layout on disk. [default: the first source's]"),
+]
+TrainerName = Annotated[
+    Literal["t5x", "maxtext", "gemma"] | None, typer.Option("--trainer", help="The trainer. [default: the family's]")
+]
+Arch = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME|FILE.toml",
+        help="The model family, by name or by a table of it. [default: recognised from the tree]",
+    ),
+]
+Configs = Annotated[
+    list[str],
+    typer.Option(
+        "--config",
+        metavar="FILE",
+        help="A decoder's config, MaxText's model.yml or gemma's fields: for all sources, or repeated for each.",
+    ),
+]
+Drop = Annotated[list[str], typer.Option(help="Leave out tensors whose names match this pattern; may be repeated.")]
+Dtype = Annotated[
+    Literal["float64", "float32", "bfloat16", "float16"] | None,
+    typer.Option(help="Cast the parameters to this dtype. [default: as they are]"),
+]
+Codec = Annotated[
+    Literal["auto", "zstd", "none"],
+    typer.Option(help="How chunks are compressed; auto keeps the source's wherever its chunks are taken over."),
+]
+Sparse = Annotated[
+    bool | None,
+    typer.Option(
+        "--sparse/--dense", help="Leave chunks of zeros out, or store them. [default: sparse for t5x, dense for Orbax]"
+    ),
+]
+MeshSizes = Annotated[
+    str | None,
+    typer.Option("--mesh", metavar="AXIS=N,...", help="Devices to choose chunks for, such as data=8,model=4."),
+]
+AxisRules = Annotated[
+    str | None,
+    typer.Option(metavar="AXIS=MESH,...", help="With --mesh: such as embed=data. [default: T5X's standard rules]"),
+]
+Link = Annotated[
+    bool, typer.Option("--link", help="Hard links to the sources' files instead of copies: never edit either then.")
+]
+Check = Annotated[
+    bool,
+    typer.Option("--check/--no-check", help="Read the chunks that are taken over, to notice what is corrupt in them."),
+]
+Sync = Annotated[bool, typer.Option("--sync/--no-sync", help="Flush it to the disk before it appears.")]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(help="The most bytes in flight, such as 64MiB. [default: 256MiB, less where little memory is free]"),
+]
+Jobs = Annotated[int | None, typer.Option("-j", "--jobs", help="Threads. [default: one per core, two at least]", min=1)]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on with what an interrupted run of the same command has left.")
+]
+Step = Annotated[
+    int | None, typer.Option(help="The training step to write, which schedules go by. [default: the first source's]")
+]
+LrTable = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE", help="Write the learning rates that continue the trajectory: as JSON, or as optimizers in *.py."
+    ),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing; --equalize measures.")]
+Verify = Annotated[
+    bool, typer.Option("--verify", help="Prove the checkpoint before it appears; if that fails, it does not.")
+]
+WithReport = Annotated[
+    bool, typer.Option("--report/--no-report", help="With --verify: leave fusectl-verify.json and .md in it.")
+]
+AllowNonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Let NaN and Inf in the sources pass.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Nothing on standard error but errors.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+Layers = Annotated[int | None, typer.Option("--layers", help="How many layers each stack is to have.", min=1)]
+EncoderLayers = Annotated[
+    int | None, typer.Option(help="How many layers the encoder is to have. [default: --layers, or as it is]", min=1)
+]
+DecoderLayers = Annotated[
+    int | None, typer.Option(help="How many layers the decoder is to have. [default: --layers, or as it is]", min=1)
+]
+
+# Options that are followed by several values.
+GATHERED = ("--sources", "--over-time")
+
+
+def gather(argv: list[str], *options: str) -> list[str]:
+    """The arguments with `option A B` written as `option A option B`, for each of the options.
+
+    That is what the parser takes.
+
+    >>> gather(["verify", "F", "--sources", "A", "B", "--x64"], "--sources")
+    ['verify', 'F', '--sources', 'A', '--sources', 'B', '--x64']
+    """
+    out: list[str] = []
+    gathering: str | None = None
+    for i, word in enumerate(argv):
+        if word in options:
+            gathering = word
+            if i + 1 == len(argv) or argv[i + 1].startswith("-"):
+                # An empty path is refused where paths are; the parser would take the next option for the value.
+                out.append(f"{word}=")
+        elif word.startswith("-"):
+            gathering = None
+            out.append(word)
+        else:
+            out += [gathering, word] if gathering else [word]
+    return out
+
+
+def path_of(given: str | None) -> str:
+    """The checkpoint's path: the argument, or the first line of a pipe."""
+    if given is not None:
+        return given
+    if sys.stdin is None or sys.stdin.isatty():
+        hint = "name it, or pipe its path in; with --sources or --over-time, name it before them"
+        raise UsageError("which checkpoint?", hint=hint)
+    line = sys.stdin.readline().strip()
+    if not line:
+        raise UsageError("no path came through the pipe", hint="did the command before it fail?")
+    ARGUMENTS.append(line)
+    return line
+
+
+def numbers_of(text: str | None, option: str) -> tuple[float, ...] | None:
+    """Numbers with commas between them; None where none are given. Raises UsageError for anything else."""
+    try:
+        return None if text is None else tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise UsageError(f"{option} {text}: numbers with commas between them", hint=f"{option} 0.7,0.3") from error
+
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+
+
+def parse_bytes(text: str | None, option: str) -> int | None:
+    """A number of bytes; None where none is given.
+
+    >>> parse_bytes("64MiB", "--max-memory")
+    67108864
+    """
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]i?)?b?", text.strip().lower())
+    size = int(float(found.group(1)) * _UNITS[found.group(2) or ""]) if found else 0
+    if size <= 0:
+        raise UsageError(f"{option} {text}: a number of bytes", hint=f"{option} 256MiB")
+    return size
+
+
+def mesh_of(sizes: str | None, rules: str | None) -> Mesh | None:
+    """The mesh that chunks are to suit; None where none is given."""
+    from fusectl.mesh import parse_mesh
+
+    if sizes is None and rules is not None:
+        raise UsageError("--axis-rules: of which mesh?", hint="--mesh data=8,model=4")
+    return None if sizes is None else parse_mesh(sizes, rules)
+
+
+def fill_of(kind: str, noise_scale: float | None, seed: int | None) -> Fill:
+    """What is to stand where no source does; raises UsageError for a scale of no noise, or that is no scale."""
+    from fusectl.record import DEFAULT_NOISE_SCALE, Fill
+
+    if kind == "zeros":
+        if noise_scale is not None:
+            raise UsageError("--noise-scale without noise", hint="--fill gaussian or antisymmetric")
+        return Fill()
+    scale = DEFAULT_NOISE_SCALE if noise_scale is None else noise_scale
+    require_scale(scale)
+    return Fill(kind, scale, seed)
+
+
+def require_scale(noise_scale: float) -> None:
+    """Raises UsageError for a noise scale that is not a positive number."""
+    if not 0.0 < noise_scale < float("inf"):
+        raise UsageError(f"--noise-scale {noise_scale:g}: a positive number")
+
+
+class Stored(NamedTuple):
+    """The options that say how what is written is stored."""
+
+    codec: str
+    sparse: bool | None
+    link: bool
+    check: bool
+    mesh: Mesh | None = None
+
+
+def options_of(
+    fill: Fill,
+    optimizer: str,
+    format: str | None,
+    arch: str | None,
+    drop: list[str],
+    dtype: str | None,
+    stored: Stored,
+    max_memory: str | None,
+    step: int | None,
+    norm: str = "rule",
+) -> Options:
+    """What the library is to be told: the options that say what is written."""
+    from fusectl.builder import Options
+    from fusectl.parallel import default_max_memory_bytes
+
+    return Options(
+        fill=fill,
+        optimizer=optimizer,
+        format=format,
+        arch=arch,
+        drop=tuple(drop),
+        dtype=dtype,
+        max_memory_bytes=parse_bytes(max_memory, "--max-memory") or default_max_memory_bytes(),
+        norm=norm,
+        step=step,
+        **stored._asdict(),
+    )

@@ -1,0 +1,111 @@
+"""What every writing command ends with: the plan shown, or carried out and proven."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from fusectl.cli.options import parse_bytes
+from fusectl.cli.process import ARGUMENTS, stay_on_the_cpu
+from fusectl.errors import FusectlError, OutputExists, UsageError, VerificationFailed
+from fusectl.render import Screen
+
+
+if TYPE_CHECKING:
+    from fusectl.formats.objects import Place
+    from fusectl.formats.tree import Checkpoint
+    from fusectl.plan import Plan
+
+
+class Writing(NamedTuple):
+    """The options that every writing command ends with."""
+
+    output: str | None
+    force: bool
+    jobs: int | None
+    dry_run: bool
+    allow_nonfinite: bool
+    verify: bool
+    report: bool
+    max_memory: str | None
+    sync: bool
+    resume: bool
+    lr_table: str | None = None
+
+
+def final_place(output: str | None, opened: Sequence[Any], plan: Plan) -> Place:
+    """Where the output is going to be."""
+    from fusectl.formats.locate import place
+    from fusectl.surgery import default_output
+
+    return default_output(opened, plan) if output is None else place(output)
+
+
+def write(screen: Screen, plan: Plan, opened: Sequence[Any], how: Writing) -> None:
+    """What every writing command ends with: the plan shown, or carried out and the output's path printed."""
+    from fusectl.formats.locate import local
+    from fusectl.surgery import carry_out, check_output, write_table
+
+    if how.verify and how.allow_nonfinite:
+        raise UsageError("--verify proves nothing about NaN and Inf", hint="without --allow-nonfinite or --verify")
+    if how.verify and not plan.record.made_from:
+        raise UsageError(
+            "--verify: nobody says what it was fused from", hint="without it, then fusectl verify OUT --sources A B"
+        )
+    if not (how.verify or how.report):
+        raise UsageError("--no-report: of a proof that was not asked for", hint="--verify --no-report")
+    if how.lr_table is not None and not plan.rates:
+        raise UsageError("--lr-table: for copies of one model with equal weights; between others no rate fits all")
+    final = final_place(how.output, opened, plan)
+    if not how.resume:
+        check_output(final, opened, force=how.force)
+    for note in plan.notes:
+        screen.note(note)
+    table = None if how.lr_table is None or how.dry_run else local(how.lr_table)
+    if table is not None and table.exists() and not (how.force or how.resume):
+        raise OutputExists(f"{table}: exists", hint="another file, or --force to replace it")
+    if how.dry_run:
+        screen.plan(plan, final)
+        return
+    with screen.progress() as progress:
+
+        def check(written: Checkpoint) -> None:
+            stay_on_the_cpu()
+            from fusectl.verify import Settings, verify_checkpoint, write_report
+
+            # Where it is going to appear, not where it has been staged.
+            settings = Settings(jobs=how.jobs, max_memory_bytes=parse_bytes(how.max_memory, "--max-memory"))
+            found = replace(verify_checkpoint(written, settings=settings, progress=progress), path=str(final))
+            screen.verified(found)
+            if not found.passed:
+                raise VerificationFailed(f"{final}: verification failed, nothing was kept", details=found.failures())
+            if how.report:
+                write_report(found, written.location.home)
+
+        # The free memory may be another when it goes on, and the chunks with it.
+        budget = [] if how.max_memory else ["--max-memory", str(plan.budget_bytes)]
+        carry_out(
+            plan,
+            opened,
+            final,
+            force=how.force,
+            jobs=how.jobs,
+            allow_nonfinite=how.allow_nonfinite,
+            sync=how.sync,
+            resume=how.resume,
+            progress=progress,
+            check=check if how.verify else None,
+            note=screen.note,
+            kept=lambda: screen.resumable([*ARGUMENTS, *budget]),
+        )
+    if table is not None:
+        write_table(plan, table)
+    screen.written(plan, final)
+    if plan.record.copy is None and not screen.is_silent:
+        from fusectl.restart import restart
+
+        # The command after it in a pipe may have moved it.
+        with suppress(FusectlError):
+            screen.restart_lines(restart(str(final), plan.record.family))
