@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from fusectl.parallel import Progress
     from fusectl.plan import Plan
     from fusectl.record import Fill, Growth
+    from fusectl.reproduce import Reproduced
     from fusectl.restart import Restart
     from fusectl.routes import Route
     from fusectl.verify import Report
@@ -224,6 +225,13 @@ class Screen:
         }
         if not self._json:
             _print_demo(self._console(sys.stdout), rows)
+
+    def reproduced(self, found: Reproduced) -> None:
+        """Prints what an experiment has found, and where its report is."""
+        files = [str(file) for file in found.files]
+        self._result = {"experiment": found.experiment, "found": list(found.found), "files": files}
+        if not self._json:
+            print(*found.found, "", *files, sep="\n")  # noqa: T201
 
     def _error(self, error: Exception) -> int:
         if self._debug:

@@ -1,108 +1,201 @@
-"""A small trainer on the twins: what experiments with growth need of one, on one machine.
+"""A small trainer on the twins: what experiments with growth need of one.
 
-Adam, a linear warm-up, a constant rate, and a linear decay over the last part: the same shape for every arm of a
-comparison. Parameters are by their names in the family's table, in float32. Compute is what XLA counts of a step.
+T5's recipe: Adafactor with the rate relative to a parameter's own size, which falls by the root of the step after a
+warm-up and has no end, so that a shorter training is the beginning of a longer one. States are those that T5X keeps,
+by its names and shapes. Parameters are float32; batches lie over all devices that there are.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 import optax
 
 from fusectl.archs import Recognized
-from fusectl.examples import Examples
+from fusectl.archs.table import EMBEDDING
 from fusectl.forward import twin_of
 from fusectl.tokens import Tokens
+from fusectl.transforms.optimizer import FACTORED_FROM, STATE, UNUSED
 
 
 Array = Any
-_BATCH = ("encoder", "decoder", "targets", "encoder_segments", "target_segments")
 Parameters = Mapping[str, Array]
+_BATCH = ("encoder", "decoder", "targets", "encoder_segments", "target_segments")
+_STEP = "state/step"
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is trained: its largest learning rate, the steps in all, those of warm-up, and the share of decay."""
+    """How fast a model is trained: the rate is `base` / sqrt(max(step + offset, warmup)).
 
-    learning_rate: float
-    steps: int
-    warmup: int = 50
-    decay: float = 0.4
-    b2: float = 0.99
+    T5X's `rsqrt_decay`, whose `step_offset` counts the other way (t5x/utils.py, create_learning_rate_scheduler). A
+    negative offset keeps the largest rate for longer, a positive one begins with a smaller rate.
+    """
 
-    def rate(self, step: Array) -> Array:
-        """The learning rate at a step."""
-        left = (self.steps - step) / max(1, round(self.decay * self.steps))
-        return self.learning_rate * jnp.minimum(1.0, jnp.minimum((step + 1) / self.warmup, left))
+    base: float = 1.0
+    warmup: int = 10_000
+    offset: int = 0
+
+    def rate(self, step: int) -> float:
+        """The learning rate at a step, relative to the root mean square of each parameter."""
+        return self.base / math.sqrt(max(step + self.offset, self.warmup))
 
 
-@dataclass(frozen=True)
-class Trained:
-    """The parameters after training, and the losses on held-out data: pairs of a step and nats for a token."""
+class State(NamedTuple):
+    """A model in training: parameters by their names in the family's table, Adafactor's moments, the steps made."""
 
     parameters: Parameters
-    curve: tuple[tuple[int, float], ...]
-    # Of one step, forwards and backwards, floating point operations as XLA counts them.
-    flops_per_step: float
+    moments: Any
+    step: int
+
+
+class Measured(NamedTuple):
+    """What a model makes of held-out data: nats for a token, and the share of targets that it finds."""
+
+    loss: float
+    accuracy: float
+
+
+class Trainer:
+    """Trains models of one tree, with norms over these groups of their width; compiled once: all batches are alike."""
+
+    def __init__(self, tree: Recognized, norm_groups: Sequence[int] = (), dtype: str = "float32") -> None:
+        self.tree = tree
+        self._scores = partial(scores, tree, norm_groups=tuple(norm_groups), dtype=dtype)
+        self._optimizer = optax.chain(
+            # T5X's defaults: t5x/adafactor.py, and t5x/examples/t5/t5_1_1/base.gin. The rate is multiplied last.
+            optax.scale_by_factored_rms(min_dim_size_to_factor=FACTORED_FROM),
+            optax.clip_by_block_rms(1.0),
+            optax.scale_by_param_block_rms(),
+            optax.scale(-1.0),
+        )
+        self._measure = jax.jit(self._scores)
+        self._update = jax.jit(self._one_step, donate_argnums=(0, 1))
+        self._step: Any = None
+        self._compiling = threading.Lock()
+        devices = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
+        self._rows = jax.sharding.NamedSharding(devices, jax.sharding.PartitionSpec("data"))
+        self._everywhere = jax.sharding.NamedSharding(devices, jax.sharding.PartitionSpec())
+
+    def begin(self, parameters: Parameters, step: int = 0) -> State:
+        """A state without moments."""
+        placed = self._place(parameters)
+        return State(placed, self._optimizer.init(placed), step)
+
+    def train(
+        self,
+        state: State,
+        batches: Iterator[Tokens],
+        recipe: Recipe,
+        steps: int,
+        note: Callable[[int, State], None] = lambda *_: None,
+    ) -> State:
+        """The state after so many steps more, on these batches; `note` is told of each step made and its state."""
+        parameters, moments, step = state
+        for batch in (self._split(next(batches)) for _ in range(steps)):
+            rate = np.float32(recipe.rate(step))
+            with self._compiling:
+                if self._step is None:
+                    self._step = self._update.lower(parameters, moments, batch, rate).compile()
+            parameters, moments = self._step(parameters, moments, batch, rate)
+            step += 1
+            note(step, State(parameters, moments, step))
+        return State(parameters, moments, step)
+
+    def measure(self, parameters: Parameters, batches: Sequence[Tokens]) -> Measured:
+        """The mean over batches; a loss that is no number, of a training that has diverged, is infinite."""
+        found = [self._measure(parameters, self._split(batch)) for batch in batches]
+        loss, accuracy = (float(np.mean([each[i] for each in found])) for i in range(2))
+        return Measured(loss if math.isfinite(loss) else math.inf, accuracy)
 
     @property
-    def final_loss(self) -> float:
-        """The loss after the last step."""
-        return self.curve[-1][1]
+    def flops_per_step(self) -> float:
+        """Floating point operations of a step, forwards, backwards and the update, as XLA counts them.
+
+        Of the batches that it has been trained on.
+        """
+        assert self._step is not None
+        return float(self._step.cost_analysis()["flops"])
+
+    def stored(self, state: State) -> dict[str, npt.NDArray[Any]]:
+        """The state as T5X keeps it, by full names."""
+        factored = state.moments[0]
+        found = {self.tree.full(name): np.asarray(each) for name, each in state.parameters.items()}
+        for name in state.parameters:
+            slots = {"m": np.zeros(UNUSED, np.float32)}
+            slots |= {slot: np.asarray(getattr(factored, slot)[name]) for slot in ("v", "v_row", "v_col")}
+            found |= {f"{STATE}{name}/{slot}": values for slot, values in slots.items()}
+        found[_STEP] = np.array(state.step, np.int32)
+        return found
+
+    def restored(self, read: Callable[[str], npt.NDArray[Any]], names: Mapping[str, Any]) -> State:
+        """The state of a checkpoint that has tensors of these names; without moments where it has none."""
+        step = int(read(_STEP)) if _STEP in names else 0
+        state = self.begin({name: read(self.tree.full(name)) for name in self.tree.shapes}, step)
+        if not any(name.startswith(STATE) for name in names):
+            return state
+        factored = state.moments[0]._replace(
+            count=self._place(np.array(step, np.int32)),
+            **{
+                slot: self._place({name: read(f"{STATE}{name}/{slot}") for name in self.tree.shapes})
+                for slot in ("v", "v_row", "v_col")
+            },
+        )
+        return state._replace(moments=(factored, *state.moments[1:]))
+
+    def _one_step(self, parameters: Parameters, moments: Any, batch: Mapping[str, Array], rate: Array) -> Any:
+        def of_parameters(values: Parameters) -> Array:
+            return self._scores(values, batch)[0]
+
+        gradient = jax.grad(of_parameters)(parameters)
+        updates, moments = self._optimizer.update(gradient, moments, parameters)
+        scaled = jax.tree.map(lambda each: rate * each, updates)
+        return optax.apply_updates(parameters, scaled), moments
+
+    def _place(self, values: Any) -> Any:
+        # Copies: steps take over what they are given.
+        return jax.device_put(jax.tree.map(partial(jnp.array, dtype=None), values), self._everywhere)
+
+    def _split(self, batch: Tokens) -> dict[str, Array]:
+        placed: dict[str, Array] = jax.device_put(batch_of(batch), self._rows)
+        return placed
 
 
-def train(
+def scores(
     tree: Recognized,
     parameters: Parameters,
-    examples: Examples,
-    recipe: Recipe,
+    batch: Mapping[str, Array],
     *,
-    measure_every: int | None = None,
-    note: Callable[[str], None] = lambda _: None,
-) -> Trained:
-    """Trains a model of a tree from these parameters; the loss on held-out data is measured now and then, and last.
+    norm_groups: tuple[int, ...] = (),
+    dtype: str = "float32",
+) -> tuple[Array, Array]:
+    """The cross-entropy of a batch in nats for a token, without dropout, and the share of targets that are found.
 
-    Raises FloatingPointError where a loss is no number.
+    Both over the targets that are no padding; norms are over groups of the width, over all of it by default.
     """
-    optimizer = optax.adam(recipe.rate, b2=recipe.b2)
-    # Copies: steps take over what they are given.
-    now = {name: jnp.array(each, jnp.float32) for name, each in parameters.items()}
-    state, batches = optimizer.init(now), examples.batches()
-
-    def update(values: Parameters, moments: Any, batch: Mapping[str, Array]) -> Any:
-        found, gradient = jax.value_and_grad(partial(loss_of, tree))(values, batch)
-        updates, moments = optimizer.update(gradient, moments, values)
-        return found, optax.apply_updates(values, updates), moments
-
-    first = batch_of(next(examples.batches()))
-    step = jax.jit(update, donate_argnums=(0, 1)).lower(now, state, first).compile()
-    measured = jax.jit(partial(loss_of, tree))
-    curve = [(0, mean_loss(measured, now, examples.held_out))]
-    for i in range(recipe.steps):
-        value, now, state = step(now, state, batch_of(next(batches)))
-        last = i + 1 == recipe.steps
-        if last or (measure_every is not None and (i + 1) % measure_every == 0):
-            if not math.isfinite(value):
-                raise FloatingPointError(f"step {i}: the loss is {float(value):g}")
-            curve.append((i + 1, mean_loss(measured, now, examples.held_out)))
-            note(f"step {i + 1}: {curve[-1][1]:.4f}")
-    return Trained(now, tuple(curve), float(step.cost_analysis()["flops"]))
-
-
-def loss(logits: Array, targets: Array) -> Array:
-    """The cross-entropy in nats of a token, over the targets that are no padding."""
+    twin = twin_of(tree)
+    config = twin.config_of(tree, norm_groups or (tree.sizes["embed"],), dtype)
+    targets = batch["targets"]
+    logits = twin.logits(config, tree, parameters, Tokens(**batch)).astype(jnp.float32)
     wanted = targets > 0
-    log = jax.nn.log_softmax(logits.astype(jnp.float32))
-    of_targets = jnp.take_along_axis(log, targets[..., None], axis=-1)[..., 0]
-    return -jnp.sum(jnp.where(wanted, of_targets, 0.0)) / jnp.sum(wanted)
+    log = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
+    found = jnp.argmax(logits, axis=-1) == targets
+    count = jnp.sum(wanted)
+    return -jnp.sum(jnp.where(wanted, log, 0.0)) / count, jnp.sum(wanted & found) / count
+
+
+def loss_of(tree: Recognized, parameters: Parameters, batch: Mapping[str, Array]) -> Array:
+    """The cross-entropy of a batch, in nats for a token, without dropout."""
+    return scores(tree, parameters, batch)[0]
 
 
 def batch_of(tokens: Tokens) -> dict[str, Array]:
@@ -110,13 +203,28 @@ def batch_of(tokens: Tokens) -> dict[str, Array]:
     return {name: getattr(tokens, name) for name in _BATCH}
 
 
-def loss_of(tree: Recognized, parameters: Parameters, batch: Mapping[str, Array]) -> Array:
-    """The cross-entropy of a batch, in nats for a token, without dropout."""
-    twin = twin_of(tree)
-    config = twin.config_of(tree, (tree.sizes["embed"],), "float32")
-    return loss(twin.logits(config, tree, parameters, Tokens(**batch)), batch["targets"])
-
-
 def mean_loss(measured: Callable[..., Array], parameters: Parameters, batches: Sequence[Tokens]) -> float:
     """The mean over batches of a loss that is compiled."""
     return float(np.mean([float(measured(parameters, batch_of(batch))) for batch in batches]))
+
+
+def random_parameters(tree: Recognized, seed: int) -> dict[str, Array]:
+    """A random start as trainers draw it: kernels by their fan-in, norms at 1, embedded tokens of deviation 1.
+
+    T5 draws queries smaller by the root of head_dim, since it does not divide by that (t5x/examples/t5/layers.py).
+    """
+    rng, found = np.random.default_rng(seed), {}
+    head_dim = tree.sizes.get("kv", tree.sizes.get("joined_kv", 0) // tree.sizes["heads"])
+    for name, row in tree.rows.items():
+        shape, axes = tree.shapes[name], row.spec.axes
+        reads = math.prod(n for axis, n in zip(axes, shape, strict=True) if axis in row.spec.inputs)
+        deviation = 1.0 if row.roles[0] == EMBEDDING else reads**-0.5
+        if tree.family.trainer == "t5x" and row.roles[0].endswith("query"):
+            deviation *= head_dim**-0.5
+        values = rng.normal(0.0, deviation, shape)
+        if row.is_norm:
+            values = np.full(shape, 0.0 if tree.network.norm_adds_one else 1.0)
+        elif not row.spec.inputs:
+            values = np.zeros(shape)
+        found[name] = jnp.asarray(values, jnp.float32)
+    return found

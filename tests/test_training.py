@@ -1,5 +1,6 @@
-"""The small trainer of the experiments: it learns, by the schedule that it says, and counts its compute."""
+"""The small trainer: it learns, by the schedule that it says, keeps states as T5X does, and counts its compute."""
 
+import itertools
 import math
 
 import numpy as np
@@ -7,16 +8,19 @@ import pytest
 from models import SIZES, checkpoint
 
 from fusectl.archs import recognize
+from fusectl.builder import Options
 from fusectl.examples import read_examples
 from fusectl.formats import open_checkpoint
-from fusectl.ligo.learn import random_parameters
-from fusectl.training import Recipe, train
+from fusectl.formats.sink import save
+from fusectl.surgery import carry_out, plan_fusion
+from fusectl.training import Recipe, Trainer, random_parameters
+from fusectl.transforms.optimizer import find_state
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
+def trainer(tmp_path_factory):
     path = checkpoint(tmp_path_factory.mktemp("model") / "a", sizes={**SIZES, "vocab": 270})
-    return recognize(open_checkpoint(path).shapes, path)
+    return Trainer(recognize(open_checkpoint(path).shapes, path))
 
 
 @pytest.fixture(scope="module")
@@ -28,37 +32,98 @@ def examples(tmp_path_factory):
     )
 
 
-def test_the_loss_falls_and_is_measured_when_it_is_said(model, examples):
-    start = random_parameters(model, 0)
-    found = train(model, start, examples, Recipe(1e-2, 30, warmup=5), measure_every=10)
+RECIPE = Recipe(1.0, warmup=5)
 
-    assert [step for step, _ in found.curve] == [0, 10, 20, 30]
-    assert found.final_loss < 0.8 * found.curve[0][1]
+
+def begun(trainer):
+    return trainer.begin(random_parameters(trainer.tree, 0))
+
+
+def values_of(state):
+    return {name: np.asarray(each) for name, each in state.parameters.items()}
+
+
+def test_the_loss_falls_and_compute_is_counted(trainer, examples):
+    start = begun(trainer)
+    before = trainer.measure(start.parameters, examples.held_out)
+    noted = []
+    after = trainer.train(start, examples.batches(), RECIPE, 30, lambda step, _: noted.append(step))
+    found = trainer.measure(after.parameters, examples.held_out)
+
+    assert after.step == 30
+    assert noted == list(range(1, 31))
+    assert found.loss < 0.8 * before.loss
+    assert found.accuracy > before.accuracy
     # A product counts two for each value of its kernel and each token, three times over with the derivatives.
-    least = 6 * 8 * 16 * sum(math.prod(s) for n, s in model.shapes.items() if n.startswith("decoder/layers"))
-    assert least < found.flops_per_step
-    again = train(model, start, examples, Recipe(1e-2, 30, warmup=5), measure_every=10)
-    assert again.curve == found.curve
+    shapes = trainer.tree.shapes
+    least = 6 * 8 * 16 * sum(math.prod(s) for n, s in shapes.items() if n.startswith("decoder/layers"))
+    assert least < trainer.flops_per_step
 
 
-def test_nothing_is_learned_at_no_rate(model, examples):
-    start = random_parameters(model, 0)
-    found = train(model, start, examples, Recipe(1e-12, 3))
+def test_to_train_on_is_to_continue_also_from_disk(trainer, examples, tmp_path):
+    whole = trainer.train(begun(trainer), examples.batches(), RECIPE, 12)
+    half = trainer.train(begun(trainer), examples.batches(), RECIPE, 7)
+    save(tmp_path / "checkpoint_7", trainer.stored(half), "t5x")
+    kept = open_checkpoint(str(tmp_path / "checkpoint_7"))
+    rest = itertools.islice(examples.batches(), 7, None)
+    continued = trainer.train(trainer.restored(kept.read, kept.shapes), rest, RECIPE, 5)
+    without = trainer.begin(values_of(trainer.restored(kept.read, kept.shapes)), 7)
+    forgotten = trainer.train(without, itertools.islice(examples.batches(), 7, None), RECIPE, 5)
 
-    assert all(np.allclose(found.parameters[name], start[name], atol=1e-9) for name in start)
+    for name, values in values_of(whole).items():
+        np.testing.assert_array_equal(values_of(continued)[name], values)
+    # The control: moments matter.
+    assert any(not np.array_equal(values_of(forgotten)[name], values) for name, values in values_of(whole).items())
 
 
-def test_a_loss_that_is_no_number_ends_it(model, examples):
+def test_states_are_what_fusectl_takes_for_t5x_adafactor_and_carries(trainer, examples, tmp_path):
+    state = trainer.train(begun(trainer), examples.batches(), RECIPE, 3)
+    small = tmp_path / "checkpoint_3"
+    save(small, trainer.stored(state), "t5x")
+    kept = open_checkpoint(str(small))
+    assert find_state(kept.shapes, trainer.tree, "here").kind == "adafactor"
+
+    carry_out(*plan_fusion([str(small)] * 2, Options(), command="self-fuse"), tmp_path / "fused" / "checkpoint_3")
+    fused = open_checkpoint(str(tmp_path / "fused" / "checkpoint_3"))
+    wide = Trainer(recognize(fused.shapes, "fused"))
+    grown = wide.restored(fused.read, fused.shapes)
+
+    assert grown.step == 3
+    assert int(grown.moments[0].count) == 3
+    assert wide.measure(grown.parameters, examples.held_out).loss == pytest.approx(
+        trainer.measure(state.parameters, examples.held_out).loss, abs=1e-5
+    )
+    moments = dict(grown.moments[0].v)
+    assert all(np.all(np.isfinite(each)) for each in moments.values())
+    assert all(np.any(np.asarray(each)) for name, each in moments.items() if np.asarray(each).shape != (1,))
+
+
+def test_nothing_is_learned_at_no_rate(trainer, examples):
+    start = values_of(begun(trainer))
+    after = trainer.train(begun(trainer), examples.batches(), Recipe(1e-12), 3)
+
+    assert all(np.allclose(each, start[name], atol=1e-9) for name, each in values_of(after).items())
+
+
+def test_a_training_that_has_diverged_has_no_finite_loss(trainer, examples):
     start = {
         name: values * math.inf if name.endswith("wo/kernel") else values
-        for name, values in random_parameters(model, 0).items()
+        for name, values in random_parameters(trainer.tree, 0).items()
     }
-    with pytest.raises(FloatingPointError):
-        train(model, start, examples, Recipe(1e-3, 2))
+    assert trainer.measure(trainer.begin(start).parameters, examples.held_out).loss == math.inf
 
 
-def test_the_rate_rises_stays_and_falls():
-    recipe = Recipe(2.0, 100, warmup=10, decay=0.5)
-    rates = [float(recipe.rate(step)) for step in (0, 4, 9, 30, 50, 75, 99)]
+def test_groups_of_norms_change_the_loss(trainer, examples):
+    half = trainer.tree.sizes["embed"] // 2
+    grouped = Trainer(trainer.tree, (half, half))
+    parameters = begun(trainer).parameters
 
-    assert rates == pytest.approx([0.2, 1.0, 2.0, 2.0, 2.0, 1.0, 0.04])
+    assert grouped.measure(parameters, examples.held_out) != trainer.measure(parameters, examples.held_out)
+
+
+def test_the_rate_holds_then_falls_by_the_root_and_offsets_shift_it():
+    recipe = Recipe(2.0, warmup=100)
+
+    assert [recipe.rate(step) for step in (0, 100, 400)] == pytest.approx([0.2, 0.2, 0.1])
+    assert Recipe(2.0, warmup=100, offset=-300).rate(400) == pytest.approx(0.2)
+    assert Recipe(2.0, warmup=100, offset=1200).rate(400) == pytest.approx(0.05)

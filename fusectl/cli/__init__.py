@@ -1,6 +1,7 @@
 """The command line: which commands there are, and running one of them.
 
-surgery, growth, proof, looking, demo   the commands: each parses, calls the library once, renders once
+surgery, growth, proof, looking,
+experiments, demo                       the commands: each parses, calls the library once, renders once
 options                                 the options that they have in common, and what is made of their values
 writing                                 what those end with that write a checkpoint
 process                                 arguments, standard streams, signals
@@ -41,6 +42,7 @@ MODULES = {
     "inspect": "looking",
     "plot": "looking",
     "restart-config": "looking",
+    "reproduce": "experiments",
     "demo": "demo",
 }
 

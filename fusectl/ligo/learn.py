@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from fusectl.archs import Recognized
-from fusectl.archs.table import EMBEDDING, ENCODER
+from fusectl.archs.table import ENCODER
 from fusectl.errors import Corrupt, UsageError
 from fusectl.examples import Examples, full_target_length, read_examples
 from fusectl.formats.tree import Checkpoint
@@ -24,7 +24,7 @@ from fusectl.ligo.lesson import Data, Learning
 from fusectl.ligo.network import grow
 from fusectl.ligo.operator import Operator, initial
 from fusectl.tokens import Tokens
-from fusectl.training import batch_of, loss_of, mean_loss
+from fusectl.training import batch_of, loss_of, mean_loss, random_parameters
 from fusectl.transforms.linear import Growing
 
 
@@ -181,27 +181,5 @@ def read_parameters(checkpoint: Checkpoint, tree: Recognized) -> dict[str, Array
         at = nonfinite_at(values)
         if at is not None:
             raise Corrupt(f"{checkpoint.path}: {tree.full(name)}{[int(i) for i in at]} is {values[at]}")
-        found[name] = jnp.asarray(values, jnp.float32)
-    return found
-
-
-def random_parameters(tree: Recognized, seed: int) -> dict[str, Array]:
-    """A random start as trainers draw it: kernels by their fan-in, norms at 1, embedded tokens of deviation 1.
-
-    T5 draws queries smaller by the root of head_dim, since it does not divide by that (t5x/examples/t5/layers.py).
-    """
-    rng, found = np.random.default_rng(seed), {}
-    head_dim = tree.sizes.get("kv", tree.sizes.get("joined_kv", 0) // tree.sizes["heads"])
-    for name, row in tree.rows.items():
-        shape, axes = tree.shapes[name], row.spec.axes
-        reads = math.prod(n for axis, n in zip(axes, shape, strict=True) if axis in row.spec.inputs)
-        deviation = 1.0 if row.roles[0] == EMBEDDING else reads**-0.5
-        if tree.family.trainer == "t5x" and row.roles[0].endswith("query"):
-            deviation *= head_dim**-0.5
-        values = rng.normal(0.0, deviation, shape)
-        if row.is_norm:
-            values = np.full(shape, 0.0 if tree.network.norm_adds_one else 1.0)
-        elif not row.spec.inputs:
-            values = np.zeros(shape)
         found[name] = jnp.asarray(values, jnp.float32)
     return found

@@ -1,0 +1,82 @@
+"""The papers' experiments at small sizes, against a baseline that is tuned as well: `fusectl reproduce`.
+
+texts.py        what is trained on                 presets.py      how large, how long, how often
+laboratory.py   models trained and grown, kept     arms.py         sweeps, and the baseline of the same compute
+experiments.py  which models each compares         report.py       tables, curves, what was found
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from fusectl.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Reproduced:
+    """An experiment that has been run: what it found, a sentence each, and the files of its report."""
+
+    experiment: str
+    found: tuple[str, ...]
+    files: tuple[Path, ...]
+
+
+def reproduce(experiment: str, preset: str, out: Path, note: Callable[[str], None]) -> Reproduced:
+    """Runs an experiment in a directory, as far as that has not been done, and writes its report there.
+
+    Raises UsageError for names of experiments and presets that there are none of; NotFound where matplotlib is missing.
+    """
+    _prepare(preset)
+    import jax
+
+    import fusectl
+    from fusectl.picture import require_picture
+    from fusectl.reproduce.experiments import EXPERIMENTS
+    from fusectl.reproduce.laboratory import Laboratory, Model
+    from fusectl.reproduce.presets import PRESETS
+
+    for name, known, what in ((experiment, EXPERIMENTS, "experiment"), (preset, PRESETS, "preset")):
+        if name not in known:
+            raise UsageError(f"{name}: no such {what}", hint=f"one of {', '.join(known)}")
+    require_picture(Path("curves.png"), "reproduce")
+    chosen = PRESETS[preset]
+    device = jax.devices()[0]
+    laboratory = Laboratory(out, chosen, note, jobs=(os.cpu_count() or 1) if device.platform == "cpu" else 1)
+    started = time.monotonic()
+    report = EXPERIMENTS[experiment](laboratory)
+    circumstances = (
+        (
+            f"`fusectl reproduce {experiment} --preset {preset}`, fusectl {fusectl.__version__}, "
+            f"{time.strftime('%Y-%m-%d')}; {time.monotonic() - started:,.0f} s, without what was there already."
+        ),
+        (
+            f"{len(jax.devices())} x {device.device_kind}, {os.cpu_count()} cores, Python {platform.python_version()}, "
+            f"JAX {jax.__version__}."
+        ),
+        (
+            f"Data: {laboratory.examples(Model('small', 0, 1.0, 0)).says}, the standard library of that Python; span "
+            f"corruption of bytes, rows of {chosen.lengths[0]} and {chosen.lengths[1]}, {chosen.batch} at a time."
+        ),
+        (
+            f"T5 1.1, small: width {chosen.width}, {chosen.heads} heads of {chosen.head_dim}, {chosen.layers} + "
+            f"{chosen.layers} layers; medium and large twice and four times as wide. Adafactor, the rate a factor by "
+            f"1 / sqrt(max(step, {chosen.warmup:,})); factors {', '.join(f'{base:g}' for base in chosen.bases)}, each "
+            "tried on the first seed by every arm and by the baseline."
+        ),
+        f"Seeds 0 to {chosen.seeds - 1}; in brackets the least and the most of them. FLOPs as XLA counts them.",
+    )
+    return Reproduced(experiment, report.found, tuple(report.write(out, circumstances)))
+
+
+def _prepare(preset: str) -> None:
+    """Runs of small models go side by side, a core each: XLA's threads would only wait for each other."""
+    if preset != "gpu" and "jax" not in sys.modules:
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_multi_thread_eigen=false".strip()

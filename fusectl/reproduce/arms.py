@@ -1,0 +1,239 @@
+"""Arms of a comparison, and the baseline that each is held against: a model from scratch at the same compute.
+
+Every arm is trained at each of the preset's rates on its first seed, and repeated at the best one. The baseline's rate
+is chosen for each length of training anew. T5's schedule has no end, so the baseline's curve says what any length of
+training gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from fusectl.reproduce.laboratory import Growth, Laboratory, Model, Run
+
+
+Command = tuple[str, ...]
+# Seeds of a second small model: other than those of the first.
+OTHER = 500
+# The baseline is trained for so much longer than the most compute that an arm takes, to see when it gets as far.
+BEYOND = 1.25
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to come to a model: `make` gives it for a seed and a factor of the rate."""
+
+    name: str
+    make: Callable[[int, float], Model]
+
+
+@dataclass(frozen=True)
+class Result:
+    """An arm after training: a run for each seed at the rate that was best on the first, and the compute of one.
+
+    `swept` are the losses at the end on the first seed, by the factors of the rate.
+    """
+
+    arm: Arm
+    base: float
+    runs: tuple[Run, ...]
+    swept: Mapping[float, float]
+    charged_flops: float
+
+    @property
+    def losses(self) -> tuple[float, ...]:
+        """After the last step, nats for a token, a seed each."""
+        return tuple(run.end.loss for run in self.runs)
+
+    @property
+    def accuracies(self) -> tuple[float, ...]:
+        """After the last step, the share of tokens, a seed each."""
+        return tuple(run.end.accuracy for run in self.runs)
+
+    @property
+    def before_flops(self) -> float:
+        """The compute that was spent before the first step of the model itself."""
+        return self.charged_flops - self.runs[0].model.steps * self.runs[0].flops_per_step
+
+    @cached_property
+    def curve(self) -> Curve:
+        """The mean curve."""
+        return Curve.of(self.arm.name, self.runs, self.before_flops)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Losses over the steps of the model itself, and over all compute that it took.
+
+    The mean, the least and the most of the seeds.
+    """
+
+    name: str
+    steps: tuple[int, ...]
+    flops: tuple[float, ...]
+    mean: tuple[float, ...]
+    least: tuple[float, ...]
+    most: tuple[float, ...]
+
+    @classmethod
+    def of(cls, name: str, runs: Sequence[Run], before_flops: float) -> Curve:
+        """The curve of several seeds, from what was spent before."""
+        steps = sorted(set.intersection(*({point.step for point in run.curve} for run in runs)))
+        losses = np.array([[p.loss for p in run.curve if p.step in steps] for run in runs])
+        flops = [before_flops + step * runs[0].flops_per_step for step in steps]
+        found = (losses.mean(axis=0), losses.min(axis=0), losses.max(axis=0))
+        return cls(name, tuple(steps), tuple(flops), *(tuple(map(float, each)) for each in found))
+
+    def at(self, flops: float) -> float:
+        """The mean loss after so much compute, between the points on a line."""
+        return float(np.interp(flops, self.flops, self.mean))
+
+    def flops_to(self, loss: float) -> float | None:
+        """The compute after which the mean loss is this one for the first time; None if it never is."""
+        for i, here in enumerate(self.mean):
+            if here <= loss:
+                if i == 0:
+                    return self.flops[0]
+                share = (self.mean[i - 1] - loss) / (self.mean[i - 1] - here)
+                return self.flops[i - 1] + share * (self.flops[i] - self.flops[i - 1])
+        return None
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A result beside the baseline of the same compute: its loss there, mean, least and most of the seeds.
+
+    `same_loss_flops` is what the baseline takes for the result's loss; None where it does not get there within
+    `longest_flops`.
+    """
+
+    result: Result
+    scratch_base: float
+    scratch: tuple[float, float, float]
+    same_loss_flops: float | None
+    longest_flops: float
+
+    @property
+    def difference(self) -> float:
+        """How much the loss lies above the baseline's, nats for a token."""
+        return float(np.mean(self.result.losses)) - self.scratch[0]
+
+    @property
+    def verdict(self) -> str:
+        """Whether growing pays at equal compute, as far as the seeds can tell."""
+        losses = self.result.losses
+        if len(losses) == 1:
+            return "one seed: no verdict"
+        if max(losses) < self.scratch[1]:
+            return "better"
+        if min(losses) > self.scratch[2]:
+            return "worse"
+        return "no difference beyond the spread"
+
+    @property
+    def saved(self) -> float | None:
+        """The share of the baseline's compute for the same loss that is saved; below 0 where it is more."""
+        return None if self.same_loss_flops is None else 1.0 - self.result.charged_flops / self.same_loss_flops
+
+
+class Baseline:
+    """Models of one size from scratch, each rate on the first seed, the chosen ones on all."""
+
+    def __init__(self, laboratory: Laboratory, size: str, steps: int) -> None:
+        self._laboratory, self.size, self.steps = laboratory, size, steps
+        laboratory.all([self._model(0, base) for base in laboratory.preset.bases])
+
+    def at(self, step: int) -> tuple[float, Curve]:
+        """The rate that is best after so many steps on the first seed, and the curve of all seeds with it."""
+        firsts = {base: self.curve(base, 1) for base in self._laboratory.preset.bases}
+        flops = step * self.flops_per_step
+        base = min(firsts, key=lambda each: firsts[each].at(flops))
+        return base, self.curve(base, self._laboratory.preset.seeds)
+
+    def curve(self, base: float, seeds: int) -> Curve:
+        """The curve at a rate."""
+        runs = self._laboratory.all([self._model(seed, base) for seed in range(seeds)])
+        return Curve.of(f"scratch, {self.size}", runs, 0.0)
+
+    def judge(self, result: Result) -> Judged:
+        """A result beside the baseline of its compute."""
+        flops = result.charged_flops
+        base, curve = self.at(round(flops / self.flops_per_step))
+        spread = tuple(float(np.interp(flops, curve.flops, each)) for each in (curve.mean, curve.least, curve.most))
+        loss = float(np.mean(result.losses))
+        # Any of its rates may be the one that gets there first.
+        all_seeds = [self.curve(each, self._laboratory.preset.seeds) for each in {base, self.at(self.steps)[0]}]
+        reached = [found for each in all_seeds if (found := each.flops_to(loss)) is not None]
+        return Judged(result, base, (spread[0], spread[1], spread[2]), min(reached, default=None), curve.flops[-1])
+
+    @property
+    def flops_per_step(self) -> float:
+        """Of a model of this size."""
+        return self._laboratory.run(self._model(0, self._laboratory.preset.bases[0])).flops_per_step
+
+    def _model(self, seed: int, base: float) -> Model:
+        return Model(self.size, seed, base, self.steps)
+
+
+def compare(laboratory: Laboratory, arms: Sequence[Arm], *, bases: Sequence[float] = ()) -> list[Result]:
+    """The results of arms, each at its own best rate."""
+    bases = bases or laboratory.preset.bases
+    swept = iter(laboratory.all([arm.make(0, base) for arm in arms for base in bases]))
+    losses = {arm.name: {base: next(swept).end.loss for base in bases} for arm in arms}
+    best = {name: min(found, key=found.__getitem__) for name, found in losses.items()}
+    seeds = range(laboratory.preset.seeds)
+    runs = iter(laboratory.all([arm.make(seed, best[arm.name]) for arm in arms for seed in seeds]))
+    return [
+        Result(
+            arm,
+            best[arm.name],
+            tuple(next(runs) for _ in seeds),
+            losses[arm.name],
+            laboratory.charged_flops(arm.make(0, best[arm.name])),
+        )
+        for arm in arms
+    ]
+
+
+def judged(laboratory: Laboratory, size: str, results: Sequence[Result]) -> tuple[list[Judged], Curve]:
+    """Results beside models of their size from scratch; and the curve of these at the rate best in the end."""
+    per_step = results[0].runs[0].flops_per_step
+    most = max(result.charged_flops for result in results)
+    baseline = Baseline(laboratory, size, round(BEYOND * most / per_step))
+    return [baseline.judge(each) for each in results], baseline.at(baseline.steps)[1]
+
+
+def small_base(laboratory: Laboratory) -> float:
+    """The rate at which small models are best."""
+    preset = laboratory.preset
+    runs = laboratory.all([Model("small", 0, base, preset.small_steps) for base in preset.bases])
+    return min(runs, key=lambda run: run.end.loss).model.base
+
+
+def small(laboratory: Laboratory, seed: int, steps: int | None = None) -> Model:
+    """A small model at its best rate."""
+    return Model("small", seed, small_base(laboratory), steps or laboratory.preset.small_steps)
+
+
+def grown(
+    laboratory: Laboratory,
+    size: str,
+    name: str,
+    sources: Callable[[int], tuple[Model, ...]],
+    commands: Callable[[int], tuple[Command, ...]],
+    *,
+    steps: int | None = None,
+    growth_steps: int = 0,
+    offset: int = 0,
+) -> Arm:
+    """The arm of models that commands make of the sources of a seed, trained on for `steps` (the preset's)."""
+
+    def make(seed: int, base: float) -> Model:
+        growth = Growth(name, sources(seed), commands(seed), growth_steps)
+        return Model(size, seed, base, steps or laboratory.preset.grown_steps, growth, offset)
+
+    return Arm(name, make)

@@ -1,0 +1,292 @@
+"""Models that are trained and grown, each kept on disk by what it is, so that whatever has been done is not done again.
+
+    runs/<what>/run.json            what it is, its curve, the compute of a step
+    runs/<what>/checkpoint_<step>   the states that were asked for, as T5X keeps them
+    grown/<what>/checkpoint_<step>  what fusectl's own commands made of them
+
+A run has no length: T5's schedule has no end, so to train on is to continue, and the shorter run is part of the longer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import shutil
+import subprocess
+import sys
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fusectl.archs import Recognized, family_named, recognize
+from fusectl.demo import parameter_shapes
+from fusectl.errors import Corrupt, FusectlError
+from fusectl.examples import Examples, read_examples
+from fusectl.formats import open_checkpoint
+from fusectl.formats.sink import save
+from fusectl.reproduce.presets import VOCAB, Preset
+from fusectl.reproduce.texts import task, write_text
+from fusectl.sources import open_source
+from fusectl.training import Recipe, State, Trainer, random_parameters
+
+
+FAMILY = "t5-1.1"
+PRETRAINING = "text"
+# Grown models see other batches than the models that they come from.
+_AFTER_GROWTH = 1000
+
+
+@dataclass(frozen=True)
+class Growth:
+    """How a model comes from trained ones: fusectl's commands, one after the other.
+
+    In their words {0}, {1} … stand for the sources, {between} for what a command leaves to the next one, {out} for what
+    the last one makes, {text} for the data. Without commands the source itself is trained on.
+    """
+
+    name: str
+    sources: tuple[Model, ...]
+    commands: tuple[tuple[str, ...], ...] = ()
+    # Steps that growing takes itself, charged as steps of the grown model.
+    steps: int = 0
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model after so many steps: from a random start of the seed, or grown from others."""
+
+    size: str
+    seed: int
+    base: float
+    steps: int
+    growth: Growth | None = None
+    offset: int = 0
+    data: str = PRETRAINING
+
+    @property
+    def key(self) -> str:
+        """What its directory is called: a run is the same for any number of steps."""
+        start = "scratch" if self.growth is None else self.growth.name
+        return f"{self.size}-{start}-{self.data}-{self.seed}-{self.base:g}-{digest(replace(self, steps=0))}"
+
+
+@dataclass(frozen=True)
+class Point:
+    """What was measured after a step of a run."""
+
+    step: int
+    loss: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained model: its curve to its last step, its checkpoint, and the FLOPs of a step."""
+
+    model: Model
+    path: Path
+    curve: tuple[Point, ...]
+    flops_per_step: float
+
+    @property
+    def start(self) -> Point:
+        """Before the first step."""
+        return self.curve[0]
+
+    @property
+    def end(self) -> Point:
+        """After the last one."""
+        return self.curve[-1]
+
+
+class Laboratory:
+    """Trains and grows models in a directory, several at once; `note` is told of each run."""
+
+    def __init__(self, out: Path, preset: Preset, note: Callable[[str], None], jobs: int) -> None:
+        self.out, self.preset, self._note, self._jobs = out, preset, note, jobs
+        self._locks: dict[str, threading.Lock] = defaultdict(threading.Lock)
+        self._locks_lock = threading.Lock()
+        self._trainers: dict[Any, Trainer] = {}
+        out.mkdir(parents=True, exist_ok=True)
+        self._require_same_preset()
+        self.text = write_text(out / "text.txt", preset.text_bytes)
+
+    def run(self, model: Model) -> Run:
+        """The run of a model, trained as far as it is not yet."""
+        with self._locked(model.key):
+            return self._run(model)
+
+    def all(self, models: Sequence[Model]) -> list[Run]:
+        """The runs of several models, which are trained side by side."""
+        with ThreadPoolExecutor(self._jobs) as pool:
+            return list(pool.map(self.run, models))
+
+    def charged_flops(self, model: Model) -> float:
+        """What training it has cost, its sources included, each once however often it was used."""
+        return sum(each * self.run(m).flops_per_step for m, each in _steps_of(model).items())
+
+    def grown(self, growth: Growth) -> Path:
+        """The checkpoint that fusectl's commands make."""
+        if not growth.commands:
+            return self.run(growth.sources[0]).path
+        home = self.out / "grown" / f"{growth.name}-{digest(growth)}"
+        sources = [self.run(each).path for each in growth.sources]
+        out = home / sources[0].name
+        with self._locked(str(home)):
+            if not out.exists():
+                places = {"out": str(out), "between": str(home / "between_1"), "text": str(self.text)}
+                shutil.rmtree(home, ignore_errors=True)
+                home.mkdir(parents=True)
+                for words in growth.commands:
+                    self.fusectl([word.format(*sources, **places) for word in words])
+        return out
+
+    def examples(self, model: Model) -> Examples:
+        """What a model is trained on and measured with."""
+        text = self.text if model.data == PRETRAINING else task(model.data, self.out)
+        return read_examples(
+            str(text),
+            vocab=VOCAB,
+            objective="span_corruption",
+            batch=self.preset.batch,
+            lengths=self.preset.lengths,
+            seed=model.seed + (0 if model.growth is None else _AFTER_GROWTH),
+        )
+
+    def _run(self, model: Model) -> Run:
+        home = self.out / "runs" / model.key
+        file = home / "run.json"
+        kept = json.loads(file.read_text()) if file.exists() else None
+        path = self._checkpoint(model)
+        if kept is None or not path.exists():
+            kept = self._train(model, home, kept)
+            _write(file, kept)
+            self._note(f"{model.key}: {kept['curve'][-1][1]:.4f} after {model.steps} steps")
+        curve = tuple(Point(*each) for each in kept["curve"] if each[0] <= model.steps)
+        return Run(model, path, curve, kept["flops_per_step"])
+
+    def _train(self, model: Model, home: Path, kept: dict[str, Any] | None) -> dict[str, Any]:
+        """What run.json says after training from the last state that is kept."""
+        examples = self.examples(model)
+        start = None if model.growth is None else self.grown(model.growth)
+        trainer = self._trainer(model.size, self._norm_groups(model))
+        begun = max((n for n in _stored(home) if n <= model.steps), default=None)
+        curve = {step: (step, *rest) for step, *rest in kept["curve"]} if kept else {}
+        if begun is not None:
+            state = self._restored(trainer, home / f"checkpoint_{begun}")
+        elif start is not None:
+            state = self._restored(trainer, start)
+        else:
+            state = trainer.begin(random_parameters(trainer.tree, model.seed))
+        made = begun or 0
+        first = state.step - made
+
+        def measured(step: int, now: State) -> None:
+            at = step - first
+            if at == model.steps or at % self.preset.measure_every == 0:
+                curve[at] = (at, *trainer.measure(now.parameters, examples.held_out))
+
+        if made == 0:
+            measured(first, state)
+        recipe = Recipe(model.base, self.preset.warmup, model.offset)
+        batches = itertools.islice(examples.batches(), made, None)
+        state = trainer.train(state, batches, recipe, model.steps - made, measured)
+        self._save(trainer, state, home / f"checkpoint_{model.steps}")
+        return {
+            "model": asdict(model),
+            "data": examples.says,
+            "flops_per_step": trainer.flops_per_step,
+            "curve": [curve[step] for step in sorted(curve)],
+        }
+
+    def _norm_groups(self, model: Model) -> tuple[int, ...]:
+        """The groups that a model's norms are over, as its record says; none are over the whole width."""
+        if model.growth is None:
+            return ()
+        if not model.growth.commands:
+            return self._norm_groups(model.growth.sources[0])
+        opened = open_source(str(self.grown(model.growth)))
+        record = opened.checkpoint.record
+        return opened.norm_groups if record is not None and record.norm == "property" else ()
+
+    def _trainer(self, size: str, groups: tuple[int, ...]) -> Trainer:
+        with self._locked(f"{size} {groups}"):
+            if (size, groups) not in self._trainers:
+                tree = tree_of(self.preset, size)
+                self._trainers[size, groups] = Trainer(tree, groups, self.preset.dtype)
+            return self._trainers[size, groups]
+
+    def _checkpoint(self, model: Model) -> Path:
+        """Where the state after its last step is: called by the step of the whole training, as T5X does."""
+        return self.out / "runs" / model.key / f"checkpoint_{model.steps}"
+
+    def _restored(self, trainer: Trainer, path: Path) -> State:
+        checkpoint = open_checkpoint(str(path))
+        return trainer.restored(checkpoint.read, checkpoint.shapes)
+
+    def _save(self, trainer: Trainer, state: State, path: Path) -> None:
+        beside = path.with_name(f"{path.name}.part")
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.parent.mkdir(parents=True, exist_ok=True)
+        save(beside, trainer.stored(state), "t5x")
+        beside.rename(path)
+
+    def fusectl(self, words: Sequence[str]) -> None:
+        """Runs a command of fusectl in a process of its own, as a user does."""
+        program = [sys.executable, "-m", "fusectl", *words, "-q"]
+        done = subprocess.run(program, capture_output=True, text=True, check=False)  # noqa: S603
+        if done.returncode:
+            raise FusectlError(f"fusectl {' '.join(words)}: exit code {done.returncode}", details=(done.stderr,))
+
+    def _require_same_preset(self) -> None:
+        file, mine = self.out / "preset.json", json.loads(json.dumps(asdict(self.preset)))
+        if file.exists() and json.loads(file.read_text()) != mine:
+            raise Corrupt(f"{file}: another preset has been run here", hint="another -o")
+        _write(file, mine)
+
+    def _locked(self, name: str) -> threading.Lock:
+        with self._locks_lock:
+            return self._locks[name]
+
+
+def tree_of(preset: Preset, size: str) -> Recognized:
+    """The tree of a T5 1.1 of one of the preset's sizes."""
+    named = parameter_shapes(family_named(FAMILY), preset.sizes(size), preset.depths(size))
+    return recognize({f"target/{name}": shape for name, _, shape in named}, f"a {size} model", FAMILY)
+
+
+def digest(what: Any) -> str:
+    """Eight hexadecimal digits of a model or a growth."""
+    return hashlib.sha256(json.dumps(asdict(what), sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _steps_of(model: Model) -> dict[Model, int]:
+    """The runs that a model takes, and how many steps of each: of what is used twice the longest."""
+    found: dict[str, tuple[Model, int]] = {}
+    for each in _with_sources(model):
+        steps = each.steps + (each.growth.steps if each.growth else 0)
+        if each.key not in found or found[each.key][1] < steps:
+            found[each.key] = each, steps
+    return dict(found.values())
+
+
+def _with_sources(model: Model) -> Iterator[Model]:
+    yield model
+    for source in model.growth.sources if model.growth else ():
+        yield from _with_sources(source)
+
+
+def _stored(home: Path) -> list[int]:
+    """The steps of which a run has kept its state."""
+    return [int(each.name.partition("_")[2]) for each in home.glob("checkpoint_*") if each.suffix != ".part"]
+
+
+def _write(file: Path, values: Any) -> None:
+    beside = file.with_name(f"{file.name}.part")
+    beside.write_text(json.dumps(values, indent=1))
+    beside.replace(file)
