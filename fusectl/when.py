@@ -130,7 +130,7 @@ class Budgeted:
 
     `best_step` is that of the small model, 0 where growing does not pay; `saving` the share of the budget that it
     saves on the way to `scratch_loss`, which the large model reaches with all of it; `loss` what the whole budget
-    reaches with growth.
+    reaches with growth. `small_alone` is whether the best is to spend all of it on the small model.
     """
 
     budget_steps: float
@@ -138,6 +138,7 @@ class Budgeted:
     saving: float
     loss: float
     scratch_loss: float
+    small_alone: bool
 
     def as_json(self) -> Mapping[str, Any]:
         return dict(vars(self))
@@ -192,7 +193,7 @@ class Advice:
 
     @property
     def break_even(self) -> float:
-        """By how much a grown step has to lower the loss, to be worth the small ones that it costs, at the curve's end."""
+        """By how much a step of the grown model has to lower the loss at the curve's end, to be worth what it costs."""
         return self.small.fall(self.small.last_step) * self.costs.ratio
 
     def as_json(self) -> Mapping[str, Any]:
@@ -217,6 +218,80 @@ class Advice:
             "assumptions": list(self.assumptions),
             "notes": list(self.notes),
         }
+
+
+def costs_of(
+    ratio: float | None,
+    small_flops: float | None,
+    large_flops: float | None,
+    small: str | None,
+    copies: int | None,
+    large: str | None,
+    arch: str | None = None,
+    batch: int = 128,
+    length: int = 512,
+    target_length: int | None = None,
+) -> Costs:
+    """The costs of steps: their ratio as it is told, those that are told, or counted (flops.py) for the checkpoint
+    `small` and as many `copies` of it, or a large model as `grow --to` takes it.
+
+    Raises UsageError unless it is one of these ways, and what reading the checkpoint and its sizes does.
+    """
+    ways = [ratio is not None, small_flops is not None or large_flops is not None, small is not None]
+    if sum(ways) != 1 or (small is None and (copies is not None or large is not None)):
+        raise UsageError(
+            "what steps cost: one of three ways",
+            hint="--cost-ratio N, --small-flops N --large-flops N, or --small CKPT with --copies K or --large SIZES",
+        )
+    if ratio is not None:
+        return Costs(ratio)
+    if small is None:
+        if small_flops is None or large_flops is None:
+            raise UsageError("--small-flops and --large-flops: both")
+        return Costs.of_flops(small_flops, large_flops)
+    if (copies is None) == (large is None):
+        raise UsageError("--small: what it grows to", hint="--copies K or --large SIZES")
+    return _counted(small, copies, large, arch, batch, length, target_length)
+
+
+def _counted(
+    small: str, copies: int | None, large: str | None, arch: str | None, batch: int, length: int, target: int | None
+) -> Costs:
+    """The costs of a checkpoint's steps and of those of what it grows to."""
+    from fusectl.archs.table import ENCODER
+    from fusectl.examples import full_target_length
+    from fusectl.flops import flops_per_step
+    from fusectl.formats import open_checkpoint
+    from fusectl.packed import unpacked
+    from fusectl.routes import read_target
+    from fusectl.sources import recognized
+    from fusectl.transforms.linear import growing_to
+
+    tree = recognized(unpacked(open_checkpoint(small)), arch)
+    if large is None:
+        assert copies is not None
+        grown = tree.resized({axis: copies * n for axis, n in tree.sizes.items() if axis in tree.family.grown}, {})
+    else:
+        to = read_target(large, tree)
+        grown = growing_to(tree, to.sizes, to.depths, "pinv", small).grown
+    if ENCODER in tree.depths:
+        target = target or full_target_length(length)
+    counted = (flops_per_step(each, batch=batch, length=length, target_length=target) for each in (tree, grown))
+    return Costs.of_flops(*counted)
+
+
+def budget_of(steps: float | None, flops: float | None, costs: Costs) -> float | None:
+    """A budget in steps of the large model, as it is told or from its floating point operations; None for none.
+
+    Raises UsageError for both, and for operations where nobody knows how many a step takes.
+    """
+    if flops is None:
+        return steps
+    if steps is not None:
+        raise UsageError("--budget and --budget-flops", hint="one of them")
+    if costs.large_flops is None:
+        raise UsageError("--budget-flops: how many a step takes is not known", hint="--budget STEPS, or --large-flops")
+    return flops / costs.large_flops
 
 
 def advise(
@@ -251,7 +326,7 @@ def advise(
     least = of_small.fit.first_step / costs.ratio
     if n <= least:
         raise UsageError(
-            f"a budget of {n:g} steps of the large model: too small for step {of_small.fit.first_step:g} of the small one",
+            f"a budget of {n:g} steps of the large model: too small for the small one's {of_small.fit.first_step:g}",
             hint=f"a budget of more than {least:.3g}, or a smaller --fit-from",
         )
     notes = [*small.notes, *(() if large is None else large.notes), *of_small.notes]
@@ -298,7 +373,7 @@ def advise(
             f"{len(pairs) - len(others)} of {len(pairs)} refits have no answer: the curves are noisy, or short"
         )
     low, high = np.percentile(others, [5, 95]) if others else (main.best_step, main.best_step)
-    notes += _beyond(main, small_fit, large_fit, costs.ratio, assumed=of_large is None)
+    notes += _beyond(main, small_fit, large_fit, assumed=of_large is None)
     return replace(
         advice,
         large=large_fit,
@@ -309,7 +384,7 @@ def advise(
         nearly=_nearly(main, small_fit, large_fit, costs) if grow else None,
         pays_until=_pays_until(small_fit, large_fit, costs) if grow else None,
         budgets=budgets,
-        finding=_finding(main, budgets, small_fit, first_loss, costs) if grow else None,
+        finding=_finding(main, budgets, small_fit, first_loss) if grow else None,
         notes=tuple(notes),
     )
 
@@ -349,7 +424,7 @@ def _fitted(curve: Curve, fit_from: float | None, rng: np.random.Generator) -> _
     notes = []
     if len(steps) < inside.sum():
         notes.append(f"{curve.path}: {inside.sum():,} points are averaged to {len(steps)}")
-    if fit.exponent <= EXPONENTS[0] * 1.01:
+    if fit.limit == 0 or fit.exponent <= EXPONENTS[0]:
         notes.append(f"{curve.path}: no saturation to be seen: its limit, and all that follows from it, is open")
     if _decayed(steps, losses, curve.last_step):
         notes.append(
@@ -444,20 +519,26 @@ def _budgeted(small: Fit, large: Fit, costs: Costs, budget_steps: float) -> Budg
     gained = _gained(steps, small, large, costs)
     i = int(gained.argmax())
     step, ahead = (float(steps[i]), float(gained[i])) if gained[i] > 0 else (0.0, 0.0)
-    # A small model that is as low as the large one gets needs no large one.
-    saved = min(ahead, budget_steps - step / costs.ratio)
     scratch, loss = large.loss(np.array([budget_steps, budget_steps + ahead]))
-    return Budgeted(budget_steps, step, saved / budget_steps, float(loss), float(scratch))
+    compute = float(_compute(steps[i], small, large, costs, budget_steps)) if step else budget_steps
+    alone = step >= 0.999 * budget_steps * costs.ratio
+    return Budgeted(budget_steps, step, 1 - compute / budget_steps, float(loss), float(scratch), alone)
+
+
+def _compute(steps: Array, small: Fit, large: Fit, costs: Costs, budget_steps: float) -> Array:
+    """The compute, in steps of the large model, in which fusing at these steps gets as low as the budget from scratch.
+
+    A small model that is as low before needs no large one.
+    """
+    alone = small.steps_of(large.loss(np.array(budget_steps)))
+    return np.where(steps >= alone, alone / costs.ratio, budget_steps - _gained(steps, small, large, costs))
 
 
 def _nearly(main: Budgeted, small: Fit, large: Fit, costs: Costs) -> tuple[float, float]:
     """The steps around the best one between which the compute to the same loss is nearly as little."""
     steps = _candidates(small, main.budget_steps * costs.ratio)
-    compute = main.budget_steps - np.minimum(
-        _gained(steps, small, large, costs), main.budget_steps - steps / costs.ratio
-    )
-    least = main.budget_steps * (1 - main.saving)
-    good = steps[compute <= (1 + NEARLY) * least]
+    compute = _compute(steps, small, large, costs, main.budget_steps)
+    good = steps[compute <= (1 + NEARLY) * (1 - main.saving) * main.budget_steps]
     return float(min(good[0], main.best_step)), float(max(good[-1], main.best_step))
 
 
@@ -472,12 +553,12 @@ def _made(small: Fit, first_loss: float, step: float) -> float:
     return float((first_loss - small.loss(np.array(step))) / (first_loss - small.limit))
 
 
-def _finding(main: Budgeted, budgets: Sequence[Budgeted], small: Fit, first_loss: float, costs: Costs) -> Finding:
+def _finding(main: Budgeted, budgets: Sequence[Budgeted], small: Fit, first_loss: float) -> Finding:
     made = _made(small, first_loss, main.best_step)
     left = float(small.loss(np.array(main.best_step)) - small.limit)
     # Budgets that do not pay for so many steps cannot have them.
-    enough = [each.best_step for each in budgets if each.budget_steps * costs.ratio > main.best_step]
-    same = max(enough) <= 1.01 * min(enough) if enough else False
+    enough = [each.best_step for each in budgets if not each.small_alone]
+    same = not main.small_alone and max(enough) <= 1.01 * min(enough)
     return Finding(made, left, made >= WELL_TRAINED, left > NOT_CONVERGED * small.rms, same)
 
 
@@ -493,12 +574,12 @@ def _assumptions(large: Curve | None, gap: float | None) -> Iterator[str]:
     yield "curves go on as limit + scale * steps ** -exponent, as they do where they were fitted"
 
 
-def _beyond(main: Budgeted, small: Fit, large: Fit, ratio: float, *, assumed: bool) -> Iterator[str]:
+def _beyond(main: Budgeted, small: Fit, large: Fit, *, assumed: bool) -> Iterator[str]:
     """What lies outside of the data."""
     if not main.best_step:
         yield "the large model's loss is below the small one's at every compute: growing does not pay"
         return
-    if main.best_step >= 0.999 * main.budget_steps * ratio:
+    if main.small_alone:
         yield "the budget ends before the best step: all of it is the small model's"
     if main.best_step >= 0.999 * HORIZON * small.last_step:
         yield f"later than {HORIZON:g} times the small model's curve it may be better still: so far nobody looks"
