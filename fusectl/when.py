@@ -450,7 +450,7 @@ def _fits(steps: Array, losses: Array, last_step: float) -> list[Fit | None]:
     *_, squares = _solved(steps, losses, last_step, EXPONENTS)
     found: list[Fit | None] = []
     for losses_of_one, at in zip(losses, squares.argmin(axis=1), strict=True):
-        near = np.linspace(EXPONENTS[max(at - 1, 0)], EXPONENTS[min(at + 1, len(EXPONENTS) - 1)], 201)
+        near = np.linspace(EXPONENTS[max(at - 1, 0)], EXPONENTS[min(at + 1, len(EXPONENTS) - 1)], 41)
         limits, scales, left = _solved(steps, losses_of_one[None], last_step, near)
         i = int(left[0].argmin())
         fit = Fit(float(limits[0, i]), float(scales[0, i]), float(near[i]), 0.0, float(steps[0]), last_step)
