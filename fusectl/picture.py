@@ -1,10 +1,10 @@
-"""Pictures for people and papers: which formats there are, and the heat map of a grown model's tensor."""
+"""Pictures for people and papers: which formats there are, a grown tensor's heat map, and when to fuse."""
 
 from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,7 +12,11 @@ from fusectl.errors import OutputExists, StorageError, UsageError
 from fusectl.formats.locate import local
 from fusectl.formats.staging import storage_errors
 from fusectl.heatmap import HeatMap, Side
+from fusectl.when import Advice
 
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # What matplotlib draws by itself.
 PICTURES = (".png", ".svg", ".pdf", ".jpg")
@@ -36,9 +40,9 @@ def require_picture(file: Path, option: str) -> None:
         )
 
 
-def new_picture(path: str, *, force: bool) -> Path:
+def new_picture(path: str, option: str = "-o", *, force: bool) -> Path:
     """The file to draw into; raises what require_picture does, OutputExists, and StorageError without a directory."""
-    require_picture(Path(path), "-o")
+    require_picture(Path(path), option)
     file = local(path)
     if file.exists() and not (force and file.is_file()):
         raise OutputExists(f"{file}: exists", hint="another file, or --force to replace it")
@@ -89,6 +93,41 @@ def draw_heat_map(found: HeatMap, file: Path) -> None:
     bar.ax.tick_params(labelsize=7)
     if over_time:
         _draw_ratios(figure.add_subplot(grid[rows, :]), found)
+    _save(figure, file)
+
+
+def draw_advice(found: Advice, file: Path) -> None:
+    """Draws fitted losses over compute, in steps of the large model: of both, and of the grown one from the best step.
+
+    The file's suffix chooses the format; see new_picture. Raises StorageError where it cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    axes = figure.add_subplot()
+    small, large, ratio = found.small, found.large, found.costs.ratio
+    steps = np.geomspace(small.first_step, small.last_step, 400)
+    axes.plot(steps / ratio, small.loss(steps), color="tab:blue", label="small")
+    if large is not None and found.main is not None:
+        n, best = found.main.budget_steps, found.main.best_step
+        steps = np.geomspace(min(small.first_step / ratio, n / 2), n, 400)
+        axes.plot(steps, large.loss(steps), color="tab:orange", label="large, from scratch")
+        if found.grow:
+            begin = float(large.steps_of(small.loss(np.array(best))))
+            more = np.linspace(0.0, n - best / ratio, 400)
+            axes.plot(best / ratio + more, large.loss(begin + more), color="tab:green", label="grown")
+            axes.axvline(best / ratio, color="grey", linewidth=0.8, linestyle=":")
+            axes.set_title(f"fuse at step {best:,.0f} of the small model: {found.main.saving:.1%} saved", fontsize=10)
+    axes.set_xscale("log")
+    axes.set_xlabel("compute, in steps of the large model", fontsize=8)
+    axes.set_ylabel("loss, as fitted", fontsize=8)
+    axes.tick_params(labelsize=7, which="both")
+    axes.legend(fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, file)
+
+
+def _save(figure: Figure, file: Path) -> None:
     picture = io.BytesIO()
     figure.savefig(picture, format=file.suffix.lower()[1:], dpi=200)
     with storage_errors(file):

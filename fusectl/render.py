@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from fusectl.restart import Restart
     from fusectl.routes import Route
     from fusectl.verify import Report
+    from fusectl.when import Advice, Fit
 
 
 SCHEMA = "fusectl/1"
@@ -217,6 +218,14 @@ class Screen:
             self.note(note)
         if not self._json:
             print(file)  # noqa: T201
+
+    def advice(self, found: Advice, picture: Path | None) -> None:
+        """Prints when to fuse, and what the answer rests on."""
+        self._result = {**found.as_json(), "picture": None if picture is None else str(picture)}
+        for note in found.notes:
+            self.note(note)
+        if not self._json:
+            _print_advice(self._console(sys.stdout), found)
 
     def demo(self, rows: Sequence[DemoRow]) -> None:
         """Prints the demo's table."""
@@ -555,6 +564,70 @@ def _fill(fill: Fill) -> str:
 def _print_facts(console: Console, facts: Sequence[tuple[str, str]]) -> None:
     for name, value in facts:
         console.print(f"{name:<12} {value}", soft_wrap=True, markup=False)
+
+
+def _print_advice(console: Console, found: Advice) -> None:
+    main, small = found.main, found.small
+    costs = f"a step of the large model costs {found.costs.ratio:.3g} of the small one"
+    if found.costs.small_flops is not None:
+        costs += f": {found.costs.large_flops:.3g} and {found.costs.small_flops:.3g} operations"
+    facts = [("costs", costs)]
+    facts += [(name, _fit(each)) for name, each in (("small", small), ("large", found.large)) if each is not None]
+    facts.append(
+        ("small's end", f"{found.made_at_end:.1%} of what it can reach is made at step {small.last_step:,.0f}")
+    )
+    facts.append(("break-even", f"a grown step has to lower the loss by more than {found.break_even:.2e} there"))
+    if main is None:
+        facts.append(("best step", "cannot be told without the large model's curve; by how much lower it would end:"))
+    elif not found.grow:
+        facts.append(("best step", "none: do not grow, train the large model from scratch"))
+    else:
+        facts += list(_best(found))
+    _print_facts(console, facts)
+    rows = [(f"{gap:.3g}", each) for gap, each in found.gaps.items()]
+    rows = rows or [(f"{each.budget_steps:,.0f}", each) for each in found.budgets]
+    heading = "gap" if main is None else "budget, large steps"
+    table = [
+        (
+            first,
+            f"{each.best_step:,.0f}" + (" (all of it)" if each.small_alone else "") if each.best_step else "none",
+            f"{each.saving:.1%}",
+            f"{each.loss:.4f}",
+            f"{each.scratch_loss:.4f}",
+        )
+        for first, each in rows
+    ]
+    console.print()
+    _print_columns(console, [(heading, "best step", "saving", "loss, grown", "loss, from scratch"), *table])
+    console.print()
+    _print_facts(console, [("assumed" if not i else "", line) for i, line in enumerate(found.assumptions)])
+
+
+def _best(found: Advice) -> Iterator[tuple[str, str]]:
+    """The answer, how sure it is, and the paper's finding beside it."""
+    main, finding, pays_until = found.main, found.finding, found.pays_until
+    assert main is not None
+    assert found.interval is not None
+    assert found.nearly is not None
+    assert finding is not None
+    low, high = found.interval
+    yield "best step", f"{main.best_step:,.0f} of the small model; {low:,.0f} to {high:,.0f} by the curves' noise"
+    yield "saving", f"{main.saving:.1%} of {main.budget_steps:,.0f} large steps, to loss {main.scratch_loss:.4f}"
+    yield "within 1 %", f"{found.nearly[0]:,.0f} to {found.nearly[1]:,.0f}"
+    yield "pays until", "beyond what is looked at" if pays_until is None else f"step {pays_until:,.0f}"
+    yield (
+        "finding",
+        (
+            f"{'well' if finding.well_trained else 'not well'} trained there: {finding.made:.1%} of what it can reach; "
+            f"{'not converged' if finding.not_converged else 'converged'}: {finding.left:.3g} left; "
+            f"{'the same' if finding.independent_of_budget else 'not the same'} for all budgets that pay for it"
+        ),
+    )
+
+
+def _fit(fit: Fit) -> str:
+    from_to = f"steps {fit.first_step:,.0f} to {fit.last_step:,.0f}, residuals {fit.rms:.1e}"
+    return f"{fit.limit:.4g} + {fit.scale:.4g} (step / {fit.last_step:,.0f})^-{fit.exponent:.3g}, {from_to}"
 
 
 def _print_demo(console: Console, rows: Sequence[DemoRow]) -> None:

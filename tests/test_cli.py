@@ -37,6 +37,8 @@ COMMANDS = [
     "inspect",
     "plot",
     "restart-config",
+    "when",
+    "reproduce",
     "demo",
 ]
 

@@ -1,4 +1,4 @@
-"""The command that puts the papers' claims to the test: reproduce."""
+"""The commands that say what growing is worth: when, reproduce."""
 
 from __future__ import annotations
 
@@ -7,11 +7,93 @@ from typing import Annotated, Literal
 
 import typer
 
-from fusectl.cli.options import Debug, Json, Quiet
+from fusectl.cli.options import Arch, Debug, Force, Json, Quiet
 from fusectl.render import Screen
 
 
 commands = typer.Typer()
+
+
+@commands.command(
+    short_help="Say at which step to fuse, from loss curves and costs.",
+    epilog="Example: fusectl when small.csv --large-curve large.csv --small small/checkpoint_500000 --copies 2",
+)
+def when(
+    curve: Annotated[str, typer.Argument(metavar="CURVE", help="The small model's losses: .csv, .jsonl, event files.")],
+    large_curve: Annotated[
+        str | None, typer.Option(metavar="CURVE", help="The large model's losses, trained from scratch.")
+    ] = None,
+    gap: Annotated[
+        float | None,
+        typer.Option(metavar="LOSS", help="Without --large-curve: assume that the large one ends lower by so much."),
+    ] = None,
+    cost_ratio: Annotated[
+        float | None, typer.Option(help="How many of the small model's steps one of the large model costs.")
+    ] = None,
+    small_flops: Annotated[float | None, typer.Option(help="Operations of a step of the small model.")] = None,
+    large_flops: Annotated[float | None, typer.Option(help="Operations of a step of the large model.")] = None,
+    small: Annotated[
+        str | None, typer.Option(metavar="CKPT", help="A checkpoint of the small model, whose steps are counted.")
+    ] = None,
+    copies: Annotated[
+        int | None, typer.Option("--copies", "-k", help="With --small: the large one is this many of it.", min=2)
+    ] = None,
+    large: Annotated[
+        str | None,
+        typer.Option(metavar="NAME=N,...|FILE|CKPT", help="With --small: the large one's sizes, as for grow --to."),
+    ] = None,
+    batch: Annotated[int, typer.Option(help="With --small: rows of a batch.", min=1)] = 128,
+    length: Annotated[int, typer.Option(help="With --small: tokens of a row.", min=1)] = 512,
+    target_length: Annotated[
+        int | None,
+        typer.Option(help="With --small: tokens of a row of targets. [default: as the spans of --length make]", min=1),
+    ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(metavar="STEPS", help="All compute, in steps of the large model. [default: as many as its curve]"),
+    ] = None,
+    budget_flops: Annotated[float | None, typer.Option(metavar="FLOPS", help="The same in operations.")] = None,
+    fit_from: Annotated[
+        float | None,
+        typer.Option(metavar="STEP", help="Leave out what is before. [default: a twentieth of each curve]"),
+    ] = None,
+    step_column: Annotated[str | None, typer.Option(metavar="NAME", help="The steps' column. [default: step]")] = None,
+    loss_column: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The losses' column, or tag. [default: loss]")
+    ] = None,
+    plot: Annotated[str | None, typer.Option(metavar="FILE", help="Draw it, such as when.png.")] = None,
+    arch: Arch = None,
+    force: Force = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Say at which step of the small model fusing it with itself saves most compute, how much, by what assumptions."""
+    screen = Screen("when", json=json, quiet=quiet, debug=debug)
+    with screen.errors():
+        from fusectl.curves import read_curve
+        from fusectl.picture import draw_advice, new_picture
+        from fusectl.when import advise, budget_of, costs_of
+
+        picture = None if plot is None else new_picture(plot, "--plot", force=force)
+        counted = (small, copies, large, arch, batch, length, target_length)
+        costs = costs_of(cost_ratio, small_flops, large_flops, *counted)
+        curves = [
+            None if path is None else read_curve(path, step_column=step_column, loss_column=loss_column)
+            for path in (curve, large_curve)
+        ]
+        assert curves[0] is not None
+        found = advise(
+            curves[0],
+            costs,
+            large=curves[1],
+            gap=gap,
+            budget_steps=budget_of(budget, budget_flops, costs),
+            fit_from=fit_from,
+        )
+        if picture is not None:
+            draw_advice(found, picture)
+        screen.advice(found, picture)
 
 
 @commands.command(
