@@ -66,7 +66,7 @@ class Measured(NamedTuple):
 
 
 class Trainer:
-    """Trains models of one tree, with norms over these groups of their width; compiled once: all batches are alike."""
+    """Trains models of one tree, with norms over these groups of its width; compiled once for each shape of batches."""
 
     def __init__(self, tree: Recognized, norm_groups: Sequence[int] = (), dtype: str = "float32") -> None:
         self.tree = tree
@@ -80,7 +80,7 @@ class Trainer:
         )
         self._measure = jax.jit(self._scores)
         self._update = jax.jit(self._one_step, donate_argnums=(0, 1))
-        self._step: Any = None
+        self._steps: dict[Any, Any] = {}
         self._compiling = threading.Lock()
         devices = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
         self._rows = jax.sharding.NamedSharding(devices, jax.sharding.PartitionSpec("data"))
@@ -103,10 +103,7 @@ class Trainer:
         parameters, moments, step = state
         for batch in (self._split(next(batches)) for _ in range(steps)):
             rate = np.float32(recipe.rate(step))
-            with self._compiling:
-                if self._step is None:
-                    self._step = self._update.lower(parameters, moments, batch, rate).compile()
-            parameters, moments = self._step(parameters, moments, batch, rate)
+            parameters, moments = self._compiled(parameters, moments, batch, rate)(parameters, moments, batch, rate)
             step += 1
             note(step, State(parameters, moments, step))
         return State(parameters, moments, step)
@@ -117,14 +114,10 @@ class Trainer:
         loss, accuracy = (float(np.mean([each[i] for each in found])) for i in range(2))
         return Measured(loss if math.isfinite(loss) else math.inf, accuracy)
 
-    @property
-    def flops_per_step(self) -> float:
-        """Floating point operations of a step, forwards, backwards and the update, as XLA counts them.
-
-        Of the batches that it has been trained on.
-        """
-        assert self._step is not None
-        return float(self._step.cost_analysis()["flops"])
+    def flops_per_step(self, state: State, batch: Tokens) -> float:
+        """Floating point operations of a step, forwards, backwards and the update, as XLA counts them."""
+        compiled = self._compiled(state.parameters, state.moments, self._split(batch), np.float32(0.0))
+        return float(compiled.cost_analysis()["flops"])
 
     def stored(self, state: State) -> dict[str, npt.NDArray[Any]]:
         """The state as T5X keeps it, by full names."""
@@ -151,6 +144,14 @@ class Trainer:
             },
         )
         return state._replace(moments=(factored, *state.moments[1:]))
+
+    def _compiled(self, parameters: Parameters, moments: Any, batch: Mapping[str, Array], rate: Any) -> Any:
+        """The step for batches of this shape, compiled the first time."""
+        shapes = tuple((name, each.shape) for name, each in batch.items() if each is not None)
+        with self._compiling:
+            if shapes not in self._steps:
+                self._steps[shapes] = self._update.lower(parameters, moments, batch, rate).compile()
+            return self._steps[shapes]
 
     def _one_step(self, parameters: Parameters, moments: Any, batch: Mapping[str, Array], rate: Array) -> Any:
         def of_parameters(values: Parameters) -> Array:

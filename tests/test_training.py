@@ -57,7 +57,7 @@ def test_the_loss_falls_and_compute_is_counted(trainer, examples):
     # A product counts two for each value of its kernel and each token, three times over with the derivatives.
     shapes = trainer.tree.shapes
     least = 6 * 8 * 16 * sum(math.prod(s) for n, s in shapes.items() if n.startswith("decoder/layers"))
-    assert least < trainer.flops_per_step
+    assert least < trainer.flops_per_step(after, examples.held_out[0])
 
 
 def test_to_train_on_is_to_continue_also_from_disk(trainer, examples, tmp_path):

@@ -25,7 +25,7 @@ from typing import Any
 
 from fusectl.archs import Recognized, family_named, recognize
 from fusectl.demo import parameter_shapes
-from fusectl.errors import Corrupt, FusectlError
+from fusectl.errors import FusectlError, UsageError
 from fusectl.examples import Examples, read_examples
 from fusectl.formats import open_checkpoint
 from fusectl.formats.sink import save
@@ -200,7 +200,7 @@ class Laboratory:
         return {
             "model": asdict(model),
             "data": examples.says,
-            "flops_per_step": trainer.flops_per_step,
+            "flops_per_step": trainer.flops_per_step(state, examples.held_out[0]),
             "curve": [curve[step] for step in sorted(curve)],
         }
 
@@ -246,7 +246,7 @@ class Laboratory:
     def _require_same_preset(self) -> None:
         file, mine = self.out / "preset.json", json.loads(json.dumps(asdict(self.preset)))
         if file.exists() and json.loads(file.read_text()) != mine:
-            raise Corrupt(f"{file}: another preset has been run here", hint="another -o")
+            raise UsageError(f"{file}: another preset has been run here", hint="another -o")
         _write(file, mine)
 
     def _locked(self, name: str) -> threading.Lock:

@@ -1,0 +1,312 @@
+"""The experiments: what is trained is kept and charged, every arm is held against the baseline of its compute."""
+
+import json
+import math
+import typing
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fusectl.cli import experiments as command
+from fusectl.cli import run as fusectl
+from fusectl.errors import FusectlError, UsageError
+from fusectl.formats import open_checkpoint
+from fusectl.reproduce.arms import Arm, Baseline, Curve, Judged, Result, compare, grown, judged
+from fusectl.reproduce.experiments import EXPERIMENTS, FUSE, NOISE, SELF
+from fusectl.reproduce.laboratory import Growth, Laboratory, Model, Point, Run
+from fusectl.reproduce.presets import PRESETS
+from fusectl.reproduce.report import Report, Table, comparison, verdicts
+from fusectl.reproduce.texts import TASKS, task
+
+
+SMOKE = PRESETS["smoke"]
+SMALL = Model("small", 0, 1.0, 8)
+
+
+@pytest.fixture(scope="module")
+def laboratory(tmp_path_factory):
+    notes = []
+    made = Laboratory(tmp_path_factory.mktemp("laboratory"), SMOKE, notes.append, jobs=2)
+    made.notes = notes
+    return made
+
+
+def twice(seed=0, **changes):
+    return replace(Model("medium", seed, 1.0, 8, Growth("twice", (SMALL,), ((*SELF, *NOISE),))), **changes)
+
+
+# Training and growing.
+
+
+def test_a_run_is_kept_and_gone_on_with(laboratory):
+    first = laboratory.run(SMALL)
+    told = len(laboratory.notes)
+    again = laboratory.run(SMALL)
+    longer = laboratory.run(replace(SMALL, steps=12))
+
+    assert again == first
+    assert told == 1
+    assert len(laboratory.notes) == 2
+    assert [point.step for point in first.curve] == [0, 4, 8]
+    assert longer.curve[:3] == first.curve
+    assert first.path == longer.path.with_name("checkpoint_8")
+
+
+def test_to_go_on_is_the_same_as_to_train_at_once(laboratory, tmp_path):
+    at_once = Laboratory(tmp_path, SMOKE, lambda _: None, jobs=1).run(replace(SMALL, steps=12))
+    laboratory.run(SMALL)
+    gone_on = laboratory.run(replace(SMALL, steps=12))
+
+    assert at_once.end == gone_on.end
+    assert at_once.end != laboratory.run(SMALL).end
+
+
+def test_self_fusion_starts_from_the_small_models_loss_and_its_state(laboratory):
+    start = laboratory.run(twice(growth=Growth("zeros", (SMALL,), ((*SELF, "--fill", "zeros"),))))
+    noisy = laboratory.run(twice())
+
+    assert start.start.loss == pytest.approx(laboratory.run(SMALL).end.loss, abs=1e-5)
+    assert noisy.start.loss != pytest.approx(start.start.loss, abs=1e-5)
+    assert int(open_checkpoint(str(start.path)).read("state/step")) == 16
+
+
+def test_compute_is_charged_once_for_each_model_that_is_used(laboratory):
+    small, medium = laboratory.run(SMALL), laboratory.run(twice())
+    other = replace(SMALL, seed=5)
+    two = twice(growth=Growth("two", (SMALL, other), ((*FUSE, *NOISE),)))
+
+    assert laboratory.charged_flops(SMALL) == 8 * small.flops_per_step
+    assert laboratory.charged_flops(twice()) == 8 * (small.flops_per_step + medium.flops_per_step)
+    assert laboratory.charged_flops(two) == 8 * (2 * small.flops_per_step + medium.flops_per_step)
+    learned = replace(twice(), growth=replace(twice().growth, steps=3))
+    assert laboratory.charged_flops(learned) == 8 * small.flops_per_step + 11 * medium.flops_per_step
+
+
+def test_a_norm_for_each_source_is_trained_with_and_kept_for_finetuning(laboratory):
+    other = replace(SMALL, seed=5)
+    by_norm = {
+        norm: twice(growth=Growth(norm, (SMALL, other), ((*FUSE, "--fill", "zeros", "--norm", norm),)))
+        for norm in ("rule", "property")
+    }
+    ends = {norm: laboratory.run(model).end.loss for norm, model in by_norm.items()}
+    tuned = Model("medium", 0, 0.1, 4, Growth("pretrained", (by_norm["property"],)), data="category")
+
+    assert ends["rule"] != ends["property"]
+    # Of random weights that are trained for some steps the ensemble is what a norm for each source computes.
+    assert (
+        laboratory.run(tuned).start.loss
+        != laboratory.run(replace(tuned, growth=Growth("pretrained", (by_norm["rule"],)))).start.loss
+    )
+
+
+def test_commands_that_fail_say_so(laboratory):
+    with pytest.raises(FusectlError, match="self-fuse.*exit code 2"):
+        laboratory.grown(Growth("wrong", (SMALL,), (("self-fuse", "{0}", "--copies", "0", "-o", "{out}"),)))
+
+
+def test_a_directory_has_one_preset(laboratory):
+    with pytest.raises(UsageError, match="another preset"):
+        Laboratory(laboratory.out, replace(SMOKE, batch=4), lambda _: None, jobs=1)
+
+
+# What results are held against.
+
+
+def made_up(losses, *, flops=10.0, size="medium", name="arm", before=0.0, every=1):
+    curves = [tuple(Point(i * every, loss, 0.5) for i, loss in enumerate(each)) for each in losses]
+    steps = (len(losses[0]) - 1) * every
+    runs = tuple(Run(Model(size, seed, 1.0, steps), Path(), each, flops) for seed, each in enumerate(curves))
+    return Result(Arm(name, lambda *_: None), 1.0, runs, {1.0: losses[0][-1]}, before + steps * flops)
+
+
+class Made:
+    """A laboratory whose runs from scratch have these curves, by rate and seed."""
+
+    def __init__(self, curves, bases, seeds):
+        self.preset = replace(SMOKE, bases=bases, seeds=seeds)
+        self._curves = curves
+
+    def run(self, model):
+        losses = self._curves[model.base, model.seed]
+        curve = tuple(Point(step, loss, 0.0) for step, loss in enumerate(losses) if step <= model.steps)
+        return Run(model, Path(), curve, 10.0)
+
+    def all(self, models):
+        return [self.run(model) for model in models]
+
+
+FALLING = {(1.0, seed): [6.0 - step + 0.1 * seed for step in range(6)] for seed in (0, 1)}
+
+
+def test_the_baseline_judged_by_itself_saves_nothing():
+    same = made_up([FALLING[1.0, seed] for seed in (0, 1)])
+    judgement = Baseline(Made(FALLING, (1.0,), 2), "medium", 5).judge(same)
+
+    assert judgement.difference == pytest.approx(0.0)
+    assert judgement.saved == pytest.approx(0.0)
+    assert judgement.verdict == "no difference beyond the spread"
+
+
+@pytest.mark.parametrize(("end", "verdict", "saved"), [(0.5, "better", None), (3.05, "worse", 1 - 50 / 30)])
+def test_better_and_worse_are_beyond_all_seeds(end, verdict, saved):
+    judgement = Baseline(Made(FALLING, (1.0,), 2), "medium", 5).judge(
+        made_up([[9.0, 9.0, 9.0, 9.0, 9.0, end], [9.0, 9.0, 9.0, 9.0, 9.0, end]])
+    )
+
+    assert judgement.verdict == verdict
+    assert judgement.saved == (None if saved is None else pytest.approx(saved))
+
+
+def test_what_was_spent_before_is_charged():
+    ends = [[9.0, 9.0, 9.0, 3.05], [9.0, 9.0, 9.0, 3.05]]
+    baseline = Baseline(Made(FALLING, (1.0,), 2), "medium", 5)
+
+    assert baseline.judge(made_up(ends)).verdict == "no difference beyond the spread"
+    assert baseline.judge(made_up(ends, before=10.0)).verdict == "worse"
+
+
+def test_the_baselines_rate_is_the_best_for_each_length():
+    # Fast at first, and slow but lower in the end.
+    curves = {(1.0, 0): [6.0, 3.0, 2.9, 2.8], (0.5, 0): [6.0, 5.0, 3.5, 1.0]}
+    baseline = Baseline(Made(curves, (1.0, 0.5), 1), "medium", 3)
+
+    assert baseline.at(1)[0] == 1.0
+    assert baseline.at(3)[0] == 0.5
+
+
+def test_a_compute_is_found_between_the_points_of_a_curve():
+    curve = Curve("c", (0, 1, 2), (0.0, 10.0, 20.0), (4.0, 2.0, 1.0), (4.0, 2.0, 1.0), (4.0, 2.0, 1.0))
+
+    assert curve.flops_to(3.0) == pytest.approx(5.0)
+    assert curve.flops_to(5.0) == 0.0
+    assert curve.flops_to(0.5) is None
+    assert curve.at(15.0) == pytest.approx(1.5)
+
+
+def test_every_arm_takes_the_rate_that_is_best_on_its_first_seed():
+    ends = {("a", 1.0): 2.0, ("a", 0.5): 3.0, ("b", 1.0): 2.0, ("b", 0.5): 1.0}
+
+    class Arms(Made):
+        def run(self, model):
+            end = ends[model.data, model.base] + model.seed / 10
+            return Run(model, Path(), (Point(0, 5.0, 0.0), Point(1, end, 0.0)), 10.0)
+
+        def charged_flops(self, model):
+            return 10.0
+
+    arms = [Arm(name, lambda seed, base, name=name: Model("medium", seed, base, 1, data=name)) for name in ("a", "b")]
+    found = compare(Arms({}, (1.0, 0.5), 2), arms)
+
+    assert [each.base for each in found] == [1.0, 0.5]
+    assert found[0].swept == {1.0: 2.0, 0.5: 3.0}
+    assert found[1].losses == pytest.approx((1.0, 1.1))
+
+
+def test_one_seed_gives_no_verdict():
+    alone = {(1.0, 0): FALLING[1.0, 0]}
+    judgement = Baseline(Made(alone, (1.0,), 1), "medium", 5).judge(made_up([[9.0, 9.0, 9.0, 9.0, 9.0, 0.5]]))
+
+    assert "no verdict" in judgement.verdict
+    assert "is open" in verdicts([judgement], "it is better")[0]
+
+
+# Data and reports.
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_tasks_examples_are_classes_and_none_is_held_out_and_learned(laboratory, name, tmp_path):
+    rows = [json.loads(line) for line in task(name, tmp_path).read_text().splitlines()]
+    examples = laboratory.examples(replace(SMALL, data=name))
+    held = {tuple(row) for batch in examples.held_out for row in batch.encoder}
+    batches = examples.batches()
+    learned = {tuple(row) for _ in range(20) for row in next(batches).encoder}
+
+    assert len({row["targets"][0] for row in rows}) >= 5
+    assert all(len(row["targets"]) == 1 and max(row["inputs"]) < 384 for row in rows)
+    assert task(name, tmp_path / ".").read_bytes() == (tmp_path / f"{name}.jsonl").read_bytes()
+    # Names that are cut to one length may coincide.
+    assert len(held & learned) <= len(held) // 10
+
+
+def test_a_report_stands_beside_the_papers_numbers(tmp_path):
+    one = Judged(made_up([[3.0, 2.0], [3.0, 2.1]]), 1.0, (2.5, 2.4, 2.6), None, 100.0)
+    report = Report("table1", "A title", (comparison("Measured", [one]), Table.of_paper(paper())), ("found",))
+    files = report.write(tmp_path, ["how"])
+    text = files[0].read_text()
+
+    assert "| arm | 1 | 3 | 2.0500 (2.0000 to 2.1000)" in text
+    assert "better" in text
+    assert "> 90" in text
+    assert "self-fusion" in text
+    assert "67.2" in text
+    assert json.loads(files[1].read_text())["circumstances"] == ["how"]
+
+
+def paper():
+    from fusectl.papers import table
+
+    return table("table1")
+
+
+def test_the_command_offers_what_there_is():
+    hints = typing.get_type_hints(command.reproduce, include_extras=False)
+
+    assert set(typing.get_args(hints["experiment"])) == set(EXPERIMENTS)
+    assert set(typing.get_args(hints["preset"])) == set(PRESETS)
+
+
+def smoke(experiment, out, capsys):
+    assert fusectl(["reproduce", experiment, "--preset", "smoke", "-o", str(out), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["result"]
+    assert found["found"]
+    for file in found["files"]:
+        assert Path(file).stat().st_size
+    kept = json.loads((out / f"{experiment}.json").read_text())
+    cells = [cell for each in kept["tables"] for row in each["rows"] for cell in row if isinstance(cell, float)]
+    assert cells
+    assert all(math.isfinite(cell) for cell in cells)
+    return kept
+
+
+def test_table1_runs_and_reports(tmp_path, capsys):
+    kept = smoke("table1", tmp_path, capsys)
+    rows = {row[0]: row for row in kept["tables"][0]["rows"]}
+
+    assert set(rows) == {"fusion-rule", "fusion-prop", "self-fusion"}
+    curves = {each["name"]: each for each in kept["curves"]}
+    # Two small models cost twice as much before the first step as one.
+    before = {name: each["flops"][0] for name, each in curves.items()}
+    assert before["scratch, medium"] == 0
+    assert before["fusion-rule"] == pytest.approx(2 * before["self-fusion"])
+    assert max(curves["scratch, medium"]["flops"]) >= max(curves["fusion-rule"]["flops"])
+
+
+@pytest.mark.slow
+def test_every_experiment_runs_and_reports(tmp_path, capsys):
+    for experiment in EXPERIMENTS:
+        smoke(experiment, tmp_path, capsys)
+    # LiGO's start is beside the duplicate's, whose loss is the small model's.
+    kept = json.loads((tmp_path / "ligo.json").read_text())
+    starts = {row[0]: row[2] for row in kept["tables"][0]["rows"]}
+    small = Laboratory(tmp_path, SMOKE, lambda _: None, jobs=1).run(SMALL)
+    assert starts["duplicate"] == pytest.approx(small.end.loss, abs=1e-4)
+    assert starts["self-fusion, idle layers"] == pytest.approx(small.end.loss, abs=1e-4)
+    assert starts["LiGO, the paper's tying"] != pytest.approx(small.end.loss, abs=1e-2)
+
+
+def test_wrong_names_are_refused(tmp_path, capsys):
+    assert fusectl(["reproduce", "table9", "-o", str(tmp_path)]) == 2
+    assert fusectl(["reproduce", "table1"]) == 2
+    capsys.readouterr()
+    assert not any(tmp_path.iterdir())
+
+
+def test_judged_trains_the_baseline_as_far_as_the_most_compute(laboratory):
+    arms = [grown(laboratory, "medium", "self", lambda _: (SMALL,), lambda _: ((*SELF, *NOISE),))]
+    results = compare(laboratory, arms)
+    (one,), scratch = judged(laboratory, "medium", results)
+
+    assert scratch.flops[-1] >= one.result.charged_flops
+    assert np.isfinite(one.difference)
