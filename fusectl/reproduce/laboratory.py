@@ -32,12 +32,12 @@ from fusectl.formats.sink import save
 from fusectl.reproduce.presets import VOCAB, Preset
 from fusectl.reproduce.texts import task, write_text
 from fusectl.sources import open_source
+from fusectl.tokens import Tokens
 from fusectl.training import Recipe, State, Trainer, random_parameters
 
 
 FAMILY = "t5-1.1"
 PRETRAINING = "text"
-# Grown models see other batches than the models that they come from.
 _AFTER_GROWTH = 1000
 
 
@@ -112,6 +112,7 @@ class Laboratory:
         self._locks: dict[str, threading.Lock] = defaultdict(threading.Lock)
         self._locks_lock = threading.Lock()
         self._trainers: dict[Any, Trainer] = {}
+        self._streams: dict[Any, _Stream] = {}
         out.mkdir(parents=True, exist_ok=True)
         self._require_same_preset()
         self.text = write_text(out / "text.txt", preset.text_bytes)
@@ -155,8 +156,13 @@ class Laboratory:
             objective="span_corruption",
             batch=self.preset.batch,
             lengths=self.preset.lengths,
-            seed=model.seed + (0 if model.growth is None else _AFTER_GROWTH),
+            seed=_data_seed(model),
         )
+
+    def _stream(self, model: Model, examples: Examples) -> _Stream:
+        """The batches of a model's data and seed, which all runs of these have in common."""
+        with self._locked("streams"):
+            return self._streams.setdefault((model.data, _data_seed(model)), _Stream(examples.batches()))
 
     def _run(self, model: Model) -> Run:
         home = self.out / "runs" / model.key
@@ -194,8 +200,9 @@ class Laboratory:
         if made == 0:
             measured(first, state)
         recipe = Recipe(model.base, self.preset.warmup, model.offset)
-        batches = itertools.islice(examples.batches(), made, None)
-        state = trainer.train(state, batches, recipe, model.steps - made, measured)
+        state = trainer.train(
+            state, self._stream(model, examples).following(made), recipe, model.steps - made, measured
+        )
         self._save(trainer, state, home / f"checkpoint_{model.steps}")
         return {
             "model": asdict(model),
@@ -254,6 +261,22 @@ class Laboratory:
             return self._locks[name]
 
 
+class _Stream:
+    """Batches in the order in which they are learned from, each made once."""
+
+    def __init__(self, batches: Iterator[Tokens]) -> None:
+        self._made: list[Tokens] = []
+        self._more, self._lock = batches, threading.Lock()
+
+    def following(self, count: int) -> Iterator[Tokens]:
+        """The batches behind the first so many."""
+        for i in itertools.count(count):
+            with self._lock:
+                while len(self._made) <= i:
+                    self._made.append(next(self._more))
+            yield self._made[i]
+
+
 def tree_of(preset: Preset, size: str) -> Recognized:
     """The tree of a T5 1.1 of one of the preset's sizes."""
     named = parameter_shapes(family_named(FAMILY), preset.sizes(size), preset.depths(size))
@@ -263,6 +286,11 @@ def tree_of(preset: Preset, size: str) -> Recognized:
 def digest(what: Any) -> str:
     """Eight hexadecimal digits of a model or a growth."""
     return hashlib.sha256(json.dumps(asdict(what), sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _data_seed(model: Model) -> int:
+    """What the order of a model's batches comes from: grown models see others than their sources did."""
+    return model.seed + (0 if model.growth is None else _AFTER_GROWTH)
 
 
 def _steps_of(model: Model) -> dict[Model, int]:
