@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 import typing
 from dataclasses import replace
 from pathlib import Path
@@ -310,3 +313,24 @@ def test_judged_trains_the_baseline_as_far_as_the_most_compute(laboratory):
 
     assert scratch.flops[-1] >= one.result.charged_flops
     assert np.isfinite(one.difference)
+
+
+@pytest.mark.slow
+def test_batches_lie_over_all_devices(laboratory, tmp_path):
+    script = (
+        "import sys, pathlib, jax\n"
+        "from fusectl.reproduce.laboratory import Laboratory, Model\n"
+        "from fusectl.reproduce.presets import PRESETS\n"
+        "made = Laboratory(pathlib.Path(sys.argv[1]), PRESETS['smoke'], print, 1)\n"
+        "run = made.run(Model('small', 0, 0.05, 4))\n"
+        "print(len(jax.devices()), run.end.loss)\n"
+    )
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], env=environment, capture_output=True, text=True, check=True
+    )
+    devices, loss = done.stdout.split()[-2:]
+
+    assert int(devices) == 4
+    # At a low rate: at the preset's, steps amplify what rounding leaves.
+    assert float(loss) == pytest.approx(laboratory.run(Model("small", 0, 0.05, 4)).end.loss, abs=1e-4)
