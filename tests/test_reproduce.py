@@ -16,7 +16,7 @@ from fusectl.cli import experiments as command
 from fusectl.cli import run as fusectl
 from fusectl.errors import FusectlError, UsageError
 from fusectl.formats import open_checkpoint
-from fusectl.reproduce.arms import Arm, Baseline, Curve, Judged, Result, compare, grown, judged
+from fusectl.reproduce.arms import Arm, Baseline, Curve, Judged, Result, compare, grown, judged, sweep
 from fusectl.reproduce.experiments import EXPERIMENTS, FUSE, NOISE, SELF
 from fusectl.reproduce.laboratory import Growth, Laboratory, Model, Point, Run
 from fusectl.reproduce.presets import PRESETS
@@ -205,6 +205,21 @@ def test_every_arm_takes_the_rate_that_is_best_on_its_first_seed():
     assert [each.base for each in found] == [1.0, 0.5]
     assert found[0].swept == {1.0: 2.0, 0.5: 3.0}
     assert found[1].losses == pytest.approx((1.0, 1.1))
+
+
+@pytest.mark.parametrize(
+    ("losses", "tried"),
+    [
+        ({0.5: 3.0, 1.0: 1.0, 2.0: 2.0}, {0.5, 1.0, 2.0}),
+        ({0.25: 4.0, 0.5: 3.0, 1.0: 2.0, 2.0: 1.0, 4.0: 1.5}, {0.5, 1.0, 2.0, 4.0}),
+        ({0.125: 2.0, 0.25: 1.0, 0.5: 2.0, 1.0: 3.0}, {0.125, 0.25, 0.5, 1.0}),
+        ({0.5: 5.0, 1.0: 4.0, 2.0: 3.0, 4.0: 2.0, 8.0: 1.0}, {0.5, 1.0, 2.0, 4.0}),
+    ],
+)
+def test_a_sweep_goes_on_while_the_best_rate_is_the_last(losses, tried):
+    found = sweep(["arm"], (0.5, 1.0), 2, lambda wanted: [losses[base] for _, base in wanted])
+
+    assert set(found["arm"]) == tried
 
 
 def test_one_seed_gives_no_verdict():

@@ -1,7 +1,8 @@
 """Arms of a comparison, and the baseline that each is held against: a model from scratch at the same compute.
 
-Every arm is trained at each of the preset's rates on its first seed, and repeated at the best one. The baseline's rate
-is chosen for each length of training anew. T5's schedule has no end, so the baseline's curve says what any length of
+Every arm is trained at each of the preset's rates on its first seed, at twice and half of these as long as the best one
+is the largest or the smallest, and repeated at the best one. The baseline's rate is chosen for each length of training
+anew. T5's schedule has no end, so the baseline's curve says what any length of
 training gives.
 """
 
@@ -145,13 +146,17 @@ class Baseline:
 
     def __init__(self, laboratory: Laboratory, size: str, steps: int) -> None:
         self._laboratory, self.size, self.steps = laboratory, size, steps
-        laboratory.all([self._model(0, base) for base in laboratory.preset.bases])
 
     def at(self, step: int) -> tuple[float, Curve]:
         """The rate that is best after so many steps on the first seed, and the curve of all seeds with it."""
-        firsts = {base: self.curve(base, 1) for base in self._laboratory.preset.bases}
         flops = step * self.flops_per_step
-        base = min(firsts, key=lambda each: firsts[each].at(flops))
+
+        def losses(wanted: Sequence[tuple[str, float]]) -> list[float]:
+            self._laboratory.all([self._model(0, base) for _, base in wanted])
+            return [self.curve(base, 1).at(flops) for _, base in wanted]
+
+        swept = sweep([self.size], self._laboratory.preset.bases, self._laboratory.preset.more_bases, losses)
+        base = best_of(swept[self.size])
         return base, self.curve(base, self._laboratory.preset.seeds)
 
     def curve(self, base: float, seeds: int) -> Curve:
@@ -181,11 +186,14 @@ class Baseline:
 
 def compare(laboratory: Laboratory, arms: Sequence[Arm], *, bases: Sequence[float] = ()) -> list[Result]:
     """The results of arms, each at its own best rate."""
-    bases = bases or laboratory.preset.bases
-    swept = iter(laboratory.all([arm.make(0, base) for arm in arms for base in bases]))
-    losses = {arm.name: {base: next(swept).end.loss for base in bases} for arm in arms}
-    best = {name: min(found, key=found.__getitem__) for name, found in losses.items()}
-    seeds = range(laboratory.preset.seeds)
+    preset, named = laboratory.preset, {arm.name: arm for arm in arms}
+
+    def ends(wanted: Sequence[tuple[str, float]]) -> list[float]:
+        return [run.end.loss for run in laboratory.all([named[name].make(0, base) for name, base in wanted])]
+
+    losses = sweep(list(named), bases or preset.bases, preset.more_bases, ends)
+    best = {name: best_of(found) for name, found in losses.items()}
+    seeds = range(preset.seeds)
     runs = iter(laboratory.all([arm.make(seed, best[arm.name]) for arm in arms for seed in seeds]))
     return [
         Result(
@@ -199,6 +207,40 @@ def compare(laboratory: Laboratory, arms: Sequence[Arm], *, bases: Sequence[floa
     ]
 
 
+def sweep(
+    names: Sequence[str],
+    bases: Sequence[float],
+    more: int,
+    losses_of: Callable[[Sequence[tuple[str, float]]], Sequence[float]],
+) -> dict[str, dict[float, float]]:
+    """For each name the losses at these rates, and where the best one is at an end, at up to so many beyond it.
+
+    `losses_of` gives the losses of names at rates, all that are wanted at once.
+    """
+    found: dict[str, dict[float, float]] = {name: {} for name in names}
+    wanted = [(name, base) for name in names for base in bases]
+    for _ in range(more + 1):
+        for (name, base), loss in zip(wanted, losses_of(wanted), strict=True):
+            found[name][base] = loss
+        wanted = [(name, next_base) for name in names if (next_base := _beyond(found[name])) is not None]
+        if not wanted:
+            break
+    return found
+
+
+def _beyond(found: Mapping[float, float]) -> float | None:
+    """The rate to try next: beyond the best, where that is the largest or the smallest."""
+    best = best_of(found)
+    if best == max(found):
+        return 2 * best
+    return best / 2 if best == min(found) else None
+
+
+def best_of(found: Mapping[float, float]) -> float:
+    """The rate whose loss is least."""
+    return min(found, key=found.__getitem__)
+
+
 def judged(laboratory: Laboratory, size: str, results: Sequence[Result]) -> tuple[list[Judged], Curve]:
     """Results beside models of their size from scratch; and the curve of these at the rate best in the end."""
     per_step = results[0].runs[0].flops_per_step
@@ -210,8 +252,12 @@ def judged(laboratory: Laboratory, size: str, results: Sequence[Result]) -> tupl
 def small_base(laboratory: Laboratory) -> float:
     """The rate at which small models are best."""
     preset = laboratory.preset
-    runs = laboratory.all([Model("small", 0, base, preset.small_steps) for base in preset.bases])
-    return min(runs, key=lambda run: run.end.loss).model.base
+
+    def ends(wanted: Sequence[tuple[str, float]]) -> list[float]:
+        runs = laboratory.all([Model("small", 0, base, preset.small_steps) for _, base in wanted])
+        return [run.end.loss for run in runs]
+
+    return best_of(sweep(["small"], preset.bases, preset.more_bases, ends)["small"])
 
 
 def small(laboratory: Laboratory, seed: int, steps: int | None = None) -> Model:

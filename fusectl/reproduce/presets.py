@@ -32,8 +32,10 @@ class Preset:
     staged_steps: tuple[int, int, int]
     ligo_steps: int
     tuned_steps: int
-    # Factors of the learning rate that each arm is trained with on its first seed; and how often the best is repeated.
+    # Factors of the learning rate that each arm is trained with on its first seed, and how many more may follow where
+    # the best has no worse one beside it; and with how many seeds the best is repeated.
     bases: tuple[float, ...]
+    more_bases: int
     seeds: int
     tuned_bases: tuple[float, ...] = (0.05, 0.1)
     dtype: str = "float32"
@@ -76,6 +78,7 @@ PRESETS = {
         ligo_steps=2,
         tuned_steps=4,
         bases=(1.0,),
+        more_bases=0,
         tuned_bases=(0.1,),
         seeds=1,
         text_bytes=1 << 18,
@@ -97,6 +100,7 @@ PRESETS = {
         ligo_steps=100,
         tuned_steps=300,
         bases=(0.25, 0.5, 1.0),
+        more_bases=3,
         seeds=3,
     ),
     "gpu": Preset(
@@ -115,6 +119,7 @@ PRESETS = {
         ligo_steps=100,
         tuned_steps=1000,
         bases=(0.25, 0.5, 1.0),
+        more_bases=3,
         seeds=3,
         dtype="bfloat16",
         measure_every=500,
