@@ -8,6 +8,8 @@ from functools import partial
 
 import numpy as np
 
+from fusectl.curves import Curve as LossCurve
+from fusectl.errors import FusectlError
 from fusectl.formats import open_checkpoint
 from fusectl.papers import table as paper_table
 from fusectl.reproduce.arms import (
@@ -27,6 +29,7 @@ from fusectl.reproduce.laboratory import Growth, Laboratory, Model, Run
 from fusectl.reproduce.report import Cell, Report, Table, comparison, spread, sweeps, verdicts
 from fusectl.reproduce.texts import TASKS
 from fusectl.training import Recipe
+from fusectl.when import Costs, advise
 
 
 # "Low variance" has no number in the paper: a tenth of a kernel's own deviation.
@@ -302,6 +305,7 @@ def figure6(laboratory: Laboratory) -> Report:
     ]
     rows: list[tuple[Cell, ...]] = [(step, *each) for step, each in losses.items()]
     rows.append(("scratch", *(scratch.at(budget) for budget in budgets)))
+    smalls = laboratory.all([small(laboratory, seed, at_steps[-1]) for seed in range(preset.seeds)])
     same = "does not depend" if len(set(best)) == 1 else "depends"
     columns = ("small model's steps", *(f"loss at {budget / 1e9:,.0f} GFLOP" for budget in budgets))
     return Report(
@@ -317,10 +321,31 @@ def figure6(laboratory: Laboratory) -> Report:
                 f"The best step is {', '.join(f'{each:,}' for each in best)} for the three budgets, so it {same} on "
                 "the budget here; the paper: it does not."
             ),
+            _predicted(Curve.of("small", smalls, 0.0), scratch, largest),
             *verdicts([min(found, key=lambda each: each.difference)], CLAIM),
         ),
         _curves(scratch, found),
         notes=("The schedule has no end: the loss at a budget is that of the run when it has spent so much.",),
+    )
+
+
+def _predicted(small_curve: Curve, scratch: Curve, budget_flops: float) -> str:
+    """What `fusectl when` says of the curves of the small and the large model."""
+    per_small, per_large = (each.flops[-1] / each.steps[-1] for each in (small_curve, scratch))
+    curves = [
+        LossCurve(each.name, np.array(each.steps[1:], float), np.array(each.mean[1:]))
+        for each in (small_curve, scratch)
+    ]
+    try:
+        costs = Costs.of_flops(per_small, per_large)
+        advice = advise(curves[0], costs, large=curves[1], budget_steps=budget_flops / per_large)
+    except FusectlError as error:
+        return f"`fusectl when` cannot tell from these curves: {error}."
+    if advice.main is None or advice.best_step is None or not advice.grow:
+        return "`fusectl when` says of these two curves that growing does not pay."
+    return (
+        f"`fusectl when` says of these two curves: fuse at step {advice.best_step:,.0f}, which saves "
+        f"{100 * advice.main.saving:.1f} % of the largest budget."
     )
 
 
