@@ -67,8 +67,8 @@ def reproduce(experiment: str, preset: str, out: Path, note: Callable[[str], Non
             f"T5 1.1, small: width {chosen.width}, {chosen.heads} heads of {chosen.head_dim}, {chosen.layers} + "
             f"{chosen.layers} layers; medium and large twice and four times as wide. Adafactor, the rate a factor by "
             f"1 / sqrt(max(step, {chosen.warmup:,})); factors {', '.join(f'{base:g}' for base in chosen.bases)}, each "
-            "tried on the first seed by every arm and by the baseline, then twice or half of the last one while that "
-            "was the best."
+            "tried on the first seed by every arm and on all seeds by the baseline, then twice or half of the last one "
+            "while that was the best."
         ),
         f"Seeds 0 to {chosen.seeds - 1}; in brackets the least and the most of them. FLOPs as XLA counts them.",
     )

@@ -1,9 +1,9 @@
 """Arms of a comparison, and the baseline that each is held against: a model from scratch at the same compute.
 
 Every arm is trained at each of the preset's rates on its first seed, at twice and half of these as long as the best one
-is the largest or the smallest, and repeated at the best one. The baseline's rate is chosen for each length of training
-anew. T5's schedule has no end, so the baseline's curve says what any length of
-training gives.
+is the largest or the smallest, and repeated at the best one. The baseline is trained at each of them with all seeds,
+and its rate is chosen for each length of training anew. T5's schedule has no end, so the baseline's curve says what any
+length of training gives.
 """
 
 from __future__ import annotations
@@ -142,38 +142,45 @@ class Judged:
 
 
 class Baseline:
-    """Models of one size from scratch, each rate on the first seed, the chosen ones on all."""
+    """Models of one size from scratch, of all seeds at every rate that is tried: the mean of all chooses among these.
+
+    That is more than an arm is given, whose first seed chooses.
+    """
 
     def __init__(self, laboratory: Laboratory, size: str, steps: int) -> None:
         self._laboratory, self.size, self.steps = laboratory, size, steps
+        self._tried: dict[float, Curve] = {}
 
     def at(self, step: int) -> tuple[float, Curve]:
-        """The rate that is best after so many steps on the first seed, and the curve of all seeds with it."""
+        """The rate that is best after so many steps, and the curve with it."""
         flops = step * self.flops_per_step
 
         def losses(wanted: Sequence[tuple[str, float]]) -> list[float]:
-            self._laboratory.all([self._model(0, base) for _, base in wanted])
-            return [self.curve(base, 1).at(flops) for _, base in wanted]
+            self._train([base for _, base in wanted])
+            return [self._tried[base].at(flops) for _, base in wanted]
 
-        swept = sweep([self.size], self._laboratory.preset.bases, self._laboratory.preset.more_bases, losses)
-        base = best_of(swept[self.size])
-        return base, self.curve(base, self._laboratory.preset.seeds)
-
-    def curve(self, base: float, seeds: int) -> Curve:
-        """The curve at a rate."""
-        runs = self._laboratory.all([self._model(seed, base) for seed in range(seeds)])
-        return Curve.of(f"scratch, {self.size}", runs, 0.0)
+        preset = self._laboratory.preset
+        base = best_of(sweep([self.size], preset.bases, preset.more_bases, losses)[self.size])
+        return base, self._tried[base]
 
     def judge(self, result: Result) -> Judged:
         """A result beside the baseline of its compute."""
         flops = result.charged_flops
         base, curve = self.at(round(flops / self.flops_per_step))
-        spread = tuple(float(np.interp(flops, curve.flops, each)) for each in (curve.mean, curve.least, curve.most))
+        mean, least, most = (
+            float(np.interp(flops, curve.flops, each)) for each in (curve.mean, curve.least, curve.most)
+        )
         loss = float(np.mean(result.losses))
         # Any of its rates may be the one that gets there first.
-        all_seeds = [self.curve(each, self._laboratory.preset.seeds) for each in {base, self.at(self.steps)[0]}]
-        reached = [found for each in all_seeds if (found := each.flops_to(loss)) is not None]
-        return Judged(result, base, (spread[0], spread[1], spread[2]), min(reached, default=None), curve.flops[-1])
+        reached = [found for each in self._tried.values() if (found := each.flops_to(loss)) is not None]
+        return Judged(result, base, (mean, least, most), min(reached, default=None), curve.flops[-1])
+
+    def _train(self, bases: Sequence[float]) -> None:
+        seeds = self._laboratory.preset.seeds
+        new = [base for base in bases if base not in self._tried]
+        runs = iter(self._laboratory.all([self._model(seed, base) for base in new for seed in range(seeds)]))
+        for base in new:
+            self._tried[base] = Curve.of(f"scratch, {self.size}", [next(runs) for _ in range(seeds)], 0.0)
 
     @property
     def flops_per_step(self) -> float:
