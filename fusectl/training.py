@@ -98,9 +98,9 @@ def train(
 
 
 def loss(logits: Array, targets: Array) -> Array:
-    """The cross-entropy in nats of a token, over the targets that are no padding."""
+    """The cross-entropy in nats of a token, over the targets that are no padding; in float32 or wider."""
     wanted = targets > 0
-    log = jax.nn.log_softmax(logits.astype(jnp.float32))
+    log = jax.nn.log_softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
     of_targets = jnp.take_along_axis(log, targets[..., None], axis=-1)[..., 0]
     return -jnp.sum(jnp.where(wanted, of_targets, 0.0)) / jnp.sum(wanted)
 
@@ -110,10 +110,20 @@ def batch_of(tokens: Tokens) -> dict[str, Array]:
     return {name: getattr(tokens, name) for name in _BATCH}
 
 
-def loss_of(tree: Recognized, parameters: Parameters, batch: Mapping[str, Array]) -> Array:
-    """The cross-entropy of a batch, in nats for a token, without dropout."""
+def loss_of(
+    tree: Recognized,
+    parameters: Parameters,
+    batch: Mapping[str, Array],
+    *,
+    norm_groups: tuple[int, ...] = (),
+    dtype: str = "float32",
+) -> Array:
+    """The cross-entropy of a batch, in nats for a token, without dropout; norms over these groups, or the whole width.
+
+    Computed in `dtype`, float64 with jax.enable_x64.
+    """
     twin = twin_of(tree)
-    config = twin.config_of(tree, (tree.sizes["embed"],), "float32")
+    config = twin.config_of(tree, norm_groups or (tree.sizes["embed"],), dtype)
     return loss(twin.logits(config, tree, parameters, Tokens(**batch)), batch["targets"])
 
 

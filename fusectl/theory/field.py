@@ -1,0 +1,170 @@
+"""The vector fields of two losses on one space, their Lie bracket, and the flow that two gradient steps follow.
+
+Deep Fusion, section 4: L_S is the loss of the small models, L_B that of the large one, X = -grad L_S, Y = -grad L_B.
+
+    two steps       theta' = theta + h_S X(theta)         theta'' = theta' + h_B Y(theta')                  (6), (7)
+    bracket         [X, Y] = (DY) X - (DX) Y = H_B grad L_S - H_S grad L_B
+    modified field  G = h_S X + h_B Y - h_S^2/2 (DX) X - h_B^2/2 (DY) Y + h_S h_B / 2 [X, Y]            (Theorem 2)
+
+The flow of G for unit time is at theta'' up to the third order in the steps; without the bracket up to the second. All
+derivatives are products with Hessians, jvp of grad. A point is a pytree of arrays; a loss maps one to a scalar.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+Point = Any
+Loss = Callable[[Point], Any]
+Field = Callable[[Point], Point]
+
+# Of the step sizes, relative to the curvature: the largest one, and how often it is halved.
+LARGEST_STEP = 2.0**-8
+HALVINGS = 4
+# Of a flow; twice as many are to lead to the same place.
+SUBSTEPS = 2
+# The stages of the classical Runge-Kutta method: how far each looks ahead, and its weight.
+_STAGES = ((0.0, 1 / 6), (0.5, 1 / 3), (0.5, 1 / 3), (1.0, 1 / 6))
+
+
+@dataclass(frozen=True)
+class Local:
+    """Both losses at a point, their fields X and Y, and the derivatives (DX) u and (DY) w along two vectors."""
+
+    small_loss: Any
+    big_loss: Any
+    x: Point
+    y: Point
+    dx_u: Point
+    dy_w: Point
+
+
+jax.tree_util.register_dataclass(
+    Local, data_fields=("small_loss", "big_loss", "x", "y", "dx_u", "dy_w"), meta_fields=()
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Losses:
+    """The losses L_S and L_B on one space. One program, compiled once, is all that is ever run of them."""
+
+    small: Loss
+    big: Loss
+
+    @cached_property
+    def program(self) -> Any:
+        """The compiled function behind `at`: of a point and the pairs of coefficients, a Local."""
+
+        def local(theta: Point, along: tuple[Any, Any]) -> Local:
+            (small_loss, x), dx = _linearized(self.small, theta)
+            (big_loss, y), dy = _linearized(self.big, theta)
+            (a, b), (c, d) = along
+            return Local(small_loss, big_loss, x, y, dx(combined((a, x), (b, y))), dy(combined((c, x), (d, y))))
+
+        return jax.jit(local)
+
+    def at(
+        self, theta: Point, u: tuple[float, float] = (0.0, 0.0), w: tuple[float, float] = (0.0, 0.0)
+    ) -> Local:
+        """What is known at a point, with u and w given by their coefficients of X and Y."""
+        found: Local = self.program(theta, (u, w))
+        return found
+
+
+def _linearized(loss: Loss, theta: Point) -> tuple[tuple[Any, Point], Callable[[Point], Point]]:
+    """A loss and its field at a point, and the map from a vector to the field's derivative along it."""
+
+    def field(at: Point) -> tuple[Point, Any]:
+        value, gradient = jax.value_and_grad(loss)(at)
+        return jax.tree.map(jnp.negative, gradient), value
+
+    x, dx, value = jax.linearize(field, theta, has_aux=True)
+    return (value, x), dx
+
+
+def combined(*terms: tuple[Any, Point]) -> Point:
+    """The linear combination of points, each with its coefficient."""
+    coefficients, points = zip(*terms, strict=True)
+    return jax.tree.map(
+        lambda *leaves: sum(c * leaf for c, leaf in zip(coefficients, leaves, strict=True)), *points
+    )
+
+
+def norm(point: Point) -> float:
+    """The Euclidean norm of a point."""
+    return math.sqrt(sum(float(jnp.vdot(leaf, leaf)) for leaf in jax.tree.leaves(point)))
+
+
+def lie_bracket(losses: Losses, theta: Point) -> Point:
+    """[F_S, F_B] = H_B grad L_S - H_S grad L_B at a point."""
+    local = losses.at(theta, u=(0.0, 1.0), w=(1.0, 0.0))
+    return combined((1.0, local.dy_w), (-1.0, local.dx_u))
+
+
+def modified_field(losses: Losses, h_small: float, h_big: float, bracket: float = 1.0) -> Field:
+    """The field G of Theorem 2; its bracket is multiplied with `bracket`: 0 leaves it out, -1 turns its sign."""
+    mixed = bracket * h_small * h_big / 2
+
+    def field(theta: Point) -> Point:
+        local = losses.at(theta, u=(-(h_small**2) / 2, -mixed), w=(mixed, -(h_big**2) / 2))
+        return combined((h_small, local.x), (h_big, local.y), (1.0, local.dx_u), (1.0, local.dy_w))
+
+    return field
+
+
+def flow(field: Field, theta: Point, substeps: int = SUBSTEPS) -> Point:
+    """How far a field carries a point in unit time, by the classical Runge-Kutta method of fourth order.
+
+    The displacement, not the place: it is not rounded as the point is.
+    """
+    displacement = jax.tree.map(jnp.zeros_like, theta)
+    for _ in range(substeps):
+        slope, start = None, displacement
+        for ahead, weight in _STAGES:
+            at = start if slope is None else combined((1.0, start), (ahead / substeps, slope))
+            slope = field(combined((1.0, theta), (1.0, at)))
+            displacement = combined((1.0, displacement), (weight / substeps, slope))
+    return displacement
+
+
+def two_steps(losses: Losses, theta: Point, h_small: float, h_big: float) -> Point:
+    """The displacement after a step of the small models' gradient and one of the large model's, Eq. (6) and (7)."""
+    first = combined((h_small, losses.at(theta).x))
+    second = losses.at(combined((1.0, theta), (1.0, first))).y
+    return combined((1.0, first), (h_big, second))
+
+
+def modified_loss(losses: Losses, theta: Point, h_small: float, h_big: float) -> float:
+    """Theorem 1's loss: h_S L_S + h_B L_B + h_S^2/4 |grad L_S|^2 + h_B^2/4 |grad L_B|^2."""
+    local = losses.at(theta)
+    steps = h_small * float(local.small_loss) + h_big * float(local.big_loss)
+    return steps + h_small**2 / 4 * norm(local.x) ** 2 + h_big**2 / 4 * norm(local.y) ** 2
+
+
+def curvature(losses: Losses, theta: Point) -> float:
+    """How much the fields change along themselves and each other: the largest of |(DX) X| / |X| and its like."""
+    own, crossed = losses.at(theta, (1.0, 0.0), (0.0, 1.0)), losses.at(theta, (0.0, 1.0), (1.0, 0.0))
+    x, y = norm(own.x), norm(own.y)
+    return max(norm(own.dx_u) / x, norm(own.dy_w) / y, norm(crossed.dx_u) / y, norm(crossed.dy_w) / x)
+
+
+def step_sizes(scale: float) -> tuple[float, ...]:
+    """The series of steps for fields of this curvature, each half of the one before."""
+    return tuple(LARGEST_STEP / scale / 2**i for i in range(HALVINGS + 1))
+
+
+def slope(steps: Sequence[float], errors: Sequence[float]) -> float:
+    """The slope of log error over log step, by least squares; NaN where an error is no positive number."""
+    if not all(0.0 < error < math.inf for error in errors):
+        return math.nan
+    x, y = (np.log(each) - np.mean(np.log(each)) for each in (steps, errors))
+    return float(x @ y / (x @ x))
