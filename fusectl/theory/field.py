@@ -30,10 +30,13 @@ Field = Callable[[Point], Point]
 # Of the step sizes, relative to the curvature: the largest one, and how often it is halved.
 LARGEST_STEP = 2.0**-8
 HALVINGS = 4
-# Of a flow; twice as many are to lead to the same place.
+# Of a flow; twice as many lead to the same place if its integration error is negligible.
 SUBSTEPS = 2
-# The stages of the classical Runge-Kutta method: how far each looks ahead, and its weight.
-_STAGES = ((0.0, 1 / 6), (0.5, 1 / 3), (0.5, 1 / 3), (1.0, 1 / 6))
+# As a part of what is measured with the flow; and how often a series begins anew, with steps of half the size, for it.
+NEGLIGIBLE = 1e-3
+MOST_RESTARTS = 8
+# The stages of the classical Runge-Kutta method: how far the next one looks ahead, and the weight of this one.
+_STAGES = ((0.5, 1 / 6), (0.5, 1 / 3), (1.0, 1 / 3), (0.0, 1 / 6))
 
 
 @dataclass(frozen=True)
@@ -62,25 +65,23 @@ class Losses:
 
     @cached_property
     def program(self) -> Any:
-        """The compiled function behind `at`: of a point and the pairs of coefficients, a Local."""
+        """The compiled function behind `at`: of a point and two pairs of coefficients, a Local."""
 
         def local(theta: Point, along: tuple[Any, Any]) -> Local:
-            (small_loss, x), dx = _linearized(self.small, theta)
-            (big_loss, y), dy = _linearized(self.big, theta)
+            small_loss, x, dx = _linearized(self.small, theta)
+            big_loss, y, dy = _linearized(self.big, theta)
             (a, b), (c, d) = along
             return Local(small_loss, big_loss, x, y, dx(combined((a, x), (b, y))), dy(combined((c, x), (d, y))))
 
         return jax.jit(local)
 
-    def at(
-        self, theta: Point, u: tuple[float, float] = (0.0, 0.0), w: tuple[float, float] = (0.0, 0.0)
-    ) -> Local:
+    def at(self, theta: Point, u: tuple[float, float] = (0.0, 0.0), w: tuple[float, float] = (0.0, 0.0)) -> Local:
         """What is known at a point, with u and w given by their coefficients of X and Y."""
         found: Local = self.program(theta, (u, w))
         return found
 
 
-def _linearized(loss: Loss, theta: Point) -> tuple[tuple[Any, Point], Callable[[Point], Point]]:
+def _linearized(loss: Loss, theta: Point) -> tuple[Any, Point, Callable[[Point], Point]]:
     """A loss and its field at a point, and the map from a vector to the field's derivative along it."""
 
     def field(at: Point) -> tuple[Point, Any]:
@@ -88,26 +89,55 @@ def _linearized(loss: Loss, theta: Point) -> tuple[tuple[Any, Point], Callable[[
         return jax.tree.map(jnp.negative, gradient), value
 
     x, dx, value = jax.linearize(field, theta, has_aux=True)
-    return (value, x), dx
+    return value, x, dx
+
+
+@dataclass(frozen=True)
+class Derivatives:
+    """Both losses and fields at a point, and the fields' derivatives along themselves and along each other."""
+
+    small_loss: float
+    big_loss: float
+    x: Point
+    y: Point
+    dx_x: Point
+    dx_y: Point
+    dy_x: Point
+    dy_y: Point
+
+    @property
+    def bracket(self) -> Point:
+        """The Lie bracket [F_S, F_B] = (DY) X - (DX) Y = H_B grad L_S - H_S grad L_B."""
+        return combined((1.0, self.dy_x), (-1.0, self.dx_y))
+
+    @property
+    def curvature(self) -> float:
+        """How much the fields change along themselves and along each other, relative to how far that leads."""
+        x, y = norm(self.x), norm(self.y)
+        return max(norm(self.dx_x) / x, norm(self.dy_y) / y, norm(self.dx_y) / y, norm(self.dy_x) / x)
+
+    def modified_loss(self, h_small: float, h_big: float) -> float:
+        """Theorem 1's loss: h_S L_S + h_B L_B + h_S^2/4 |grad L_S|^2 + h_B^2/4 |grad L_B|^2."""
+        squares = h_small**2 / 4 * norm(self.x) ** 2 + h_big**2 / 4 * norm(self.y) ** 2
+        return h_small * self.small_loss + h_big * self.big_loss + squares
+
+
+def derivatives(losses: Losses, theta: Point) -> Derivatives:
+    """The Derivatives at a point."""
+    own, crossed = losses.at(theta, (1.0, 0.0), (0.0, 1.0)), losses.at(theta, (0.0, 1.0), (1.0, 0.0))
+    small_loss, big_loss = float(own.small_loss), float(own.big_loss)
+    return Derivatives(small_loss, big_loss, own.x, own.y, own.dx_u, crossed.dx_u, crossed.dy_w, own.dy_w)
 
 
 def combined(*terms: tuple[Any, Point]) -> Point:
     """The linear combination of points, each with its coefficient."""
     coefficients, points = zip(*terms, strict=True)
-    return jax.tree.map(
-        lambda *leaves: sum(c * leaf for c, leaf in zip(coefficients, leaves, strict=True)), *points
-    )
+    return jax.tree.map(lambda *leaves: sum(c * leaf for c, leaf in zip(coefficients, leaves, strict=True)), *points)
 
 
 def norm(point: Point) -> float:
     """The Euclidean norm of a point."""
     return math.sqrt(sum(float(jnp.vdot(leaf, leaf)) for leaf in jax.tree.leaves(point)))
-
-
-def lie_bracket(losses: Losses, theta: Point) -> Point:
-    """[F_S, F_B] = H_B grad L_S - H_S grad L_B at a point."""
-    local = losses.at(theta, u=(0.0, 1.0), w=(1.0, 0.0))
-    return combined((1.0, local.dy_w), (-1.0, local.dx_u))
 
 
 def modified_field(losses: Losses, h_small: float, h_big: float, bracket: float = 1.0) -> Field:
@@ -128,11 +158,11 @@ def flow(field: Field, theta: Point, substeps: int = SUBSTEPS) -> Point:
     """
     displacement = jax.tree.map(jnp.zeros_like, theta)
     for _ in range(substeps):
-        slope, start = None, displacement
+        start, at = displacement, displacement
         for ahead, weight in _STAGES:
-            at = start if slope is None else combined((1.0, start), (ahead / substeps, slope))
-            slope = field(combined((1.0, theta), (1.0, at)))
-            displacement = combined((1.0, displacement), (weight / substeps, slope))
+            velocity = field(combined((1.0, theta), (1.0, at)))
+            displacement = combined((1.0, displacement), (weight / substeps, velocity))
+            at = combined((1.0, start), (ahead / substeps, velocity))
     return displacement
 
 
@@ -143,23 +173,65 @@ def two_steps(losses: Losses, theta: Point, h_small: float, h_big: float) -> Poi
     return combined((1.0, first), (h_big, second))
 
 
-def modified_loss(losses: Losses, theta: Point, h_small: float, h_big: float) -> float:
-    """Theorem 1's loss: h_S L_S + h_B L_B + h_S^2/4 |grad L_S|^2 + h_B^2/4 |grad L_B|^2."""
-    local = losses.at(theta)
-    steps = h_small * float(local.small_loss) + h_big * float(local.big_loss)
-    return steps + h_small**2 / 4 * norm(local.x) ** 2 + h_big**2 / 4 * norm(local.y) ** 2
+@dataclass(frozen=True)
+class Convergence:
+    """How far the flow of Theorem 2 is from two real steps, for a series of steps h_S = h_B: with the bracket, without
+    it, and with its sign turned.
+
+    `integration_error` is what the integrator adds to the first of these at the largest and the smallest step, as a
+    part of it, at most.
+    """
+
+    steps: tuple[float, ...]
+    with_bracket: tuple[float, ...]
+    without_bracket: tuple[float, ...]
+    wrong_sign: tuple[float, ...]
+    integration_error: float
+
+    @property
+    def slopes(self) -> tuple[float, float, float]:
+        """Of log error over log h: with the bracket, without it, with the wrong sign."""
+        with_it, without, wrong = (
+            slope(self.steps, errors) for errors in (self.with_bracket, self.without_bracket, self.wrong_sign)
+        )
+        return with_it, without, wrong
 
 
-def curvature(losses: Losses, theta: Point) -> float:
-    """How much the fields change along themselves and each other: the largest of |(DX) X| / |X| and its like."""
-    own, crossed = losses.at(theta, (1.0, 0.0), (0.0, 1.0)), losses.at(theta, (0.0, 1.0), (1.0, 0.0))
-    x, y = norm(own.x), norm(own.y)
-    return max(norm(own.dx_u) / x, norm(own.dy_w) / y, norm(crossed.dx_u) / y, norm(crossed.dy_w) / x)
+def convergence(losses: Losses, theta: Point, curvature: float) -> Convergence:
+    """The Convergence at a point; the steps are small relative to the curvature there, each half of the one before.
+
+    Where the integrator's error is not negligible the series begins with half the step, a few times at most: a kink of
+    ReLU may lie on the way, and Theorem 2 is about smooth losses. What is looked at is the integrator alone, never how
+    far the flow is from the steps.
+    """
+    largest = LARGEST_STEP / curvature
+    error = _integration_error(losses, theta, largest)
+    for _ in range(MOST_RESTARTS):
+        if error <= NEGLIGIBLE:
+            break
+        largest /= 2
+        error = _integration_error(losses, theta, largest)
+    steps = tuple(largest / 2**i for i in range(HALVINGS + 1))
+    real = [two_steps(losses, theta, h, h) for h in steps]
+
+    def errors(bracket: float) -> tuple[float, ...]:
+        flows = (flow(modified_field(losses, h, h, bracket), theta) for h in steps)
+        return tuple(_distance(found, there) for found, there in zip(flows, real, strict=True))
+
+    error = max(error, _integration_error(losses, theta, steps[-1]))
+    return Convergence(steps, errors(1.0), errors(0.0), errors(-1.0), error)
 
 
-def step_sizes(scale: float) -> tuple[float, ...]:
-    """The series of steps for fields of this curvature, each half of the one before."""
-    return tuple(LARGEST_STEP / scale / 2**i for i in range(HALVINGS + 1))
+def _integration_error(losses: Losses, theta: Point, h: float) -> float:
+    """How far the flow moves with twice as many substeps, as a part of its distance from two real steps."""
+    field = modified_field(losses, h, h)
+    once, twice = flow(field, theta), flow(field, theta, 2 * SUBSTEPS)
+    distance = _distance(twice, two_steps(losses, theta, h, h))
+    return _distance(once, twice) / distance if distance else math.inf
+
+
+def _distance(one: Point, other: Point) -> float:
+    return norm(combined((1.0, one), (-1.0, other)))
 
 
 def slope(steps: Sequence[float], errors: Sequence[float]) -> float:

@@ -22,30 +22,18 @@ import numpy.typing as npt
 from fusectl.archs.table import stack_of
 from fusectl.builder import Options
 from fusectl.errors import Incompatible, NotEnoughSpace, UsageError
+from fusectl.layout import slices
 from fusectl.ligo.learn import Data
 from fusectl.memory import available_bytes
 from fusectl.parallel import Progress, Silent
-from fusectl.record import Fill
 from fusectl.sources import Opened
 from fusectl.surgery import open_sources, shared_differ
-from fusectl.theory.field import (
-    HALVINGS,
-    SUBSTEPS,
-    Local,
-    Losses,
-    combined,
-    flow,
-    modified_field,
-    norm,
-    slope,
-    step_sizes,
-    two_steps,
-)
+from fusectl.theory.field import Convergence, Derivatives, Losses, convergence, derivatives, norm
 from fusectl.theory.space import NORM_PROPERTY, Space
-from fusectl.theory.symmetry import Symmetry, exchanged, of_checkpoint, of_fusion
+from fusectl.theory.symmetry import Symmetry, of_checkpoint, of_fusion, symmetry_of
 from fusectl.tokens import DEFAULT_BATCH, DEFAULT_LENGTH, Tokens, random_tokens
 from fusectl.training import batch_of
-from fusectl.transforms.grow import check_fill, line_up, noisy
+from fusectl.transforms.grow import check_fill, line_up
 
 
 Array = npt.NDArray[Any]
@@ -56,10 +44,6 @@ DATA_BATCH, DATA_LENGTH = 8, 64
 TOLERANCE_EPSILONS = 4096
 # Points that a step of the flow holds beside what the program does.
 POINTS_HELD = 8
-# The integrator's error, as a part of what is measured, that is negligible; and how often the series may start anew
-# with steps of half the size until it is.
-NEGLIGIBLE = 1e-3
-MOST_RESTARTS = 8
 
 
 @dataclass(frozen=True)
@@ -78,9 +62,7 @@ class Batch:
         if self.data is None:
             rows, length = self.rows or DEFAULT_BATCH, self.length or DEFAULT_LENGTH
             return random_tokens(source.tree.sizes["vocab"], rows, length, self.seed)
-        data = Data(
-            self.data, self.rows or DATA_BATCH, self.length or DATA_LENGTH, self.target_length, self.sentinel
-        )
+        data = Data(self.data, self.rows or DATA_BATCH, self.length or DATA_LENGTH, self.target_length, self.sentinel)
         return next(data.examples(source.tree, self.seed).batches())
 
 
@@ -116,7 +98,7 @@ class Lemmas:
 
 @dataclass(frozen=True)
 class LayerNorms:
-    """The norm of the bracket in a layer, or in a module outside of them: on the copied parameters, and on the zeros."""
+    """The bracket's norm in a layer, or in a module outside of them: on the copied parameters, and in the zeros."""
 
     layer: str
     copies: float
@@ -136,30 +118,6 @@ class ModifiedLoss:
 
 
 @dataclass(frozen=True)
-class Convergence:
-    """How far the flow of Theorem 2 is from two real steps, for a series of steps h_S = h_B: with the bracket, without
-    it, and with its sign turned.
-
-    `integration_error` is what the integrator adds to the first of these, as a part of it.
-    """
-
-    curvature: float
-    steps: tuple[float, ...]
-    with_bracket: tuple[float, ...]
-    without_bracket: tuple[float, ...]
-    wrong_sign: tuple[float, ...]
-    integration_error: float
-
-    @property
-    def slopes(self) -> tuple[float, float, float]:
-        """Of log error over log h: with the bracket, without it, with the wrong sign."""
-        with_it, without, wrong = (
-            slope(self.steps, errors) for errors in (self.with_bracket, self.without_bracket, self.wrong_sign)
-        )
-        return with_it, without, wrong
-
-
-@dataclass(frozen=True)
 class Theory:
     """What the theory says of a fusion, and how far it is true."""
 
@@ -174,6 +132,8 @@ class Theory:
     big_loss: float
     small_gradients: tuple[float, ...]
     big_gradient: float
+    # How much the gradients change along themselves and each other, per unit of length.
+    curvature: float
     lemmas: Lemmas | None
     layers: tuple[LayerNorms, ...]
     # |P b - b| / |b| of the bracket b; None where sources have different widths.
@@ -212,6 +172,7 @@ class Theory:
             "parameters": self.parameters,
             "loss": {"small": self.small_loss, "big": self.big_loss},
             "gradient_norm": {"small": list(self.small_gradients), "big": self.big_gradient},
+            "curvature": self.curvature,
             "lemma1": lemma1,
             "lemma2": lemma2,
             "lemma3": lemma3,
@@ -289,21 +250,20 @@ def _require_memory(losses: Losses, space: Space, budget_bytes: int | None) -> N
 
 def _measured(space: Space, losses: Losses, point: Any, note: Callable[[str], None] | None) -> Theory:
     """All but the symmetry; without a `note` no series of steps."""
-    # u and w are the fields themselves, then each other's.
-    own, crossed = losses.at(point, (1.0, 0.0), (0.0, 1.0)), losses.at(point, (0.0, 1.0), (1.0, 0.0))
-    small_loss, big_loss, small, big = *map(float, (own.small_loss, own.big_loss)), norm(own.x), norm(own.y)
-    if not all(map(math.isfinite, (small_loss, big_loss, small, big))):
+    found = derivatives(losses, point)
+    small, big = norm(found.x), norm(found.y)
+    if not all(map(math.isfinite, (found.small_loss, found.big_loss, small, big))):
         raise Incompatible(
             "a loss that is no number",
-            details=(f"small models {small_loss:g}, fused {big_loss:g}; their gradients {small:g} and {big:g}",),
+            details=(f"small models {found.small_loss:g}, fused {found.big_loss:g}; gradients {small:g} and {big:g}",),
         )
     if not (small and big):
         raise Incompatible("a gradient of zero on this batch: nothing of the theory shows", hint="other --data")
-    bracket = space.split(np.asarray(crossed.dy_w - crossed.dx_u))
-    series, first = None, None
+    bracket = space.split(np.asarray(found.bracket))
+    series = None
     if note is not None:
-        series = _series(losses, point, _curvature(own, crossed), note)
-        first = _modified_loss(space, own, series.steps[0])
+        note("two steps, and the flow, for a series of step sizes")
+        series = convergence(losses, point, found.curvature)
     return Theory(
         sources=tuple(source.label for source in space.sources),
         norm=space.norm,
@@ -311,62 +271,57 @@ def _measured(space: Space, losses: Losses, point: Any, note: Callable[[str], No
         precision=space.dtype,
         tokens="",
         parameters=space.size,
-        small_loss=small_loss / space.fusion.copies,
-        big_loss=big_loss,
-        small_gradients=_gradients(space, own),
+        small_loss=found.small_loss / space.fusion.copies,
+        big_loss=found.big_loss,
+        small_gradients=_gradients(space, found),
         big_gradient=big,
-        lemmas=_lemmas(space, own, crossed, bracket) if space.self_fused else None,
+        curvature=found.curvature,
+        lemmas=_lemmas(space, found, bracket) if space.self_fused else None,
         layers=tuple(_by_layer(space, bracket)),
-        bracket_defect=_bracket_defect(space, bracket) if space.alike else None,
-        modified_loss=first,
+        bracket_defect=_defect(space, bracket) if space.alike else None,
+        modified_loss=None if series is None else _modified_loss(space, found, series.steps[0]),
         convergence=series,
         symmetry=None,
         notes=(),
     )
 
 
-def _gradients(space: Space, own: Local) -> tuple[float, ...]:
-    """The norm of each small model's gradient; of what all of them share each has its part."""
-    found = []
-    x = space.split(np.asarray(own.x))
-    for source in range(space.fusion.copies):
-        square = 0.0
-        for name, values in x.items():
-            regions = space.own(name)
-            shared = len(regions) < space.fusion.copies
-            part = values / space.fusion.copies if shared else values[_at(regions[source])]
-            square += float(np.vdot(part, part))
-        found.append(math.sqrt(square))
-    return tuple(found)
+def _gradients(space: Space, found: Derivatives) -> tuple[float, ...]:
+    """The norm of each small model's gradient; of what all of them share each has an equal part."""
+    squares = [0.0] * space.fusion.copies
+    for name, values in space.split(np.asarray(found.x)).items():
+        regions = space.own(name)
+        shared = len(regions) < len(squares)
+        for i in range(len(squares)):
+            part = values / len(squares) if shared else values[slices(regions[i])]
+            squares[i] += float(np.vdot(part, part))
+    return tuple(map(math.sqrt, squares))
 
 
-def _at(region: Sequence[range]) -> tuple[slice, ...]:
-    return tuple(slice(r.start, r.stop) for r in region)
-
-
-def _lemmas(space: Space, own: Local, crossed: Local, bracket: Mapping[str, Array]) -> Lemmas:
+def _lemmas(space: Space, found: Derivatives, bracket: Mapping[str, Array]) -> Lemmas:
     """The lemmas' errors, for copies of one model."""
     copies = space.fusion.copies
-    x, y, dx_x, dy_x = (space.split(np.asarray(each)) for each in (own.x, own.y, own.dx_u, crossed.dy_w))
-    worst = dict.fromkeys(("copies", "zeros", "bracket", "closed"), Lemma(0.0, ""))
+    x, y, dx_x, dy_x = (space.split(np.asarray(each)) for each in (found.x, found.y, found.dx_x, found.dy_x))
+    worst = [Lemma(0.0, "")] * 4
 
-    def compare(what: str, name: str, found: Array, expected: Array, of: Array) -> None:
-        off, largest = float(np.abs(found - expected).max(initial=0.0)), float(np.abs(of).max(initial=0.0))
-        error = off / largest if largest else math.inf if off else 0.0
-        if error > worst[what].error:
-            worst[what] = Lemma(error, name)
+    def compare(which: int, name: str, off: Array, expected: Array) -> None:
+        furthest, largest = float(np.abs(off).max(initial=0.0)), float(np.abs(expected).max(initial=0.0))
+        error = furthest / largest if largest else math.inf if furthest else 0.0
+        if error > worst[which].error:
+            worst[which] = Lemma(error, name)
 
     for name in space.layouts:
-        regions = [_at(region) for region in space.own(name)]
-        for at in regions:
-            compare("copies", name, y[name][at], x[name][at] / copies, x[name][at] / copies)
-            compare("bracket", name, bracket[name][at], np.zeros(1), dy_x[name][at])
-        for at in map(_at, space.zeros(name)):
-            gradient, closed = x[name][regions[0]] / copies, dx_x[name][regions[0]] / copies
-            compare("zeros", name, y[name][at], gradient, gradient)
-            compare("closed", name, bracket[name][at], closed, closed)
+        own = [slices(region) for region in space.own(name)]
+        gradient, closed = x[name][own[0]] / copies, dx_x[name][own[0]] / copies
+        for at in own:
+            compare(0, name, y[name][at] - gradient, gradient)
+            compare(2, name, bracket[name][at], dy_x[name][at])
+        for at in map(slices, space.zeros(name)):
+            compare(1, name, y[name][at] - gradient, gradient)
+            compare(3, name, bracket[name][at] - closed, closed)
+    copied, zeros, bracket_of_copies, bracket_of_zeros = worst
     tolerance = TOLERANCE_EPSILONS * float(np.finfo(space.dtype).eps)
-    return Lemmas(worst["copies"], worst["zeros"], worst["bracket"], worst["closed"], tolerance)
+    return Lemmas(copied, zeros, bracket_of_copies, bracket_of_zeros, tolerance)
 
 
 def _by_layer(space: Space, bracket: Mapping[str, Array]) -> list[LayerNorms]:
@@ -377,100 +332,55 @@ def _by_layer(space: Space, bracket: Mapping[str, Array]) -> list[LayerNorms]:
         row = tree.rows[name]
         zeros = values.copy()
         for region in space.own(name):
-            zeros[_at(region)] = 0.0
-        parts = [(values - zeros, zeros)]
-        labels = [name.rsplit("/", 1)[0]]
+            zeros[slices(region)] = 0.0
+        parts, labels = [(values - zeros, zeros)], [name.rsplit("/", 1)[0]]
         if row.is_of_layers(name):
             labels = [f"{stack_of(name)}/layers_{i}" for i in tree.layers_of(name)]
         if "layers" in row.spec.axes:
             axis = row.spec.axes.index("layers")
             parts = list(zip(*(np.moveaxis(part, axis, 0) for part in parts[0]), strict=True))
-        for label, (own, between) in zip(labels, parts, strict=True):
-            both = squares.setdefault(label, [0.0, 0.0])
-            both[0] += float(np.vdot(own, own))
-            both[1] += float(np.vdot(between, between))
+        for label, pair in zip(labels, parts, strict=True):
+            sums = squares.setdefault(label, [0.0, 0.0])
+            for i, part in enumerate(pair):
+                sums[i] += float(np.vdot(part, part))
     in_order = [f"{stack}/layers_{i}" for stack, depth in tree.depths.items() for i in range(depth)]
     outside = [label for label in squares if label not in in_order]
     return [LayerNorms(label, *map(math.sqrt, squares[label])) for label in (*outside, *in_order)]
 
 
-def _bracket_defect(space: Space, bracket: Mapping[str, Array]) -> float | None:
-    off = own = 0.0
-    for name, values in bracket.items():
-        moved = exchanged(values, space.layouts[name].axes, space.fusion.widths) - values
-        off, own = off + float(np.vdot(moved, moved)), own + float(np.vdot(values, values))
-    return math.sqrt(off / own) if own else None
+def _defect(space: Space, tensors: Mapping[str, Array]) -> float:
+    each = ((name, space.layouts[name].axes, values) for name, values in tensors.items())
+    return symmetry_of(each, space.fusion.widths, "").defect
 
 
-def _curvature(own: Local, crossed: Local) -> float:
-    """How much the fields change along themselves and along each other, relative to their own size."""
-    x, y = norm(own.x), norm(own.y)
-    return max(norm(own.dx_u) / x, norm(own.dy_w) / y, norm(crossed.dx_u) / y, norm(crossed.dy_w) / x)
-
-
-def _modified_loss(space: Space, own: Local, h: float) -> ModifiedLoss:
-    copies, total, big_loss = space.fusion.copies, float(own.small_loss), float(own.big_loss)
-    small, big = norm(own.x) ** 2, norm(own.y) ** 2
-    value = h * total + h * big_loss + h**2 / 4 * (small + big)
-    bound = (h + h / copies) * total + h**2 / 4 * (small + big)
+def _modified_loss(space: Space, found: Derivatives, h: float) -> ModifiedLoss:
+    copies = space.fusion.copies
+    small, big = norm(found.x) ** 2, norm(found.y) ** 2
+    bound = (h + h / copies) * found.small_loss + h**2 / 4 * (small + big)
     of_small_model = None
     if space.self_fused:
-        loss = total / copies
-        of_small_model = (copies * h + h) * loss + h**2 / 4 * (small + _big_square(space, own))
-    return ModifiedLoss(h, value, bound, of_small_model)
+        squares = small + _big_square(space, found)
+        of_small_model = (copies * h + h) * found.small_loss / copies + h**2 / 4 * squares
+    return ModifiedLoss(h, found.modified_loss(h, h), bound, of_small_model)
 
 
-def _big_square(space: Space, own: Local) -> float:
+def _big_square(space: Space, found: Derivatives) -> float:
     """|grad L_B|^2 of copies by Lemmas 1 and 2: |grad_W L|^2 + 1/K |grad_v L|^2, kernels with zero blocks being W."""
-    copies, square = space.fusion.copies, 0.0
-    for name, values in space.split(np.asarray(own.x)).items():
-        regions = space.own(name)
-        gradient = values[_at(regions[0])]
-        size = float(np.vdot(gradient, gradient)) / copies**2
-        blocks = copies**2 if noisy(space.fusion, space.tree.rows[name]) else len(regions)
-        square += blocks * size
+    square = 0.0
+    for name, values in space.split(np.asarray(found.x)).items():
+        own, zeros = space.own(name), space.zeros(name)
+        gradient = values[slices(own[0])] / space.fusion.copies
+        square += (len(own) + len(zeros)) * float(np.vdot(gradient, gradient))
     return square
 
 
-def _series(losses: Losses, point: Any, curvature: float, note: Callable[[str], None]) -> Convergence:
-    """The errors of the flow for a series of steps, which begins where the integrator's own error is negligible."""
-    scale = curvature
-    for attempt in range(MOST_RESTARTS + 1):
-        steps = step_sizes(scale)
-        largest = _integration_error(losses, point, steps[0])
-        if largest <= NEGLIGIBLE or attempt == MOST_RESTARTS:
-            break
-        # A kink of relu lies on the way, say; on a shorter one there are fewer.
-        scale *= 2
-    note(f"{HALVINGS + 1} steps from {steps[0]:.3g} down to {steps[-1]:.3g}")
-    errors: dict[float, list[float]] = {1.0: [], 0.0: [], -1.0: []}
-    for h in steps:
-        real = two_steps(losses, point, h, h)
-        for bracket, found in errors.items():
-            found.append(_distance(flow(modified_field(losses, h, h, bracket), point), real))
-    worst = max(largest, _integration_error(losses, point, steps[-1]))
-    return Convergence(curvature, steps, *(tuple(found) for found in errors.values()), worst)
-
-
-def _integration_error(losses: Losses, point: Any, h: float) -> float:
-    """How far the flow moves with twice as many substeps, as a part of its distance from two real steps."""
-    field, real = modified_field(losses, h, h), two_steps(losses, point, h, h)
-    once, twice = flow(field, point), flow(field, point, 2 * SUBSTEPS)
-    distance = _distance(twice, real)
-    return _distance(once, twice) / distance if distance else math.inf
-
-
-def _distance(one: Any, other: Any) -> float:
-    return norm(combined((1.0, one), (-1.0, other)))
-
-
 def _notes(space: Space, symmetry: Symmetry | None) -> list[str]:
-    notes = []
+    network, notes = space.fusion.tree.network, []
     if not space.self_fused:
-        notes.append("different models: the lemmas are about copies of one; the bracket has both parts")
+        notes.append("different models: the lemmas are about copies of one; the bracket has two parts, see its norms")
     if space.norm != NORM_PROPERTY and not space.self_fused:
         notes.append("with one norm over all sources the fused model is not their mean: Theorem 1's bound may fail")
-    if space.fusion.tree.network.logits_soft_cap is not None and not space.self_fused:
+    if network.logits_soft_cap is not None and not space.self_fused:
         notes.append("the logits are capped behind their mean: Theorem 1's bound may fail")
     if symmetry is None:
         notes.append("sources of different widths cannot be exchanged: no symmetry to measure")

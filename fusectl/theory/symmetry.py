@@ -145,4 +145,4 @@ def _filled(layout: Layout, name: str, sources: Sequence[Opened], fill: Fill) ->
 def _deviations(kernel: Array, stacked_axis: int | None) -> Array:
     """The standard deviation of a kernel, or of each of those that are stacked along an axis."""
     over = tuple(axis for axis in range(kernel.ndim) if axis != stacked_axis)
-    return np.std(kernel, axis=over, keepdims=True)
+    return np.asarray(np.std(kernel, axis=over, keepdims=True))
