@@ -27,11 +27,11 @@ Point = Any
 Loss = Callable[[Point], Any]
 Field = Callable[[Point], Point]
 
-# Of the step sizes, relative to the curvature: the largest one, and how often it is halved.
+# The largest step of a series, for a curvature of one, and how often it is halved.
 LARGEST_STEP = 2.0**-8
-HALVINGS = 4
+HALVINGS = 3
 # Of a flow; twice as many lead to the same place if its integration error is negligible.
-SUBSTEPS = 2
+SUBSTEPS = 1
 # As a part of what is measured with the flow; and how often a series begins anew, with steps of half the size, for it.
 NEGLIGIBLE = 1e-3
 MOST_RESTARTS = 8
@@ -197,14 +197,13 @@ class Convergence:
         return with_it, without, wrong
 
 
-def convergence(losses: Losses, theta: Point, curvature: float) -> Convergence:
-    """The Convergence at a point; the steps are small relative to the curvature there, each half of the one before.
+def convergence(losses: Losses, theta: Point, largest: float) -> Convergence:
+    """The Convergence at a point, for steps from the largest one on, each half of the one before.
 
     Where the integrator's error is not negligible the series begins with half the step, a few times at most: a kink of
     ReLU may lie on the way, and Theorem 2 is about smooth losses. What is looked at is the integrator alone, never how
     far the flow is from the steps.
     """
-    largest = LARGEST_STEP / curvature
     error = _integration_error(losses, theta, largest)
     for _ in range(MOST_RESTARTS):
         if error <= NEGLIGIBLE:

@@ -22,13 +22,14 @@ import numpy.typing as npt
 from fusectl.archs.table import stack_of
 from fusectl.builder import Options
 from fusectl.errors import Incompatible, NotEnoughSpace, UsageError
+from fusectl.formats import open_checkpoint
 from fusectl.layout import slices
 from fusectl.ligo.learn import Data
 from fusectl.memory import available_bytes
 from fusectl.parallel import Progress, Silent
 from fusectl.sources import Opened
 from fusectl.surgery import open_sources, shared_differ
-from fusectl.theory.field import Convergence, Derivatives, Losses, convergence, derivatives, norm
+from fusectl.theory.field import LARGEST_STEP, Convergence, Derivatives, Losses, convergence, derivatives, norm
 from fusectl.theory.space import NORM_PROPERTY, Space
 from fusectl.theory.symmetry import Symmetry, of_checkpoint, of_fusion, symmetry_of
 from fusectl.tokens import DEFAULT_BATCH, DEFAULT_LENGTH, Tokens, random_tokens
@@ -138,7 +139,7 @@ class Theory:
     layers: tuple[LayerNorms, ...]
     # |P b - b| / |b| of the bracket b; None where sources have different widths.
     bracket_defect: float | None
-    modified_loss: ModifiedLoss | None
+    modified_loss: ModifiedLoss
     convergence: Convergence | None
     symmetry: Symmetry | None
     notes: tuple[str, ...]
@@ -186,10 +187,32 @@ class Theory:
             "slope_without_bracket": slopes[1],
             "slope_wrong_sign": slopes[2],
             "convergence": None if self.convergence is None else asdict(self.convergence),
-            "modified_loss": None if self.modified_loss is None else asdict(self.modified_loss),
+            "modified_loss": asdict(self.modified_loss),
             **({"symmetry_defect": None} if self.symmetry is None else self.symmetry.as_json()),
             "notes": list(self.notes),
         }
+
+
+def paths_of(sources: Sequence[str], copies: int | None) -> list[str]:
+    """The checkpoints that are to be fused: different ones, or so many copies of a single one.
+
+    Raises UsageError where that makes no fusion.
+    """
+    if len(sources) > 1:
+        if copies is not None:
+            raise UsageError(f"--copies {copies}: of one checkpoint, not of {len(sources)}")
+        return list(sources)
+    if copies is None:
+        raise UsageError("a fusion takes two checkpoints, or copies of one", hint="--copies 2")
+    if copies < 2:
+        raise UsageError(f"--copies {copies}: fusing takes two or more")
+    return [*sources] * copies
+
+
+def is_fusion(path: str) -> bool:
+    """Whether a checkpoint has a record that says that it is a fusion."""
+    record = open_checkpoint(path).record
+    return record is not None and record.fused
 
 
 def theory(
@@ -205,11 +228,9 @@ def theory(
 
     `options` says the fill, the norm and how checkpoints are recognised; the fill is what the symmetry is measured
     with, all else is about zeros. The budget is half of the free memory if it is None. In float32 (not `x64`) there are
-    no slopes: they would be of rounding. Raises UsageError for fewer than two, Incompatible for sources that do not fit
-    together or a loss that is no number, Corrupt for a NaN or Inf, NotEnoughSpace before anything is computed.
+    no slopes: they would be of rounding. Raises Incompatible for sources that do not fit together and for a loss that
+    is no number, Corrupt for a NaN or Inf, NotEnoughSpace before anything is computed.
     """
-    if len(paths) < 2:
-        raise UsageError(f"a fusion of {len(paths)}: it takes two or more", hint="--copies 2")
     opened = open_sources(paths, options)
     fusion = line_up([each.tree for each in opened], (1 / len(opened),) * len(opened), [o.label for o in opened])
     shared_differ(opened, fusion, options)
@@ -260,10 +281,11 @@ def _measured(space: Space, losses: Losses, point: Any, note: Callable[[str], No
     if not (small and big):
         raise Incompatible("a gradient of zero on this batch: nothing of the theory shows", hint="other --data")
     bracket = space.split(np.asarray(found.bracket))
-    series = None
+    series, largest = None, LARGEST_STEP / found.curvature
     if note is not None:
         note("two steps, and the flow, for a series of step sizes")
-        series = convergence(losses, point, found.curvature)
+        series = convergence(losses, point, largest)
+        largest = series.steps[0]
     return Theory(
         sources=tuple(source.label for source in space.sources),
         norm=space.norm,
@@ -279,7 +301,9 @@ def _measured(space: Space, losses: Losses, point: Any, note: Callable[[str], No
         lemmas=_lemmas(space, found, bracket) if space.self_fused else None,
         layers=tuple(_by_layer(space, bracket)),
         bracket_defect=_defect(space, bracket) if space.alike else None,
-        modified_loss=None if series is None else _modified_loss(space, found, series.steps[0]),
+        modified_loss=_modified_loss(
+            space, found, LARGEST_STEP / found.curvature if series is None else series.steps[0]
+        ),
         convergence=series,
         symmetry=None,
         notes=(),
