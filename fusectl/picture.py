@@ -1,4 +1,4 @@
-"""Pictures for people and papers: which formats there are, a grown tensor's heat map, and when to fuse."""
+"""Pictures for people and papers: which formats there are, heat maps of grown tensors, when to fuse, the theory."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ from fusectl.when import Advice
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    # It imports JAX.
+    from fusectl.theory.fusion import Theory
 
 # What matplotlib draws by itself.
 PICTURES = (".png", ".svg", ".pdf", ".jpg")
@@ -196,3 +199,40 @@ def _draw_ratios(axes: Any, found: HeatMap) -> None:
     axes.set_xlabel("step", fontsize=8)
     axes.set_ylabel("rms of zero blocks / of sources", fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw_theory(found: Theory, file: Path) -> None:
+    """Draws how far the modified flow is from two real steps for each step size, and the bracket's norm in every layer.
+
+    The file's suffix chooses the format; see require_picture. Raises StorageError where it cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    rows = len(found.layers)
+    figure = Figure(figsize=(12.0, max(4.5, 0.22 * rows + 1.5)), layout="constrained")
+    errors, layers = figure.subplots(1, 2)
+    series = found.convergence
+    if series is None:
+        errors.set_axis_off()
+        errors.text(0.5, 0.5, "no series of steps in float32", ha="center")
+    else:
+        shown = (series.with_bracket, series.without_bracket, series.wrong_sign)
+        names = ("with the bracket", "without it", "with its sign turned")
+        for name, each, slope, marker in zip(names, shown, series.slopes, ("o", "s", "^"), strict=True):
+            errors.loglog(series.steps, each, marker=marker, markersize=4, label=f"{name}: slope {slope:.2f}")
+        errors.set(xlabel="step size, of both models", ylabel="|modified flow - two gradient steps|")
+        errors.legend(fontsize=8)
+    places = np.arange(rows)
+    for i, (name, norms) in enumerate(
+        (("copied parameters", [x.copies for x in found.layers]), ("zero blocks", [x.zeros for x in found.layers]))
+    ):
+        layers.barh(places + 0.4 * i - 0.2, norms, height=0.4, label=name, color=f"C{3 + i}")
+    layers.set_yticks(places, [layer.layer for layer in found.layers], fontsize=7)
+    layers.invert_yaxis()
+    layers.set_xlabel("norm of the Lie bracket")
+    layers.legend(fontsize=8)
+    for axes in (errors, layers):
+        axes.tick_params(labelsize=7)
+        axes.spines[["top", "right"]].set_visible(False)
+    with storage_errors(file):
+        figure.savefig(file, dpi=150)

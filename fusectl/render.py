@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from fusectl.reproduce import Reproduced
     from fusectl.restart import Restart
     from fusectl.routes import Route
+    from fusectl.theory.fusion import Lemma, Theory
+    from fusectl.theory.symmetry import Symmetry
     from fusectl.verify import Report
     from fusectl.when import Advice, Fit
 
@@ -226,6 +228,22 @@ class Screen:
             self.note(note)
         if not self._json:
             _print_advice(self._console(sys.stdout), found)
+
+    def theory(self, found: Theory) -> None:
+        """Prints what the theory says of a fusion, and how far it is true."""
+        self._result = found.as_json()
+        for note in found.notes:
+            self.note(note)
+        if not self._json:
+            _print_theory(self._console(sys.stdout), found)
+
+    def symmetry(self, found: Symmetry) -> None:
+        """Prints how far the copies in a model are from being exchangeable, and in which tensors most."""
+        self._result = {**found.as_json(), "notes": list(found.notes)}
+        for note in found.notes:
+            self.note(note)
+        if not self._json:
+            _print_symmetry(self._console(sys.stdout), found)
 
     def demo(self, rows: Sequence[DemoRow]) -> None:
         """Prints the demo's table."""
@@ -667,6 +685,88 @@ def _print_demo(console: Console, rows: Sequence[DemoRow]) -> None:
             f"{row.seconds:.1f}",
         )
     console.print(table)
+
+
+def _print_theory(console: Console, found: Theory) -> None:
+    from rich.table import Table
+
+    copies, series, first = len(found.sources), found.convergence, found.modified_loss
+    sources = f"{found.sources[0]}, {copies} times" if found.self_fused else ", ".join(found.sources)
+    norm = "a norm per source" if found.norm == "property" else "one norm"
+    gradients = " and ".join(f"{each:.4g}" for each in dict.fromkeys(found.small_gradients))
+    facts = [
+        ("fusion", f"{sources}; {norm}, {found.parameters:,} parameters, {found.precision}"),
+        ("tokens", found.tokens),
+        ("loss", f"{found.small_loss:.6g} of the small models in the mean, {found.big_loss:.6g} fused"),
+        ("gradient", f"norm {gradients} of the small models, {found.big_gradient:.4g} fused"),
+    ]
+    if found.lemmas is not None:
+        held, tolerance = found.lemmas, found.lemmas.tolerance
+        facts += [
+            ("lemma 1", _lemma(held.gradient_of_copies, tolerance, "on a copy the gradient is 1/K of the small one's")),
+            ("lemma 2", _lemma(held.gradient_of_zeros, tolerance, "and the same in every zero block beside it")),
+            ("lemma 3", _lemma(held.bracket_of_copies, tolerance, "the bracket is zero on the copies")),
+            ("", _lemma(held.bracket_of_zeros, tolerance, "and 1/K of H grad L in every zero block")),
+        ]
+    bound = "=" if found.self_fused else "<=" if first.value <= first.bound else ">"
+    small = "" if first.of_small_model is None else f"; {first.of_small_model:.9g} from the small model alone"
+    parts = f"{found.bracket_of_copies:.4g} on the copies, {found.bracket_of_zeros:.4g} in the zero blocks"
+    facts += [
+        (
+            "theorem 1",
+            f"at h {first.h:.3g}: modified loss {first.value:.9g} {bound} {first.bound:.9g}, its bound{small}",
+        ),
+        ("bracket", f"norm {found.bracket_norm:.4g}: {parts}"),
+    ]
+    if found.bracket_defect is not None and found.self_fused:
+        same = f"it respects the copies' symmetry (its own defect: {found.bracket_defect:.1e})"
+        facts.append(("", f"{same}, so it is no measure of capacity gained; the symmetry defect is"))
+    if found.symmetry is not None:
+        facts.append(("symmetry", f"defect {found.symmetry.defect:.4g} of {found.symmetry.says}"))
+    _print_facts(console, facts)
+    console.print()
+    layers = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    for heading in ("bracket in", "copied parameters", "zero blocks"):
+        layers.add_column(heading, justify="left" if heading == "bracket in" else "right")
+    for layer in found.layers:
+        layers.add_row(layer.layer, f"{layer.copies:.3g}", f"{layer.zeros:.3g}")
+    console.print(layers)
+    console.print()
+    if series is None:
+        console.print("theorem 2: no series of steps in float32, whose rounding is all that would show", soft_wrap=True)
+        return
+    errors = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    for heading in ("step h", "flow - two steps", "without bracket", "wrong sign"):
+        errors.add_column(heading, justify="right")
+    for row in zip(series.steps, series.with_bracket, series.without_bracket, series.wrong_sign, strict=True):
+        errors.add_row(*(f"{number:.3e}" for number in row))
+    errors.add_row("slope", *(f"{slope:.3f}" for slope in series.slopes))
+    console.print(errors)
+    part = f"{series.integration_error:.0e} of what is measured"
+    console.print(f"theorem 2: slopes 3, 2 and 2 are expected; the integrator adds {part}", soft_wrap=True)
+
+
+def _lemma(found: Lemma, tolerance: float, says: str) -> str:
+    held = "holds" if found.error <= tolerance else "DOES NOT HOLD"
+    worst = f", worst in {found.tensor}" if found.tensor else ""
+    return f"{held}: {says}; off by {found.error:.1e} of the tensor's largest entry at most{worst}"
+
+
+# Of the tensors of a model, those that are listed.
+MOST_TENSORS = 20
+
+
+def _print_symmetry(console: Console, found: Symmetry) -> None:
+    facts = [
+        ("model", f"{found.says}, {found.copies} copies"),
+        ("symmetry", f"defect |P theta - theta| / |theta| {found.defect:.4g}"),
+    ]
+    _print_facts(console, facts)
+    console.print()
+    worst = sorted(found.tensors.items(), key=lambda pair: -pair[1])
+    _print_columns(console, [("tensor", "defect"), *((name, f"{each:.4g}") for name, each in worst[:MOST_TENSORS])])
+    if len(worst) > MOST_TENSORS:
+        console.print(f"... and {len(worst) - MOST_TENSORS} more, none larger; --json lists them", soft_wrap=True)
 
 
 def _shape(shape: Sequence[int]) -> str:

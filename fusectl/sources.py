@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy.typing as npt
 
 from fusectl.archs import Recognized, configured, recognize
 from fusectl.archs.config import Config
@@ -13,7 +16,7 @@ from fusectl.archs.userfile import parse_family
 from fusectl.errors import Corrupt, Incompatible, UsageError, counted, shorten
 from fusectl.formats import open_checkpoint
 from fusectl.formats.tree import Checkpoint, is_dropped, kept_shapes
-from fusectl.formats.zarr import is_float
+from fusectl.formats.zarr import is_float, nonfinite_at
 from fusectl.packed import unpacked
 from fusectl.record import FILE_NAME, norm_groups
 from fusectl.transforms.grow import require_widths
@@ -108,6 +111,15 @@ def ready(
         raise Incompatible(f"{checkpoint.path}: parameters that are no real numbers", details=shorten(integers))
     require_chunks(checkpoint, kept_shapes(checkpoint.shapes, drop))
     return Opened(checkpoint, tree, dropped)
+
+
+def read_finite(checkpoint: Checkpoint, tensor: str) -> npt.NDArray[Any]:
+    """The values of a tensor as they are stored; raises Corrupt for a NaN or Inf: no loss of it would be a number."""
+    values = checkpoint.read(tensor)
+    at = nonfinite_at(values)
+    if at is not None:
+        raise Corrupt(f"{checkpoint.path}: {tensor}{list(at)} is {values[at]}")
+    return values
 
 
 def with_record(tree: Recognized, checkpoint: Checkpoint) -> Recognized:

@@ -74,7 +74,7 @@ def plan_fusion(
     if len(paths) < 2:
         raise UsageError("fusing takes two checkpoints or more", hint="fusectl self-fuse CKPT --copies 2 for one")
     shares = mean_weights(weights, len(paths))
-    opened = _open_sources(paths, options)
+    opened = open_sources(paths, options)
     kv_repeats = repeats([o.tree for o in opened]) if options.expand_kv else (1,) * len(opened)
     by_place = {(o, times): expanded(o, times) for o, times in zip(opened, kv_repeats, strict=True)}
     opened = [by_place[o, times] for o, times in zip(opened, kv_repeats, strict=True)]
@@ -82,7 +82,7 @@ def plan_fusion(
     fusion = line_up([o.tree for o in opened], shares, [o.label for o in opened])
     _require_one_dtype(opened, options)
     _require_state_to_carry(opened, kv_repeats, options)
-    fusion = replace(fusion, means_shared=_shared_differ(opened, fusion, options))
+    fusion = replace(fusion, means_shared=shared_differ(opened, fusion, options))
     check_fill(fusion, options.fill)
     on_mesh = notes_on_mesh(options.mesh, first.tree, {name: fusion.fused_shape(name) for name in first.tree.shapes})
     if equalize is not None:
@@ -347,7 +347,7 @@ def _real(at: Place) -> PurePath:
     return Path(os.path.realpath(at)) if isinstance(at, Path) else PurePath(at.scheme, at.bucket, at.key)
 
 
-def _open_sources(paths: Sequence[str], options: Options) -> list[Opened]:
+def open_sources(paths: Sequence[str], options: Options) -> list[Opened]:
     """The sources, one that is named several times opened once, with the configs that tell of them."""
     configs = [read_config(path) for path in options.configs]
     if len(configs) > 1 and len(configs) != len(paths):
@@ -371,7 +371,7 @@ def _require_state_to_carry(opened: Sequence[Opened], kv_repeats: Sequence[int],
         )
 
 
-def _shared_differ(opened: Sequence[Opened], fusion: Fusion, options: Options) -> bool:
+def shared_differ(opened: Sequence[Opened], fusion: Fusion, options: Options) -> bool:
     """Whether sources differ in a tensor that does not grow, of which a fused model has one for all of them.
 
     Raises Incompatible where they do and nobody has said that the mean will do.

@@ -186,7 +186,8 @@ def scores(
     twin = twin_of(tree)
     config = twin.config_of(tree, norm_groups or (tree.sizes["embed"],), dtype)
     targets = batch["targets"]
-    logits = twin.logits(config, tree, parameters, Tokens(**batch)).astype(jnp.float32)
+    logits = twin.logits(config, tree, parameters, Tokens(**batch))
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     wanted = targets > 0
     log = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
     found = jnp.argmax(logits, axis=-1) == targets
@@ -194,9 +195,16 @@ def scores(
     return -jnp.sum(jnp.where(wanted, log, 0.0)) / count, jnp.sum(wanted & found) / count
 
 
-def loss_of(tree: Recognized, parameters: Parameters, batch: Mapping[str, Array]) -> Array:
-    """The cross-entropy of a batch, in nats for a token, without dropout."""
-    return scores(tree, parameters, batch)[0]
+def loss_of(
+    tree: Recognized,
+    parameters: Parameters,
+    batch: Mapping[str, Array],
+    *,
+    norm_groups: tuple[int, ...] = (),
+    dtype: str = "float32",
+) -> Array:
+    """The cross-entropy of a batch, as in `scores`."""
+    return scores(tree, parameters, batch, norm_groups=norm_groups, dtype=dtype)[0]
 
 
 def batch_of(tokens: Tokens) -> dict[str, Array]:

@@ -37,6 +37,7 @@ COMMANDS = [
     "inspect",
     "plot",
     "restart-config",
+    "theory",
     "when",
     "reproduce",
     "demo",

@@ -42,6 +42,7 @@ MODULES = {
     "inspect": "looking",
     "plot": "looking",
     "restart-config": "looking",
+    "theory": "experiments",
     "when": "experiments",
     "reproduce": "experiments",
     "demo": "demo",

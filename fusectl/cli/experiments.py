@@ -1,17 +1,120 @@
-"""The commands that say what growing is worth: when, reproduce."""
+"""The commands that say what growing is worth: theory, when, reproduce."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from fusectl.cli.options import Arch, Debug, Force, Json, Quiet
+from fusectl.cli.options import (
+    Arch,
+    Configs,
+    Debug,
+    Drop,
+    FillKind,
+    Force,
+    Json,
+    NoiseScale,
+    Norm,
+    Quiet,
+    fill_of,
+    parse_bytes,
+    path_of,
+)
+from fusectl.cli.process import stay_on_the_cpu
+from fusectl.errors import UsageError
 from fusectl.render import Screen
 
 
 commands = typer.Typer()
+
+
+@commands.command(
+    short_help="Measure what growth does to training.",
+    epilog="Example: fusectl theory small/checkpoint_500000 --copies 2 --data corpus.txt --plot theory.png",
+)
+def theory(
+    sources: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[CKPT [B ...]]", help="The checkpoint, or several; read from a pipe if left out."),
+    ] = None,
+    copies: Annotated[
+        int | None, typer.Option("--copies", "-k", help="Of a single checkpoint, how many stand side by side.")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Text, tokens, or module:function for the losses. [default: random tokens]"),
+    ] = None,
+    batch: Annotated[int | None, typer.Option(help="Rows of the batch. [default: 4; 8 of --data]", min=1)] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens per row. [default: 16; 64 of --data]", min=4)] = None,
+    target_length: Annotated[
+        int | None,
+        typer.Option(help="With --data: the targets' length. [default: what spans make]", min=1),
+    ] = None,
+    sentinel: Annotated[
+        int | None, typer.Option(help="With --data: the first span's token. [default: the vocabulary's]")
+    ] = None,
+    norm: Norm = "property",
+    fill: FillKind = "zeros",
+    noise_scale: NoiseScale = None,
+    seed: Annotated[
+        int, typer.Option(help="The seed of random tokens, of the order of data, and of noise.", min=0)
+    ] = 0,
+    x64: Annotated[
+        bool, typer.Option("--x64/--no-x64", help="Compute in float64, or in float32 without Theorem 2.")
+    ] = True,
+    symmetry: Annotated[
+        bool,
+        typer.Option("--symmetry", help="Only the symmetry defect of what is a fusion already, of --copies."),
+    ] = False,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw it, such as out.png; needs fusectl[plot].")
+    ] = None,
+    arch: Arch = None,
+    config: Configs = [],  # noqa: B006
+    drop: Drop = [],  # noqa: B006
+    max_memory: Annotated[
+        str | None, typer.Option(help="The most bytes that the models may take. [default: half of the free memory]")
+    ] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Measure Deep Fusion's theory on a fusion of one's own: gradients, lemmas, the Lie bracket, the modified flow.
+
+    Of a checkpoint that is a fusion by its record, how far its copies are from being exchangeable.
+    """
+    screen = Screen("theory", json=json, quiet=quiet, debug=debug)
+    with screen.errors():
+        stay_on_the_cpu()
+        from fusectl.builder import Options
+        from fusectl.theory.fusion import Batch, is_fusion, paths_of
+        from fusectl.theory.fusion import symmetry as run_symmetry
+        from fusectl.theory.fusion import theory as run_theory
+
+        if plot is not None:
+            from fusectl.picture import draw_theory, require_picture
+
+            require_picture(plot, "--plot")
+        paths = sources or [path_of(None)]
+        options = Options(fill=fill_of(fill, noise_scale, seed), arch=arch, drop=tuple(drop), norm=norm)
+        options = replace(options, configs=tuple(config))
+        if symmetry or (len(paths) == 1 and copies is None and is_fusion(paths[0])):
+            if len(paths) > 1 or plot is not None or data is not None:
+                raise UsageError("--symmetry: of one checkpoint, without --data and --plot")
+            with screen.progress() as progress:
+                screen.symmetry(run_symmetry(paths[0], options, copies, progress))
+            return
+        examples = Batch(data, batch, length, target_length, sentinel, seed)
+        budget_bytes = parse_bytes(max_memory, "--max-memory")
+        found = run_theory(
+            paths_of(paths, copies), options, examples, x64=x64, budget_bytes=budget_bytes, note=screen.note
+        )
+        screen.theory(found)
+        if plot is not None:
+            draw_theory(found, plot)
 
 
 @commands.command(

@@ -16,13 +16,13 @@ import optax
 
 from fusectl.archs import Recognized
 from fusectl.archs.table import ENCODER
-from fusectl.errors import Corrupt, UsageError
+from fusectl.errors import UsageError
 from fusectl.examples import Examples, full_target_length, read_examples
 from fusectl.formats.tree import Checkpoint
-from fusectl.formats.zarr import nonfinite_at
 from fusectl.ligo.lesson import Data, Learning
 from fusectl.ligo.network import grow
 from fusectl.ligo.operator import Operator, initial
+from fusectl.sources import read_finite
 from fusectl.tokens import Tokens
 from fusectl.training import batch_of, loss_of, mean_loss, random_parameters
 from fusectl.transforms.linear import Growing
@@ -175,11 +175,4 @@ def read_parameters(checkpoint: Checkpoint, tree: Recognized) -> dict[str, Array
 
     Raises Corrupt for a NaN or Inf: no loss of it would be a number.
     """
-    found = {}
-    for name in tree.shapes:
-        values = checkpoint.read(tree.full(name))
-        at = nonfinite_at(values)
-        if at is not None:
-            raise Corrupt(f"{checkpoint.path}: {tree.full(name)}{[int(i) for i in at]} is {values[at]}")
-        found[name] = jnp.asarray(values, jnp.float32)
-    return found
+    return {name: jnp.asarray(read_finite(checkpoint, tree.full(name)), jnp.float32) for name in tree.shapes}
