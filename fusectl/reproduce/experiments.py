@@ -12,6 +12,7 @@ from fusectl.curves import Curve as LossCurve
 from fusectl.errors import FusectlError
 from fusectl.formats import open_checkpoint
 from fusectl.papers import table as paper_table
+from fusectl.parallel import Silent
 from fusectl.reproduce.arms import (
     OTHER,
     Arm,
@@ -28,6 +29,8 @@ from fusectl.reproduce.arms import (
 from fusectl.reproduce.laboratory import Growth, Laboratory, Model, Run
 from fusectl.reproduce.report import Cell, Report, Table, comparison, spread, sweeps, verdicts
 from fusectl.reproduce.texts import TASKS
+from fusectl.sources import open_source
+from fusectl.theory.symmetry import of_checkpoint
 from fusectl.training import Recipe
 from fusectl.when import Costs, advise
 
@@ -370,14 +373,25 @@ def starts(laboratory: Laboratory) -> Report:
     found, scratch = judged(laboratory, "medium", results)
     ends = {each.arm.name: float(np.mean(each.losses)) for each in results}
     rows = tuple(
-        (each.arm.name, each.base, spread(each.losses), ends[each.arm.name] - ends["zeros"]) for each in results
+        (
+            each.arm.name,
+            each.base,
+            spread(each.losses),
+            ends[each.arm.name] - ends["zeros"],
+            spread([_defect(run) for run in each.runs]),
+        )
+        for each in results
     )
     continued = _continued(laboratory)
     return Report(
         "starts",
         "How a self-fused model starts",
         (
-            Table("By the start", ("start", "rate", "loss at its end", "difference to zeros"), rows),
+            Table(
+                "By the start",
+                ("start", "rate", "loss at its end", "difference to zeros", "symmetry defect at its end"),
+                rows,
+            ),
             comparison("Beside the baseline of the same compute", found),
         ),
         (
@@ -556,6 +570,11 @@ def _curves(scratch: Curve, found: Sequence[Judged]) -> tuple[Curve, ...]:
 
 def _more(difference: float) -> str:
     return f"{abs(difference):.4f} nats for a token {'above' if difference > 0 else 'below'}"
+
+
+def _defect(run: Run) -> float:
+    """How far the two copies in a model are from being exchangeable, of the norm of its parameters."""
+    return of_checkpoint(open_source(str(run.path)), 2, Silent()).defect
 
 
 def _ratio(run: Run, kernel: str) -> float:
