@@ -131,13 +131,22 @@ def derivatives(losses: Losses, theta: Point) -> Derivatives:
 
 def combined(*terms: tuple[Any, Point]) -> Point:
     """The linear combination of points, each with its coefficient."""
-    coefficients, points = zip(*terms, strict=True)
+    return _combined(*zip(*terms, strict=True))
+
+
+@jax.jit
+def _combined(coefficients: Sequence[Any], points: Sequence[Point]) -> Point:
     return jax.tree.map(lambda *leaves: sum(c * leaf for c, leaf in zip(coefficients, leaves, strict=True)), *points)
 
 
 def norm(point: Point) -> float:
     """The Euclidean norm of a point."""
-    return math.sqrt(sum(float(jnp.vdot(leaf, leaf)) for leaf in jax.tree.leaves(point)))
+    return math.sqrt(_square(point))
+
+
+@jax.jit
+def _square(point: Point) -> Any:
+    return sum(jnp.vdot(leaf, leaf) for leaf in jax.tree.leaves(point))
 
 
 def modified_field(losses: Losses, h_small: float, h_big: float, bracket: float = 1.0) -> Field:

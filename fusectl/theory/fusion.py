@@ -243,7 +243,7 @@ def theory(
         losses = space.losses(batch_of(tokens))
         note(f"compiling the losses of {space.size:,} parameters and their derivatives")
         _require_memory(losses, space, budget_bytes)
-        point = jax.numpy.asarray(space.start())
+        point = jax.tree.map(jax.numpy.asarray, space.start())
         found = _measured(space, losses, point, note if x64 else None)
     symmetry = of_fusion(fusion, opened, options.fill) if space.alike else None
     return replace(found, tokens=tokens.says, symmetry=symmetry, notes=(*found.notes, *_notes(space, symmetry)))
@@ -258,7 +258,7 @@ def symmetry(path: str, options: Options, copies: int | None, progress: Progress
 def _require_memory(losses: Losses, space: Space, budget_bytes: int | None) -> None:
     """Compiles the program; raises NotEnoughSpace where running it would not fit into the budget."""
     budget = available_bytes() // 2 if budget_bytes is None else budget_bytes
-    point = jax.ShapeDtypeStruct((space.size,), space.dtype)
+    point = {name: jax.ShapeDtypeStruct(layout.shape, space.dtype) for name, layout in space.layouts.items()}
     sizes = losses.program.lower(point, ((0.0, 0.0), (0.0, 0.0))).compile().memory_analysis()
     held = POINTS_HELD * space.size * np.dtype(space.dtype).itemsize
     needed = sizes.temp_size_in_bytes + sizes.argument_size_in_bytes + sizes.output_size_in_bytes + held
@@ -281,7 +281,7 @@ def _measured(space: Space, losses: Losses, point: Any, note: Callable[[str], No
         )
     if not (small and big):
         raise Incompatible("a gradient of zero on this batch: nothing of the theory shows", hint="other --data")
-    bracket = space.split(np.asarray(found.bracket))
+    bracket = _arrays(found.bracket)
     series, largest = None, LARGEST_STEP / found.curvature
     if note is not None:
         note("two steps, and the flow, for a series of step sizes")
@@ -311,10 +311,14 @@ def _measured(space: Space, losses: Losses, point: Any, note: Callable[[str], No
     )
 
 
+def _arrays(point: Mapping[str, Any]) -> dict[str, Array]:
+    return {name: np.asarray(values) for name, values in point.items()}
+
+
 def _gradients(space: Space, found: Derivatives) -> tuple[float, ...]:
     """The norm of each small model's gradient; of what all of them share each has an equal part."""
     squares = [0.0] * space.fusion.copies
-    for name, values in space.split(np.asarray(found.x)).items():
+    for name, values in _arrays(found.x).items():
         regions = space.own(name)
         shared = len(regions) < len(squares)
         for i in range(len(squares)):
@@ -326,7 +330,7 @@ def _gradients(space: Space, found: Derivatives) -> tuple[float, ...]:
 def _lemmas(space: Space, found: Derivatives, bracket: Mapping[str, Array]) -> Lemmas:
     """The lemmas' errors, for copies of one model."""
     copies = space.fusion.copies
-    x, y, dx_x, dy_x = (space.split(np.asarray(each)) for each in (found.x, found.y, found.dx_x, found.dy_x))
+    x, y, dx_x, dy_x = (_arrays(each) for each in (found.x, found.y, found.dx_x, found.dy_x))
     worst = [Lemma(0.0, "")] * 4
 
     def compare(which: int, name: str, off: Array, expected: Array) -> None:
@@ -392,7 +396,7 @@ def _modified_loss(space: Space, found: Derivatives, h: float) -> ModifiedLoss:
 def _big_square(space: Space, found: Derivatives) -> float:
     """|grad L_B|^2 of copies by Lemmas 1 and 2: |grad_W L|^2 + 1/K |grad_v L|^2, kernels with zero blocks being W."""
     square = 0.0
-    for name, values in space.split(np.asarray(found.x)).items():
+    for name, values in _arrays(found.x).items():
         own, zeros = space.own(name), space.zeros(name)
         gradient = values[slices(own[0])] / space.fusion.copies
         square += (len(own) + len(zeros)) * float(np.vdot(gradient, gradient))

@@ -4,13 +4,12 @@
 
 A tensor of theta has the fused shape: source k in its own cell, theta_0 in the others. What is stored may be a multiple
 of it: the head of K models is divided by K, the last norm of a tied one by less. Here it is stored = scale * theta, and
-so one gradient rule holds for all tensors (the lemmas). All tensors lie one after the other in a single vector.
+so one gradient rule holds for all tensors (the lemmas). A point is the dict of its tensors, by their names.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -57,12 +56,6 @@ class Space:
         """The fused model's tree."""
         return replace(self.fusion.tree, shapes={name: layout.shape for name, layout in self.layouts.items()})
 
-    @cached_property
-    def _places(self) -> Mapping[str, tuple[int, int]]:
-        sizes = [math.prod(layout.shape) for layout in self.layouts.values()]
-        ends = list(itertools.accumulate(sizes))
-        return {name: (end - n, end) for name, end, n in zip(self.layouts, ends, sizes, strict=True)}
-
     @property
     def size(self) -> int:
         """The number of coordinates."""
@@ -77,10 +70,6 @@ class Space:
     def self_fused(self) -> bool:
         """Whether the sources are copies of one model."""
         return len(set(self.sources)) == 1
-
-    def split(self, point: Any) -> dict[str, Any]:
-        """The tensors of a vector, numpy's or JAX's, by their names."""
-        return {name: point[a:b].reshape(self.layouts[name].shape) for name, (a, b) in self._places.items()}
 
     def own(self, name: str) -> list[Region]:
         """For each source the region of a tensor that is its own; of one that all of them share, all of it, once."""
@@ -98,10 +87,10 @@ class Space:
             for i, j in itertools.permutations(range(self.fusion.copies), 2)
         ]
 
-    def start(self) -> Array:
+    def start(self) -> dict[str, Array]:
         """The point right after the fusion, theta_0 = 0; raises Corrupt for a NaN or Inf in a source."""
-        point = np.zeros(self.size, self.dtype)
-        for name, tensor in self.split(point).items():
+        point = {name: np.zeros(layout.shape, self.dtype) for name, layout in self.layouts.items()}
+        for name, tensor in point.items():
             read: dict[Opened, Array] = {}
             for source, region in zip(self.sources, self.own(name), strict=False):
                 if source not in read:
@@ -109,9 +98,9 @@ class Space:
                 tensor[slices(region)] = read[source]
         return point
 
-    def stored(self, point: Any) -> dict[str, Any]:
+    def stored(self, point: Mapping[str, Any]) -> dict[str, Any]:
         """The parameters of the fused model, as they would be stored, traced by JAX."""
-        tensors = self.split(point)
+        tensors = dict(point)
         for name, layout in self.layouts.items():
             for block in layout.blocks:
                 scale, offset = _scaled(block)
@@ -120,10 +109,10 @@ class Space:
                     tensors[name] = tensors[name].at[at].set(scale * tensors[name][at] + offset)
         return tensors
 
-    def of_source(self, point: Any, source: int) -> dict[str, Any]:
+    def of_source(self, point: Mapping[str, Any], source: int) -> dict[str, Any]:
         """The parameters of a source, traced by JAX."""
         found = {}
-        for name, tensor in self.split(point).items():
+        for name, tensor in point.items():
             own = self.own(name)
             found[name] = tensor[slices(own[source if len(own) > 1 else 0])]
         return found
@@ -135,7 +124,7 @@ class Space:
         for i, source in enumerate(self.sources):
             kinds.setdefault((tuple(source.tree.shapes.items()), groups[i]), []).append(i)
 
-        def small(point: Any) -> Any:
+        def small(point: Mapping[str, Any]) -> Any:
             total = 0.0
             # Models of one shape side by side: they are compiled once.
             for members in kinds.values():
@@ -145,7 +134,7 @@ class Space:
                 total += jax.vmap(lambda p: loss_of(tree, p, batch, norm_groups=own, dtype=self.dtype))(stacked).sum()  # noqa: B023
             return total
 
-        def big(point: Any) -> Any:
+        def big(point: Mapping[str, Any]) -> Any:
             together = tuple(group for own in groups for group in own)
             return loss_of(self.tree, self.stored(point), batch, norm_groups=together, dtype=self.dtype)
 
