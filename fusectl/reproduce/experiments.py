@@ -86,7 +86,7 @@ def table1(laboratory: Laboratory) -> Report:
         "table1",
         "Table 1: fused models against training from scratch",
         (comparison("Measured", found), sweeps([each.result for each in found]), _paper("table1")),
-        (*verdicts(found, CLAIM), _small_row(laboratory)),
+        (*verdicts(found, CLAIM), _small_row(laboratory), _continued(laboratory)),
         _curves(scratch, found),
     )
 
@@ -382,7 +382,6 @@ def starts(laboratory: Laboratory) -> Report:
         )
         for each in results
     )
-    continued = _continued(laboratory)
     return Report(
         "starts",
         "How a self-fused model starts",
@@ -400,7 +399,7 @@ def starts(laboratory: Laboratory) -> Report:
                 f"{max(ends.values()) - min(ends.values()):.4f} nats for a token better than the worst, "
                 f"{max(ends, key=ends.__getitem__)}."
             ),
-            f"The small model itself, trained on with the compute of a grown one: {continued}.",
+            _continued(laboratory),
         ),
         _curves(scratch, found),
         notes=("A clone, each block W/2, has no state that could be carried.",),
@@ -408,12 +407,13 @@ def starts(laboratory: Laboratory) -> Report:
 
 
 def _continued(laboratory: Laboratory) -> str:
-    """The loss of small models that are trained for as much compute as a self-fused one has taken."""
+    """What small models reach that are trained for as much compute as a self-fused one has taken."""
     probe = grown(laboratory, "medium", "self-fusion", partial(one_source, laboratory), _noisy(SELF))
     flops = laboratory.charged_flops(probe.make(0, laboratory.preset.bases[0]))
     steps = round(flops / laboratory.run(small(laboratory, 0)).flops_per_step)
     runs = laboratory.all([small(laboratory, seed, steps) for seed in range(laboratory.preset.seeds)])
-    return spread([run.end.loss for run in runs])
+    losses = spread([run.end.loss for run in runs])
+    return f"The small model itself, trained on for {steps:,} steps with the compute of a self-fused one: {losses}."
 
 
 def finetune(laboratory: Laboratory) -> Report:
