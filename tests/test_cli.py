@@ -33,6 +33,7 @@ COMMANDS = [
     "inspect",
     "plot",
     "restart-config",
+    "theory",
     "demo",
 ]
 
