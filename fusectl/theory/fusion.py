@@ -279,7 +279,7 @@ def _measured(space: Space, losses: Losses, point: Any, note: Callable[[str], No
             "a loss that is no number",
             details=(f"small models {found.small_loss:g}, fused {found.big_loss:g}; gradients {small:g} and {big:g}",),
         )
-    if not (small and big):
+    if not (small and big and found.curvature):
         raise Incompatible("a gradient of zero on this batch: nothing of the theory shows", hint="other --data")
     bracket = _arrays(found.bracket)
     series, largest = None, LARGEST_STEP / found.curvature
@@ -302,9 +302,7 @@ def _measured(space: Space, losses: Losses, point: Any, note: Callable[[str], No
         lemmas=_lemmas(space, found, bracket) if space.self_fused else None,
         layers=tuple(_by_layer(space, bracket)),
         bracket_defect=_defect(space, bracket) if space.alike else None,
-        modified_loss=_modified_loss(
-            space, found, LARGEST_STEP / found.curvature if series is None else series.steps[0]
-        ),
+        modified_loss=_modified_loss(space, found, largest),
         convergence=series,
         symmetry=None,
         notes=(),

@@ -30,7 +30,7 @@ from fusectl.transforms.grow import Fusion, fused, noisy
 
 
 Array = npt.NDArray[Any]
-# Of a model with a norm each, or one over all of them.
+# A norm per source, as the paper has it; anything else is one norm over all of them (record.NORMS).
 NORM_PROPERTY = "property"
 
 
