@@ -16,12 +16,14 @@ from fusectl.cli import experiments as command
 from fusectl.cli import run as fusectl
 from fusectl.errors import FusectlError, UsageError
 from fusectl.formats import open_checkpoint
+from fusectl.reproduce import laboratory as module
 from fusectl.reproduce.arms import Arm, Baseline, Curve, Judged, Result, compare, grown, judged, sweep
 from fusectl.reproduce.experiments import EXPERIMENTS, FUSE, NOISE, SELF
 from fusectl.reproduce.laboratory import Growth, Laboratory, Model, Point, Run
 from fusectl.reproduce.presets import PRESETS
 from fusectl.reproduce.report import Report, Table, comparison, verdicts
 from fusectl.reproduce.texts import TASKS, task
+from fusectl.training import batch_of
 
 
 SMOKE = PRESETS["smoke"]
@@ -64,6 +66,33 @@ def test_to_go_on_is_the_same_as_to_train_at_once(laboratory, tmp_path):
 
     assert at_once.end == gone_on.end
     assert at_once.end != laboratory.run(SMALL).end
+
+
+def test_a_checkpoint_without_its_part_of_the_curve_is_trained_again(tmp_path):
+    made = Laboratory(tmp_path, SMOKE, lambda _: None, jobs=1)
+    whole = made.run(replace(SMALL, steps=12))
+    file = whole.path.parent / "run.json"
+    kept = json.loads(file.read_text())
+    file.write_text(json.dumps({**kept, "curve": [each for each in kept["curve"] if each[0] <= 4]}))
+    before = whole.path.stat().st_mtime_ns
+
+    assert made.run(replace(SMALL, steps=12)).curve == whole.curve
+    assert whole.path.stat().st_mtime_ns != before
+
+
+def test_batches_beyond_those_that_are_kept_are_the_same(laboratory, monkeypatch):
+    examples = laboratory.examples(SMALL)
+    whole = [next(batches) for batches in [examples.batches()] for _ in range(6)]
+    monkeypatch.setattr(
+        module, "KEPT_BYTES", 3 * sum(values.nbytes for values in batch_of(whole[0]).values() if values is not None)
+    )
+    stream = module._Stream(examples.batches)
+
+    for first in (0, 2, 4):
+        following = stream.following(first)
+        for batch in whole[first:]:
+            np.testing.assert_array_equal(next(following).encoder, batch.encoder)
+    assert len(stream._made) == 3
 
 
 def test_self_fusion_starts_from_the_small_models_loss_and_its_state(laboratory):

@@ -77,7 +77,10 @@ def reproduce(experiment: str, preset: str, out: Path, note: Callable[[str], Non
 
 def _prepare(preset: str) -> None:
     """Runs of small models go side by side, a core each: XLA's threads would only wait for each other."""
-    if preset != "gpu" and "jax" not in sys.modules:
+    if preset == "gpu":
+        # LiGO's learning is a process of its own, and needs some of the memory.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    elif "jax" not in sys.modules:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_multi_thread_eigen=false".strip()

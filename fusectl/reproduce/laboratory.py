@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from fusectl.archs import Recognized, family_named, recognize
 from fusectl.demo import parameter_shapes
@@ -39,6 +42,8 @@ from fusectl.training import Recipe, State, Trainer, random_parameters
 FAMILY = "t5-1.1"
 PRETRAINING = "text"
 _AFTER_GROWTH = 1000
+# Of batches of one seed.
+KEPT_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,7 @@ class Model:
     def key(self) -> str:
         """What its directory is called: a run is the same for any number of steps."""
         start = "scratch" if self.growth is None else self.growth.name
-        return f"{self.size}-{start}-{self.data}-{self.seed}-{self.base:g}-{digest(replace(self, steps=0))}"
+        return f"{self.size}-{slug(start)}-{self.data}-{self.seed}-{self.base:g}-{digest(replace(self, steps=0))}"
 
 
 @dataclass(frozen=True)
@@ -135,7 +140,7 @@ class Laboratory:
         """The checkpoint that fusectl's commands make."""
         if not growth.commands:
             return self.run(growth.sources[0]).path
-        home = self.out / "grown" / f"{growth.name}-{digest(growth)}"
+        home = self.out / "grown" / f"{slug(growth.name)}-{digest(growth)}"
         sources = [self.run(each).path for each in growth.sources]
         out = home / sources[0].name
         with self._locked(str(home)):
@@ -162,27 +167,30 @@ class Laboratory:
     def _stream(self, model: Model, examples: Examples) -> _Stream:
         """The batches of a model's data and seed, which all runs of these have in common."""
         with self._locked("streams"):
-            return self._streams.setdefault((model.data, _data_seed(model)), _Stream(examples.batches()))
+            return self._streams.setdefault((model.data, _data_seed(model)), _Stream(examples.batches))
 
     def _run(self, model: Model) -> Run:
         home = self.out / "runs" / model.key
         file = home / "run.json"
-        kept = json.loads(file.read_text()) if file.exists() else None
-        path = self._checkpoint(model)
-        if kept is None or not path.exists():
-            kept = self._train(model, home, kept)
+        kept = json.loads(file.read_text()) if file.exists() else {"curve": []}
+        path = home / f"checkpoint_{model.steps}"
+        # Who is interrupted between the two has a checkpoint without its part of the curve.
+        trained = path.exists() and model.steps in (step for step, *_ in kept["curve"])
+        if not trained:
+            kept = self._train(model, home, kept["curve"])
             _write(file, kept)
-            self._note(f"{model.key}: {kept['curve'][-1][1]:.4f} after {model.steps} steps")
         curve = tuple(Point(*each) for each in kept["curve"] if each[0] <= model.steps)
+        if not trained:
+            self._note(f"{model.key}: {curve[-1].loss:.4f} after {model.steps:,} steps")
         return Run(model, path, curve, kept["flops_per_step"])
 
-    def _train(self, model: Model, home: Path, kept: dict[str, Any] | None) -> dict[str, Any]:
-        """What run.json says after training from the last state that is kept."""
+    def _train(self, model: Model, home: Path, known: Sequence[Sequence[float]]) -> dict[str, Any]:
+        """What run.json says after training from the last state whose curve is known."""
         examples = self.examples(model)
         start = None if model.growth is None else self.grown(model.growth)
         trainer = self._trainer(model.size, self._norm_groups(model))
-        begun = max((n for n in _stored(home) if n <= model.steps), default=None)
-        curve = {step: (step, *rest) for step, *rest in kept["curve"]} if kept else {}
+        curve = {int(step): (step, *rest) for step, *rest in known}
+        begun = max((n for n in _stored(home) if n <= model.steps and n in curve), default=None)
         if begun is not None:
             state = self._restored(trainer, home / f"checkpoint_{begun}")
         elif start is not None:
@@ -228,17 +236,14 @@ class Laboratory:
                 self._trainers[size, groups] = Trainer(tree, groups, self.preset.dtype)
             return self._trainers[size, groups]
 
-    def _checkpoint(self, model: Model) -> Path:
-        """Where the state after its last step is: called by the step of the whole training, as T5X does."""
-        return self.out / "runs" / model.key / f"checkpoint_{model.steps}"
-
     def _restored(self, trainer: Trainer, path: Path) -> State:
         checkpoint = open_checkpoint(str(path))
         return trainer.restored(checkpoint.read, checkpoint.shapes)
 
     def _save(self, trainer: Trainer, state: State, path: Path) -> None:
         beside = path.with_name(f"{path.name}.part")
-        shutil.rmtree(beside, ignore_errors=True)
+        for old in (beside, path):
+            shutil.rmtree(old, ignore_errors=True)
         beside.parent.mkdir(parents=True, exist_ok=True)
         save(beside, trainer.stored(state), "t5x")
         beside.rename(path)
@@ -262,19 +267,22 @@ class Laboratory:
 
 
 class _Stream:
-    """Batches in the order in which they are learned from, each made once."""
+    """Batches in the order in which they are learned from; the first ones are made once and kept."""
 
-    def __init__(self, batches: Iterator[Tokens]) -> None:
-        self._made: list[Tokens] = []
-        self._more, self._lock = batches, threading.Lock()
+    def __init__(self, batches: Callable[[], Iterator[Tokens]]) -> None:
+        self._begin, self._more, self._lock = batches, batches(), threading.Lock()
+        self._made = [next(self._more)]
+        batch_bytes = sum(each.nbytes for each in vars(self._made[0]).values() if isinstance(each, np.ndarray))
+        self._most = max(1, KEPT_BYTES // batch_bytes)
 
     def following(self, count: int) -> Iterator[Tokens]:
         """The batches behind the first so many."""
-        for i in itertools.count(count):
+        for i in range(count, self._most):
             with self._lock:
                 while len(self._made) <= i:
                     self._made.append(next(self._more))
             yield self._made[i]
+        yield from itertools.islice(self._begin(), max(count, self._most), None)
 
 
 def tree_of(preset: Preset, size: str) -> Recognized:
@@ -286,6 +294,15 @@ def tree_of(preset: Preset, size: str) -> Recognized:
 def digest(what: Any) -> str:
     """Eight hexadecimal digits of a model or a growth."""
     return hashlib.sha256(json.dumps(asdict(what), sort_keys=True).encode()).hexdigest()[:8]
+
+
+def slug(name: str) -> str:
+    """A name as part of a path.
+
+    >>> slug("(2) S + S to M")
+    '2-S-S-to-M'
+    """
+    return re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-")
 
 
 def _data_seed(model: Model) -> int:
