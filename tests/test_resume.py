@@ -26,7 +26,9 @@ from fusectl.formats.sink import Sink, save
 from fusectl.formats.staging import can_be_resumed, staging_of
 from fusectl.formats.store import new_ocdbt
 from fusectl.formats.target import Database
+from fusectl.growth import begin_operator
 from fusectl.journal import Journal
+from fusectl.ligo.operator import save_operator
 from fusectl.record import Fill
 from fusectl.surgery import carry_out, plan_fusion
 
@@ -324,11 +326,29 @@ def test_the_line_that_resumes_does(sources, tmp_path, fusectl, monkeypatch):
     assert contents(out) == contents(tmp_path / "whole")
 
 
-def words_of(kind, sources, fused, out):
+# The writing commands that came later; all of them share one executor.
+OTHERS = ["convert", "stack", "ligo"]
+
+
+@pytest.fixture(scope="module")
+def operator(sources, tmp_path_factory):
+    """An operator that makes the first source wider, as `ligo` keeps it: the tests do without learning one."""
+    kept = tmp_path_factory.mktemp("operators") / "operator"
+    sizes = {"embed": 14, "heads": 4, "mlp": 26}
+    growing, _, found = begin_operator(sources["t5x"][0], sizes, None, {"decoder": 3}, "pinv", "random", 0, Options())
+    save_operator(found, growing, kept)
+    return kept
+
+
+def words_of(kind, sources, fused, out, operator=""):
     words = {
         "fuse": ["fuse", *sources],
         "self-fuse": ["self-fuse", sources[0], "--fill", "antisymmetric"],
         "noise-fill": ["noise-fill", fused],
+        # What is converted is cast, or it would only be copied.
+        "convert": ["convert", sources[0], "--dtype", "bfloat16"],
+        "stack": ["stack", sources[0], "--layers", "6", "--how", "interleave"],
+        "ligo": ["ligo", sources[0], "--operator", operator],
     }[kind]
     return [*words, "-o", str(out), "--no-sync", "-q"]
 
@@ -340,22 +360,25 @@ def succeeds(*words):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["fuse", "self-fuse", "noise-fill"])
+@pytest.mark.parametrize(
+    ("kind", "moments"),
+    [*((kind, 50) for kind in ("fuse", "self-fuse", "noise-fill")), *((kind, 20) for kind in OTHERS)],
+)
 @pytest.mark.parametrize("form", FORMATS)
-def test_killed_at_fifty_random_moments(sources, tmp_path, form, kind):
+def test_killed_at_random_moments(sources, operator, tmp_path, form, kind, moments):
     """SIGKILL from the first sign of the staging directory on: never a half output, and --resume gives the same."""
     rng = random.Random(f"{form} {kind}")
     fused, out = tmp_path / "fused", tmp_path / "out"
     write(sources[form], fused)
-    assert succeeds(*words_of(kind, sources[form], fused, tmp_path / "whole"))
+    assert succeeds(*words_of(kind, sources[form], fused, tmp_path / "whole", operator))
     wanted = contents(tmp_path / "whole")
     began = time.monotonic()
-    assert succeeds(*words_of(kind, sources[form], fused, out))
+    assert succeeds(*words_of(kind, sources[form], fused, out, operator))
     lasts_s = time.monotonic() - began
     shutil.rmtree(out)
     killed = 0
-    for _ in range(50):
-        running = start(*words_of(kind, sources[form], fused, out))
+    for _ in range(moments):
+        running = start(*words_of(kind, sources[form], fused, out, operator))
         while not staging_of(out).exists() and running.is_alive():
             time.sleep(0.001)
         time.sleep(rng.uniform(0, lasts_s))
@@ -363,11 +386,11 @@ def test_killed_at_fifty_random_moments(sources, tmp_path, form, kind):
         running.join(60)
         if not out.exists():
             killed += 1
-            assert succeeds(*words_of(kind, sources[form], fused, out), "--resume")
+            assert succeeds(*words_of(kind, sources[form], fused, out, operator), "--resume")
         assert contents(out) == wanted
         assert not staging_of(out).exists()
         shutil.rmtree(out)
-    assert killed > 10, "it was too fast to be killed"
+    assert killed > moments // 5, "it was too fast to be killed"
 
 
 @pytest.mark.slow
@@ -389,11 +412,24 @@ def test_a_hundred_times_four_at_once_into_one_root_of_steps(sources, tmp_path):
         shutil.rmtree(root)
 
 
-@pytest.mark.parametrize(("number", "code"), [(errno.EIO, 8), (errno.EACCES, 8), (errno.ENOSPC, 9), (errno.EDQUOT, 9)])
+FAILURES = {errno.EIO: 8, errno.EACCES: 8, errno.ENOSPC: 9, errno.EDQUOT: 9}
+
+
 @pytest.mark.parametrize("form", ["t5x", pytest.param("orbax-zarr3", marks=pytest.mark.slow)])
-def test_errors_of_the_operating_system_at_random_points(sources, tmp_path, fusectl, monkeypatch, form, number, code):
+@pytest.mark.parametrize(
+    ("kind", "number"),
+    [
+        *(("fuse", number) for number in FAILURES),
+        ("convert", errno.ENOSPC),
+        *(pytest.param(kind, errno.ENOSPC, marks=pytest.mark.slow) for kind in ("stack", "ligo")),
+    ],
+)
+def test_errors_of_the_operating_system_at_random_points(
+    sources, operator, tmp_path, fusectl, monkeypatch, form, kind, number
+):
     rng = random.Random(f"{form} {number}")
-    write(sources[form], tmp_path / "whole")
+    words = words_of(kind, sources[form], "", tmp_path / "out", operator)
+    assert fusectl(*words_of(kind, sources[form], "", tmp_path / "whole", operator)).code == 0
     wanted = contents(tmp_path / "whole")
     for _ in range(3):
         left = iter(range(rng.randrange(1, 150), -1, -1))
@@ -409,19 +445,26 @@ def test_errors_of_the_operating_system_at_random_points(sources, tmp_path, fuse
         with monkeypatch.context() as patch:
             patch.setattr(target, "write", failing(target.write))
             patch.setattr(target, "copy", failing(target.copy))
-            stopped = fusectl("fuse", *sources[form], "-o", tmp_path / "out")
-        assert (stopped.code, "Traceback" in stopped.err) == (code, False), stopped.err
+            stopped = fusectl(*words)
+        assert (stopped.code, "Traceback" in stopped.err) == (FAILURES[number], False), stopped.err
         assert not (tmp_path / "out").exists()
-        assert fusectl("fuse", *sources[form], "-o", tmp_path / "out", "--resume").code == 0
+        assert fusectl(*words, "--resume").code == 0
         assert contents(tmp_path / "out") == wanted
         shutil.rmtree(tmp_path / "out")
 
 
-@pytest.mark.parametrize("form", ["t5x", "orbax"])
-def test_a_file_size_limit_at_random_points(tmp_path, sources, form):
+@pytest.mark.parametrize(
+    ("kind", "form"),
+    [
+        ("fuse", "t5x"),
+        ("fuse", "orbax"),
+        *(pytest.param(kind, "orbax", marks=pytest.mark.slow) for kind in OTHERS),
+    ],
+)
+def test_a_file_size_limit_at_random_points(tmp_path, sources, operator, kind, form):
     """A limit on the size of files stands in for a disk that is full at one tensor or another."""
-    words = words_of("fuse", sources[form], "", tmp_path / "out")
-    write(sources[form], tmp_path / "whole")
+    words = words_of(kind, sources[form], "", tmp_path / "out", operator)
+    assert succeeds(*words_of(kind, sources[form], "", tmp_path / "whole", operator))
     wanted = contents(tmp_path / "whole")
     sizes = sorted({p.stat().st_size for p in (tmp_path / "whole").rglob("*") if p.is_file()})
     failed = 0
