@@ -359,6 +359,14 @@ def succeeds(*words):
     return process.exitcode == 0
 
 
+def writing(words, out):
+    """The program in a process, from the first sign of its staging directory on."""
+    running = start(*words)
+    while not staging_of(out).exists() and running.is_alive():
+        time.sleep(0.001)
+    return running
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "moments"),
@@ -372,21 +380,21 @@ def test_killed_at_random_moments(sources, operator, tmp_path, form, kind, momen
     write(sources[form], fused)
     assert succeeds(*words_of(kind, sources[form], fused, tmp_path / "whole", operator))
     wanted = contents(tmp_path / "whole")
+    words = words_of(kind, sources[form], fused, out, operator)
+    running = writing(words, out)
     began = time.monotonic()
-    assert succeeds(*words_of(kind, sources[form], fused, out, operator))
+    running.join(60)
     lasts_s = time.monotonic() - began
     shutil.rmtree(out)
     killed = 0
     for _ in range(moments):
-        running = start(*words_of(kind, sources[form], fused, out, operator))
-        while not staging_of(out).exists() and running.is_alive():
-            time.sleep(0.001)
+        running = writing(words, out)
         time.sleep(rng.uniform(0, lasts_s))
         running.kill()
         running.join(60)
         if not out.exists():
             killed += 1
-            assert succeeds(*words_of(kind, sources[form], fused, out, operator), "--resume")
+            assert succeeds(*words, "--resume")
         assert contents(out) == wanted
         assert not staging_of(out).exists()
         shutil.rmtree(out)
