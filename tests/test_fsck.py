@@ -330,3 +330,72 @@ def test_who_notices_a_flipped_bit_in_any_file(tmp_path, form):
     assert found["chunk", "refused"] > 20
     assert {what for kind, what in found if kind == "chunk"} == {"refused"}
     assert restored() == right
+
+
+def test_all_items_of_a_step_are_looked_into(tmp_path):
+    """A step as Orbax's manager writes it: the model, its average, and something that is no tree of arrays."""
+    import orbax.checkpoint as ocp
+
+    # Larger than what a database keeps in its tree.
+    tree = {"a": np.random.default_rng(0).random((32, 32), np.float32)}
+    with ocp.CheckpointManager(tmp_path / "run", item_names=("state", "ema", "notes")) as manager:
+        trees = {name: ocp.args.StandardSave(tree) for name in ("state", "ema")}
+        manager.save(5, args=ocp.args.Composite(**trees, notes=ocp.args.JsonSave({"x": 1})))
+    step = tmp_path / "run/5"
+    sound = fsck(str(step))
+    assert (sound.problems, sound.tensors) == ((), 2)
+    assert any(note.startswith("notes: an item without arrays") for note in sound.notes)
+    assert fsck(str(step / "state")).tensors == 1
+    (place,) = (place for place, kind in places_of(step / "ema").items() if kind == "0.0")
+    file = Path(place.path)
+    raw = file.read_bytes()
+    file.write_bytes(raw[: place.offset] + bytes(place.nbytes) + raw[place.offset + place.nbytes :])
+
+    for at in (step, step / "ema"):
+        assert any("cannot be decoded" in problem for problem in fsck(str(at)).problems)
+    assert fsck(str(step / "state")).problems == ()
+
+
+@pytest.mark.parametrize("zarr3", [False, True])
+@pytest.mark.parametrize("in_ocdbt", [False, True])
+def test_a_list_of_arrays_that_contradicts_is_told(tmp_path, zarr3, in_ocdbt):
+    """Orbax restores by it; it is sound where Orbax has cut arrays into smaller chunks, too."""
+    import orbax.checkpoint as ocp
+
+    tree = {"a": jax.numpy.ones((8, 8)), "b": {"c": jax.numpy.ones(6)}}
+    saving = {"a": ocp.SaveArgs(chunk_byte_size=64), "b": {"c": ocp.SaveArgs()}}
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=in_ocdbt, use_zarr3=zarr3)
+    ocp.Checkpointer(handler).save(tmp_path / "a", args=ocp.args.PyTreeSave(tree, save_args=saving))
+    assert fsck(str(tmp_path / "a")).problems == ()
+    listing = tmp_path / "a/array_metadatas/process_0"
+    text = listing.read_text()
+    entries = json.loads(text)["array_metadatas"]
+    assert len(entries) == 2
+    for wrong, says in (
+        (text.replace('"a"', '"z"'), "lists z, which the index does not name"),
+        (re.sub(r'"chunk_shape": \[6\]', '"chunk_shape": [3]', text), "b.c in chunks of [3], of [6]"),
+        ("{", "not a list of arrays"),
+        ("[" * 100_000, "not a list of arrays"),
+    ):
+        assert wrong != text
+        listing.write_text(wrong)
+        assert any(says in problem for problem in fsck(str(tmp_path / "a")).problems), says
+
+
+def test_a_bare_array_is_not_called_damaged(tmp_path, fusectl):
+    import orbax.checkpoint as ocp
+
+    ocp.PyTreeCheckpointer().save(tmp_path / "a", jax.numpy.arange(6.0))
+    done = fusectl("inspect", tmp_path / "a", "--fsck")
+
+    assert (done.code, "one bare array instead of a tree" in done.err) == (6, True), done.err
+
+
+def test_what_nobody_reads_of_a_database_is_told(fused, tmp_path):
+    assert not any("older versions" in note for note in fsck(str(fused["t5x"])).notes)
+    path = tmp_path / "a"
+    checkpoint(path, format="orbax")
+    file = max((index_of(path) / "d").iterdir(), key=lambda p: p.stat().st_size)
+    before = sum(int(note.split()[0].replace(",", "")) for note in fsck(str(path)).notes if "older versions" in note)
+    file.write_bytes(file.read_bytes() + bytes(1234))
+    assert any(note.startswith(f"{before + 1234:,} bytes") for note in fsck(str(path)).notes)

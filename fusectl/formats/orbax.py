@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fusectl.errors import Corrupt, FusectlError, StorageError
+from fusectl.errors import Corrupt, FusectlError, Incompatible, StorageError
 from fusectl.formats.locate import ARRAY_METADATAS, ORBAX_INDEX, STEP_METADATA
 from fusectl.formats.objects import Place, read_small
 from fusectl.formats.store import MANIFEST, Files, directory, ocdbt
@@ -67,6 +67,8 @@ def open_orbax(
             continue
         elif value_type not in _ARRAYS:
             raise Corrupt(f"{where}: {name}: a leaf of type {value_type}, which fusectl does not know")
+        elif not keys:
+            raise Incompatible(f"{where}: one bare array instead of a tree", details=("it has no name",))
         elif name in arrays:
             raise Corrupt(f"{where}: two leaves are called {name}", details=("keys that contain slashes collide",))
         else:
