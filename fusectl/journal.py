@@ -13,11 +13,11 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-from fusectl.errors import Incompatible, StorageError
+from fusectl.errors import Corrupt, Incompatible, StorageError, counted
 from fusectl.formats.locate import JOURNAL
 from fusectl.formats.objects import ObjectPath, Place
 from fusectl.formats.servercopy import generations
@@ -133,18 +133,40 @@ def require_same_plan(at: Place, digest: str) -> None:
         )
 
 
-def digest_of(plan: Plan, sources: Sequence[Checkpoint], *, allow_nonfinite: bool) -> str:
+def digest_of(plan: Plan, stamps: Mapping[str, Sequence[Any]], *, allow_nonfinite: bool) -> str:
     """What tells whether two runs write the same bytes by the same names, from files that nobody has touched since."""
     told: list[Any] = [{key: value for key, value in summary(plan).items() if key not in _FREE}, allow_nonfinite]
     told += [plan.record.version, [source.fingerprint for source in plan.record.made_from]]
     told += [repr((output.layout, output.storage)) for output in plan.outputs]
+    told += [sorted(stamps.items())]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
+
+def stamps_of(sources: Sequence[Checkpoint]) -> dict[str, Sequence[Any]]:
+    """What changes when anybody writes to a source, by file: inode and time, or in a bucket the generation."""
+    found: dict[str, Sequence[Any]] = {}
     for index in dict.fromkeys(source.location.index for source in sources):
         if isinstance(index, ObjectPath):
-            told.append(sorted(generations(index).items()))
+            found |= {f"{index}/{name}": [generation] for name, generation in generations(index).items()}
         else:
             files = (entry for entry in walk(str(index)) if not entry.is_dir())
-            told.append(sorted((file.path, file.stat().st_ino, file.stat().st_mtime_ns) for file in files))
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+            found |= {file.path: [file.stat().st_ino, file.stat().st_mtime_ns] for file in files}
+    return found
+
+
+def require_untouched(sources: Sequence[Checkpoint], before: Mapping[str, Sequence[Any]]) -> None:
+    """Raises Corrupt if a file of the sources is not what it was: what has been read may be of two checkpoints."""
+    try:
+        now = stamps_of(sources)
+    except FileNotFoundError:
+        now = {}
+    touched = sorted(name for name, stamp in before.items() if now.get(name) != stamp)
+    if touched:
+        raise Corrupt(
+            f"{touched[0]}: changed while it was being read",
+            details=(f"{counted(len(touched), 'file')} not what they were",),
+            hint="run it again when nobody writes there",
+        )
 
 
 def _entries(lines: bytes) -> Iterator[tuple[tuple[str, Index], str]]:

@@ -18,8 +18,8 @@ from models import checkpoint, contents, ends_at, start, state
 
 from fusectl import builder
 from fusectl.builder import Options
-from fusectl.errors import FusectlError, Incompatible, NotEnoughSpace, OutputExists, StorageError
-from fusectl.formats import FORMATS, target
+from fusectl.errors import Corrupt, FusectlError, Incompatible, NotEnoughSpace, OutputExists, StorageError
+from fusectl.formats import FORMATS, open_checkpoint, target
 from fusectl.formats.encoding import Encoding
 from fusectl.formats.locate import JOURNAL
 from fusectl.formats.sink import Sink, save
@@ -182,6 +182,38 @@ def test_a_source_that_was_written_anew_is_not_gone_on_with(tmp_path, monkeypatc
 
     with pytest.raises(Incompatible, match="another plan"):
         write([str(source)] * 2, tmp_path / "out", NOISES["gaussian"], resume=True)
+
+
+@pytest.mark.parametrize("form", ["t5x", "orbax-zarr3"])
+def test_a_source_that_is_replaced_while_it_is_read_is_not_mixed(tmp_path, monkeypatch, form):
+    """Both are sound, and without a record neither chunks nor shapes tell one from the other."""
+    for seed, name in enumerate("ab"):
+        checkpoint(tmp_path / name, seed=seed, format=form)
+    add, count = Journal.add, iter(range(10**9))
+
+    def replacing(self, *args):
+        add(self, *args)
+        if next(count) == 30:
+            (tmp_path / "a").rename(tmp_path / "old")
+            (tmp_path / "b").rename(tmp_path / "a")
+
+    monkeypatch.setattr(Journal, "add", replacing)
+    with pytest.raises(Corrupt, match="changed while it was being read"):
+        write([str(tmp_path / "a")] * 2, tmp_path / "out", NOISES["gaussian"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "old"]
+
+
+def test_what_is_put_beside_a_source_while_it_is_read_does_no_harm(sources, tmp_path, monkeypatch):
+    source = Path(shutil.copytree(sources["t5x"][0], tmp_path / "a"))
+    add = Journal.add
+
+    def noting(self, *args):
+        add(self, *args)
+        (source / "notes.txt").write_text("mine")
+
+    monkeypatch.setattr(Journal, "add", noting)
+    write([str(source)] * 2, tmp_path / "out")
+    assert open_checkpoint(str(tmp_path / "out")).leaves
 
 
 def test_what_was_let_pass_before_is_not_let_pass_now(tmp_path, fusectl, monkeypatch):
