@@ -5,6 +5,7 @@ import os
 import random
 import re
 import shutil
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -248,6 +249,53 @@ def test_indexes_that_unfold_are_refused(tmp_path, fusectl):
         (path / name).write_bytes(raw + b" " * (17 << 20))
         assert fusectl("inspect", path).code == 5
         (path / name).write_bytes(raw)
+    assert fusectl("inspect", path).code == 0
+
+
+@pytest.mark.parametrize("number", ["999999", "999999999", "9" * 5000])
+def test_a_layer_s_number_claims_nothing(tmp_path, fusectl, number):
+    """A billion layers before it would be missing; of so many digits Python makes no number."""
+    path = Path(checkpoint(tmp_path / "a"))
+    index = msgpack.unpackb((path / "checkpoint").read_bytes(), strict_map_key=False, ext_hook=msgpack.ExtType)
+    layers = index["optimizer"]["target"]["decoder"]
+    layers[f"layers_{number}"] = layers.pop("layers_1")
+    (path / "checkpoint").write_bytes(msgpack.packb(index))
+    began, before = time.process_time(), peak_rss_bytes()
+
+    done = fusectl("self-fuse", path, "-o", tmp_path / "out")
+
+    assert (done.code, "unexpected" in done.err) == (6, False), done.err
+    assert time.process_time() - began < 5
+    assert peak_rss_bytes() - before < 200 << 20
+
+
+def test_names_that_no_model_has_are_not_compared_with_every_family_s(tmp_path, fusectl):
+    """Twenty thousand of them, and one that is all numbers."""
+    value = msgpack.ExtType(1, msgpack.packb([[], "float32", b"1234"]))
+    tree = {"/".join("7" * 20_000): value, **{str(i): value for i in range(20_000)}}
+    (tmp_path / "checkpoint").write_bytes(msgpack.packb({"version": 3, "optimizer": {"target": tree}}))
+    began = time.process_time()
+
+    done = fusectl("self-fuse", tmp_path, "-o", tmp_path / "out")
+
+    assert (done.code, "matches no model family" in done.err) == (6, True), done.err
+    assert time.process_time() - began < 5
+
+
+@pytest.mark.parametrize("entry", [b"[],", b"{},", b'{"a":[]},'])
+def test_json_that_unfolds_in_memory_is_refused(tmp_path, fusectl, entry):
+    """Sixteen megabytes of empty lists would be half a gigabyte."""
+    path = Path(checkpoint(tmp_path / "a", format="orbax"))
+    before = peak_rss_bytes()
+    for name, most_bytes in (("state/_METADATA", 16 << 20), ("_CHECKPOINT_METADATA", 16 << 20), (FILE_NAME, 32 << 20)):
+        raw = (path / name).read_bytes() if (path / name).exists() else None
+        (path / name).write_bytes(b"[" + entry * (most_bytes // len(entry) - 2) + b"[]]")
+        done = fusectl("inspect", path)
+        assert (done.code, "entries" in done.err) == (5, True), done.err
+        (path / name).unlink()
+        if raw is not None:
+            (path / name).write_bytes(raw)
+    assert peak_rss_bytes() - before < 150 << 20
     assert fusectl("inspect", path).code == 0
 
 
