@@ -267,7 +267,7 @@ def carry_out(
             if any(isinstance(place, ObjectPath) for place in (output, *(s.location.home for s in sources))):
                 jobs = max(jobs, REMOTE_JOBS)
             sums = execute(plan, work, sink, jobs=jobs, progress=progress, journal=journal)
-        require_untouched(sources, stamps)
+        require_untouched(stamps)
         sink.finish(replace(plan.record, tensors=sums), plan.empty, plan.custom)
         written = open_location(sink.location)
         _check_written(plan, written)
