@@ -12,16 +12,19 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from fusectl.errors import Corrupt, FusectlError, Incompatible
 from fusectl.formats import open_location
-from fusectl.formats.locate import COMMITTED, STEP_METADATA, locate
-from fusectl.formats.objects import Place
-from fusectl.formats.store import MANIFEST, Files, ocdbt
-from fusectl.formats.tree import Checkpoint
+from fusectl.formats.locate import ARRAY_METADATAS, COMMITTED, ORBAX_INDEX, STEP_METADATA, locate, place
+from fusectl.formats.objects import Place, read_small
+from fusectl.formats.orbax import LARGEST_INDEX_BYTES
+from fusectl.formats.store import MANIFEST, Extent, Files, ocdbt
+from fusectl.formats.tree import Checkpoint, Location
 from fusectl.formats.zarr import METADATA_FILE
+from fusectl.jsontree import parsed
 from fusectl.parallel import Progress, Silent, default_jobs, default_max_memory_bytes
 from fusectl.sources import recognized
 from fusectl.transforms.optimizer import find_state
@@ -90,30 +93,78 @@ def fsck(
 ) -> Fsck:
     """Reads all of a checkpoint and lists what is wrong with it.
 
-    Raises NotFound where there is none; of one that cannot even be opened the reason is the only problem.
+    Of a step all items are looked into, of an item that is named only that one. Raises NotFound where there is none,
+    and Incompatible for one of a kind that fusectl does not read; of one that cannot even be opened the reason is the
+    only problem.
     """
+    given: list[str] = []
+    try:
+        location = locate(path)
+    except Corrupt as error:
+        return Fsck(path, None, (_in_words(error),))
+
+    def look(at: Location) -> Fsck:
+        budget_bytes = max_memory_bytes or default_max_memory_bytes()
+        return _of_item(at, arch, budget_bytes, jobs or default_jobs(), progress or Silent())
+
+    found = [look(location)]
+    for each in _siblings(location, given) if place(path) != location.index else ():
+        try:
+            found.append(look(each))
+        except Incompatible as error:
+            given.append(f"not looked into: {_in_words(error)}")
+    told = sum((Counter(each.told) for each in found), Counter[str]())
+    return Fsck(
+        found[0].path,
+        found[0].format,
+        tuple(dict.fromkeys(problem for each in found for problem in each.problems)),
+        tensors=sum(each.tensors for each in found),
+        bytes_read=sum(each.bytes_read for each in found),
+        told=told,
+        compared=sum(each.compared for each in found),
+        notes=tuple(dict.fromkeys([*(note for each in found for note in each.notes), *given])),
+    )
+
+
+def _in_words(error: FusectlError) -> str:
+    return "; ".join([error.message, *error.details])
+
+
+def _siblings(location: Location, notes: list[str]) -> Iterator[Location]:
+    """The other items of a step that was named as a whole; notes those that are no arrays."""
+    if location.item is None:
+        return
+    items: list[Place] = sorted(location.home.iterdir(), key=str)
+    for at in items:
+        if not at.is_dir() or at.name == location.item:
+            continue
+        if (at / ORBAX_INDEX).is_file():
+            yield replace(location, index=at, item=at.name, by_home=False, notes=())
+        else:
+            notes.append(f"{at.name}: an item without arrays, not looked into")
+
+
+def _of_item(location: Location, arch: str | None, budget_bytes: int, jobs: int, progress: Progress) -> Fsck:
+    """What is wrong with one item of a step, or with a checkpoint that is no step of items."""
     problems: list[str] = []
 
     def fault(error: FusectlError) -> None:
-        problems.append("; ".join([error.message, *error.details]))
+        problems.append(_in_words(error))
 
     try:
-        checkpoint = open_location(locate(path), fault)
-    except (Corrupt, Incompatible) as error:
+        checkpoint = open_location(location, fault)
+    except Corrupt as error:
         fault(error)
-        return Fsck(path, None, tuple(problems))
+        return Fsck(str(location.path), None, tuple(problems))
     if not checkpoint.leaves and not problems:
         problems.append(f"{checkpoint.location.index}: an index without tensors")
     problems += _strays(checkpoint)
     notes: list[str] = list(checkpoint.location.notes)
     problems += _commit_problems(checkpoint, notes)
     problems += _slot_problems(checkpoint, arch, notes)
-    read = check_files(
-        checkpoint,
-        budget_bytes=max_memory_bytes or default_max_memory_bytes(),
-        jobs=jobs or default_jobs(),
-        progress=progress or Silent(),
-    )
+    problems += _listed_problems(checkpoint)
+    notes += _dead_bytes(checkpoint)
+    read = check_files(checkpoint, budget_bytes=budget_bytes, jobs=jobs, progress=progress)
     told: Counter[str] = Counter()
     for leaf in checkpoint.leaves.values():
         if leaf.stored is not None:
@@ -195,6 +246,41 @@ def _commit_problems(checkpoint: Checkpoint, notes: list[str]) -> Iterator[str]:
             continue
         if lost:
             yield f"{process}: {len(lost)} files of it are not in the merged database, such as {min(lost)}"
+
+
+def _listed_problems(checkpoint: Checkpoint) -> Iterator[str]:
+    """Lists of arrays that Orbax keeps beside the index, which contradict it or the arrays."""
+    index = checkpoint.location.index
+    if checkpoint.location.kind != "orbax":
+        return
+    names = {at: name for name, at in checkpoint.file_of.items()}
+    listing: list[Place] = sorted((index / ARRAY_METADATAS).parent.glob("process_*"), key=str)
+    for file in listing:
+        try:
+            entries = parsed(read_small(file, LARGEST_INDEX_BYTES))["array_metadatas"]
+            listed = [(each["array_metadata"]["param_name"], each["array_metadata"]) for each in entries]
+            for name, array in listed:
+                if name not in names:
+                    yield f"{file}: lists {name}, which the index does not name"
+                    continue
+                # Of one without sound metadata that has been told.
+                leaf, chunks = checkpoint.leaves.get(names[name]), tuple(array["chunk_shape"])
+                if leaf is not None and leaf.chunks != chunks:
+                    yield f"{file}: {name} in chunks of {list(chunks)}, of {list(leaf.chunks)} in its own metadata"
+        except (Corrupt, ValueError, LookupError, TypeError, RecursionError) as error:
+            yield f"{file}: not a list of arrays; {error}"
+
+
+def _dead_bytes(checkpoint: Checkpoint) -> Iterator[str]:
+    """How much of a database's data files its newest version does not refer to: nobody reads it, nor is it checked."""
+    tree = checkpoint.files.database
+    if tree is None:
+        return
+    extents = {each for each in (*tree.nodes, *tree.values.values()) if isinstance(each, Extent)}
+    files = {each.path for each in extents}
+    dead_bytes = sum(Path(file).stat().st_size for file in files) - sum(each.nbytes for each in extents)
+    if dead_bytes > 0:
+        yield f"{dead_bytes:,} bytes of the database's data files are of older versions: nobody reads them"
 
 
 def _slot_problems(checkpoint: Checkpoint, arch: str | None, notes: list[str]) -> Iterator[str]:

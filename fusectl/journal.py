@@ -13,11 +13,12 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterator, Sequence
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-from fusectl.errors import Incompatible, StorageError
+from fusectl.errors import Corrupt, Incompatible, StorageError, counted
 from fusectl.formats.locate import JOURNAL
 from fusectl.formats.objects import ObjectPath, Place
 from fusectl.formats.servercopy import generations
@@ -33,6 +34,8 @@ SCHEMA = "fusectl/journal/1"
 _FREE = frozenset({"max_memory_bytes", "notes", "read_bytes"})
 
 Index = tuple[int, ...]
+# Of each directory that is read what tells its files from later ones of the same names; None where nobody can tell.
+Stamps = Mapping[Place, Mapping[str, Sequence[Any]] | None]
 
 
 class Journal:
@@ -133,18 +136,46 @@ def require_same_plan(at: Place, digest: str) -> None:
         )
 
 
-def digest_of(plan: Plan, sources: Sequence[Checkpoint], *, allow_nonfinite: bool) -> str:
+def digest_of(plan: Plan, stamps: Stamps, *, allow_nonfinite: bool) -> str:
     """What tells whether two runs write the same bytes by the same names, from files that nobody has touched since."""
     told: list[Any] = [{key: value for key, value in summary(plan).items() if key not in _FREE}, allow_nonfinite]
     told += [plan.record.version, [source.fingerprint for source in plan.record.made_from]]
     told += [repr((output.layout, output.storage)) for output in plan.outputs]
-    for index in dict.fromkeys(source.location.index for source in sources):
-        if isinstance(index, ObjectPath):
-            told.append(sorted(generations(index).items()))
-        else:
-            files = (entry for entry in walk(str(index)) if not entry.is_dir())
-            told.append(sorted((file.path, file.stat().st_ino, file.stat().st_mtime_ns) for file in files))
+    # What nobody can tell is another one each time.
+    told += [uuid.uuid4().hex if files is None else sorted(files.items()) for files in stamps.values()]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
+
+def stamps_of(sources: Sequence[Checkpoint]) -> Stamps:
+    """What changes when anybody writes to a source."""
+    return {index: _stamp(index) for index in dict.fromkeys(source.location.index for source in sources)}
+
+
+def require_untouched(before: Stamps) -> None:
+    """Raises Corrupt if a file of the sources is not what it was: what has been read may be of two checkpoints."""
+    for index, was in before.items():
+        now = _stamp(index)
+        if was is None or now is None:
+            continue
+        touched = sorted(name for name, stamp in was.items() if now.get(name) != stamp)
+        if touched:
+            raise Corrupt(
+                f"{index}: changed while it was being read",
+                details=(f"{counted(len(touched), 'file')} not what they were, such as {touched[0]}",),
+                hint="run it again when nobody writes there",
+            )
+
+
+def _stamp(index: Place) -> Mapping[str, Sequence[Any]] | None:
+    """Inode and time of each file, in a bucket the generation; None where nobody can tell."""
+    if isinstance(index, ObjectPath):
+        found = generations(index)
+        return None if found is None else {name: [generation] for name, generation in found.items()}
+    try:
+        files = [entry for entry in walk(str(index)) if not entry.is_dir()]
+        return {file.path: [file.stat().st_ino, file.stat().st_mtime_ns] for file in files}
+    except FileNotFoundError:
+        return {}
 
 
 def _entries(lines: bytes) -> Iterator[tuple[tuple[str, Index], str]]:

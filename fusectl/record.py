@@ -27,6 +27,7 @@ from typing import Any
 
 from fusectl.archs.network import T5, Network
 from fusectl.errors import Corrupt, UsageError
+from fusectl.jsontree import parsed
 
 
 FILE_NAME = "fusectl.json"
@@ -228,7 +229,7 @@ class Record:
         Fields that this version does not know are ignored.
         """
         try:
-            tree = json.loads(raw)
+            tree = parsed(raw)
             if tree["schema"] not in {SCHEMA, *_OLDER}:
                 raise ValueError(f"of schema {tree['schema']}, not {SCHEMA}")  # noqa: TRY301
             if tree["schema"] != "fusectl/record/1":

@@ -37,7 +37,7 @@ from fusectl.formats.staging import can_be_resumed, check_space, clear_journal, 
 from fusectl.formats.tree import Checkpoint
 from fusectl.formats.upload import require_free
 from fusectl.formats.zarr import epsilon, np_dtype
-from fusectl.journal import Journal, digest_of, require_same_plan
+from fusectl.journal import Journal, digest_of, require_same_plan, require_untouched, stamps_of
 from fusectl.matrices import Matrices
 from fusectl.packed import packed_name
 from fusectl.parallel import Progress, Silent, default_jobs
@@ -231,7 +231,8 @@ def carry_out(
             check(open_checkpoint(str(output)))
         return output
     check_output(output, sources, force=force)
-    digest = digest_of(plan, sources, allow_nonfinite=allow_nonfinite)
+    stamps = stamps_of(sources)
+    digest = digest_of(plan, stamps, allow_nonfinite=allow_nonfinite)
     left = can_be_resumed(output)
     resume = resume and left
     if resume:
@@ -266,6 +267,7 @@ def carry_out(
             if any(isinstance(place, ObjectPath) for place in (output, *(s.location.home for s in sources))):
                 jobs = max(jobs, REMOTE_JOBS)
             sums = execute(plan, work, sink, jobs=jobs, progress=progress, journal=journal)
+        require_untouched(stamps)
         sink.finish(replace(plan.record, tensors=sums), plan.empty, plan.custom)
         written = open_location(sink.location)
         _check_written(plan, written)

@@ -5,8 +5,11 @@ import os
 import random
 import re
 import shutil
+import time
+from collections import Counter
 from pathlib import Path
 
+import jax
 import msgpack
 import numpy as np
 import pytest
@@ -249,6 +252,53 @@ def test_indexes_that_unfold_are_refused(tmp_path, fusectl):
     assert fusectl("inspect", path).code == 0
 
 
+@pytest.mark.parametrize("number", ["999999", "999999999", "9" * 5000])
+def test_a_layer_s_number_claims_nothing(tmp_path, fusectl, number):
+    """A billion layers before it would be missing; of so many digits Python makes no number."""
+    path = Path(checkpoint(tmp_path / "a"))
+    index = msgpack.unpackb((path / "checkpoint").read_bytes(), strict_map_key=False, ext_hook=msgpack.ExtType)
+    layers = index["optimizer"]["target"]["decoder"]
+    layers[f"layers_{number}"] = layers.pop("layers_1")
+    (path / "checkpoint").write_bytes(msgpack.packb(index))
+    began, before = time.process_time(), peak_rss_bytes()
+
+    done = fusectl("self-fuse", path, "-o", tmp_path / "out")
+
+    assert (done.code, "unexpected" in done.err) == (6, False), done.err
+    assert time.process_time() - began < 5
+    assert peak_rss_bytes() - before < 200 << 20
+
+
+def test_names_that_no_model_has_are_not_compared_with_every_family_s(tmp_path, fusectl):
+    """Twenty thousand of them, and one that is all numbers."""
+    value = msgpack.ExtType(1, msgpack.packb([[], "float32", b"1234"]))
+    tree = {"/".join("7" * 20_000): value, **{str(i): value for i in range(20_000)}}
+    (tmp_path / "checkpoint").write_bytes(msgpack.packb({"version": 3, "optimizer": {"target": tree}}))
+    began = time.process_time()
+
+    done = fusectl("self-fuse", tmp_path, "-o", tmp_path / "out")
+
+    assert (done.code, "matches no model family" in done.err) == (6, True), done.err
+    assert time.process_time() - began < 5
+
+
+@pytest.mark.parametrize("entry", [b"[],", b"{},", b'{"a":[]},'])
+def test_json_that_unfolds_in_memory_is_refused(tmp_path, fusectl, entry):
+    """Sixteen megabytes of empty lists would be half a gigabyte."""
+    path = Path(checkpoint(tmp_path / "a", format="orbax"))
+    before = peak_rss_bytes()
+    for name, most_bytes in (("state/_METADATA", 16 << 20), ("_CHECKPOINT_METADATA", 16 << 20), (FILE_NAME, 32 << 20)):
+        raw = (path / name).read_bytes() if (path / name).exists() else None
+        (path / name).write_bytes(b"[" + entry * (most_bytes // len(entry) - 2) + b"[]]")
+        done = fusectl("inspect", path)
+        assert (done.code, "entries" in done.err) == (5, True), done.err
+        (path / name).unlink()
+        if raw is not None:
+            (path / name).write_bytes(raw)
+    assert peak_rss_bytes() - before < 150 << 20
+    assert fusectl("inspect", path).code == 0
+
+
 def test_what_is_no_checkpoint_is_not_one(tmp_path, fusectl):
     assert fusectl("inspect", tmp_path / "nothing", "--fsck").code == 4
     (tmp_path / "checkpoint").write_bytes(msgpack.packb({"version": 3, "optimizer": {"target": 5}}))
@@ -263,34 +313,137 @@ def test_the_record_is_one_of_the_files(fused, tmp_path):
     assert any("it has been changed since it was written" in problem for problem in fsck(str(path)).problems)
 
 
+FLIPS_OF_A_KIND = 40
+
+
+def places_of(path):
+    """Every place whose bytes somebody may read, with what it is: files, and the pieces of a database's data files."""
+    files = open_checkpoint(str(path)).files
+    kinds = {}
+    for name in sorted(files.names):
+        place = files.place(name)
+        if isinstance(place, Extent):
+            kinds[place] = "chunk" if re.search(r"/c(/|$)", name) else Path(name).name
+    for node in files.database.nodes if files.database else ():
+        kinds[node] = "node of the database"
+    for file in sorted(p for p in path.rglob("*") if p.is_file()):
+        if file.parent.name != "d" and not any(place.path == str(file) for place in kinds):
+            kinds[Extent(str(file), 0, file.stat().st_size)] = file.name
+    return kinds
+
+
 @pytest.mark.slow
 # Orbax leaves coroutines behind when it raises.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("form", ["orbax-zarr3", "orbax"])
-def test_unmodified_orbax_refuses_every_flipped_chunk(fused, tmp_path, form):
-    """The CRC-32C at the end of zarr v3's codecs makes it; a flip in every chunk there is, one at a time."""
+def test_who_notices_a_flipped_bit_in_any_file(tmp_path, form):
+    """One at a time: fusectl each; unmodified Orbax each in a chunk, for the CRC-32C at the end of zarr v3's codecs.
+
+    Of the other files Orbax reads some, and of these each bit may matter or not.
+    """
     import orbax.checkpoint as ocp
 
-    path = copied(fused[form], tmp_path)
-    files = open_checkpoint(str(path)).files
-    places = (files.place(name) for name in sorted(files.names) if re.search(r"/c(/|$)", name))
-    chunks = [place for place in places if isinstance(place, Extent)]
-    rng = random.Random(form)
-    restorer = ocp.PyTreeCheckpointer()
-    restorer.restore(path / "state")
-    noticed = 0
-    for chunk in chunks:
-        file = Path(chunk.path)
+    source = checkpoint(tmp_path / "a", layers={"encoder": 1, "decoder": 1})
+    plan, sources = plan_fusion([source] * 2, Options(fill=Fill("gaussian", 0.1), format=form, optimizer="drop"))
+    path = Path(carry_out(plan, sources, tmp_path / "out"))
+    restorer, rng = ocp.PyTreeCheckpointer(), random.Random(form)
+
+    def restored():
+        leaves, tree = jax.tree.flatten(restorer.restore(path / "state"))
+        return str(tree), [(leaf.dtype, leaf.shape, leaf.tobytes()) for leaf in map(np.asarray, leaves)]
+
+    right, found, missed = restored(), Counter(), []
+    places = places_of(path)
+    count = Counter(places.values())
+    for place, kind in places.items():
+        file = Path(place.path)
         raw = file.read_bytes()
-        changed = bytearray(raw)
-        changed[chunk.offset + rng.randrange(chunk.nbytes)] ^= 1 << rng.randrange(8)
-        file.write_bytes(changed)
-        try:
-            restorer.restore(path / "state")
-        except ValueError as error:
-            # DATA_LOSS, or FAILED_PRECONDITION for arrays of one value.
-            noticed += "Error reading" in str(error)
+        # Of what there is little of, several bits, one at a time.
+        for _ in range(max(1, FLIPS_OF_A_KIND // count[kind])):
+            changed = bytearray(raw)
+            changed[place.offset + rng.randrange(place.nbytes)] ^= 1 << rng.randrange(8)
+            file.write_bytes(changed)
+            if not fsck(str(path)).problems:
+                missed.append(f"{kind}: {file}")
+            try:
+                found[kind, "nothing is different" if restored() == right else "silently something else"] += 1
+            except Exception:
+                found[kind, "refused"] += 1
         file.write_bytes(raw)
-    print(f"{form}: {noticed} of {len(chunks)} flipped chunks noticed by Orbax")
-    assert (len(chunks) > 50, noticed) == (True, len(chunks))
+    for kind in sorted({kind for kind, _ in found}):
+        says = ", ".join(f"{n} {what}" for (each, what), n in sorted(found.items()) if each == kind)
+        print(f"{form}: Orbax, a flipped bit in {count[kind]} x {kind}: {says}")
+    assert not missed
+    assert found["chunk", "refused"] > 20
+    assert {what for kind, what in found if kind == "chunk"} == {"refused"}
+    assert restored() == right
+
+
+def test_all_items_of_a_step_are_looked_into(tmp_path):
+    """A step as Orbax's manager writes it: the model, its average, and something that is no tree of arrays."""
+    import orbax.checkpoint as ocp
+
+    # Larger than what a database keeps in its tree.
+    tree = {"a": np.random.default_rng(0).random((32, 32), np.float32)}
+    with ocp.CheckpointManager(tmp_path / "run", item_names=("state", "ema", "notes")) as manager:
+        trees = {name: ocp.args.StandardSave(tree) for name in ("state", "ema")}
+        manager.save(5, args=ocp.args.Composite(**trees, notes=ocp.args.JsonSave({"x": 1})))
+    step = tmp_path / "run/5"
+    sound = fsck(str(step))
+    assert (sound.problems, sound.tensors) == ((), 2)
+    assert any(note.startswith("notes: an item without arrays") for note in sound.notes)
+    assert fsck(str(step / "state")).tensors == 1
+    (place,) = (place for place, kind in places_of(step / "ema").items() if kind == "0.0")
+    file = Path(place.path)
+    raw = file.read_bytes()
+    file.write_bytes(raw[: place.offset] + bytes(place.nbytes) + raw[place.offset + place.nbytes :])
+
+    for at in (step, step / "ema"):
+        assert any("cannot be decoded" in problem for problem in fsck(str(at)).problems)
+    assert fsck(str(step / "state")).problems == ()
+
+
+@pytest.mark.parametrize("zarr3", [False, True])
+@pytest.mark.parametrize("in_ocdbt", [False, True])
+def test_a_list_of_arrays_that_contradicts_is_told(tmp_path, zarr3, in_ocdbt):
+    """Orbax restores by it; it is sound where Orbax has cut arrays into smaller chunks, too."""
+    import orbax.checkpoint as ocp
+
+    tree = {"a": jax.numpy.ones((8, 8)), "b": {"c": jax.numpy.ones(6)}}
+    saving = {"a": ocp.SaveArgs(chunk_byte_size=64), "b": {"c": ocp.SaveArgs()}}
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=in_ocdbt, use_zarr3=zarr3)
+    ocp.Checkpointer(handler).save(tmp_path / "a", args=ocp.args.PyTreeSave(tree, save_args=saving))
+    assert fsck(str(tmp_path / "a")).problems == ()
+    listing = tmp_path / "a/array_metadatas/process_0"
+    text = listing.read_text()
+    entries = json.loads(text)["array_metadatas"]
+    assert len(entries) == 2
+    for wrong, says in (
+        (text.replace('"a"', '"z"'), "lists z, which the index does not name"),
+        (re.sub(r'"chunk_shape": \[6\]', '"chunk_shape": [3]', text), "b.c in chunks of [3], of [6]"),
+        ("{", "not a list of arrays"),
+        ("[" * 100_000, "not a list of arrays"),
+    ):
+        assert wrong != text
+        listing.write_text(wrong)
+        assert any(says in problem for problem in fsck(str(tmp_path / "a")).problems), says
+
+
+def test_a_bare_array_is_not_called_damaged(tmp_path, fusectl):
+    import orbax.checkpoint as ocp
+
+    ocp.PyTreeCheckpointer().save(tmp_path / "a", jax.numpy.arange(6.0))
+    done = fusectl("inspect", tmp_path / "a", "--fsck")
+
+    assert (done.code, "one bare array instead of a tree" in done.err) == (6, True), done.err
+
+
+def test_what_nobody_reads_of_a_database_is_told(fused, tmp_path):
+    assert not any("older versions" in note for note in fsck(str(fused["t5x"])).notes)
+    path = tmp_path / "a"
+    checkpoint(path, format="orbax")
+    file = max((index_of(path) / "d").iterdir(), key=lambda p: p.stat().st_size)
+    before = sum(int(note.split()[0].replace(",", "")) for note in fsck(str(path)).notes if "older versions" in note)
+    file.write_bytes(file.read_bytes() + bytes(1234))
+    assert any(note.startswith(f"{before + 1234:,} bytes") for note in fsck(str(path)).notes)

@@ -17,7 +17,7 @@ from fusectl.chunks import SMALLEST_CHUNK_BYTES, choose_chunks
 from fusectl.errors import Incompatible, UsageError
 from fusectl.formats import open_checkpoint
 from fusectl.formats.sink import save
-from fusectl.journal import digest_of
+from fusectl.journal import digest_of, stamps_of
 from fusectl.layout import Block, Layout, Term
 from fusectl.mesh import STANDARD_RULES, Mesh, fits, parse_mesh
 from fusectl.plan import summary
@@ -303,7 +303,7 @@ def test_another_mesh_is_another_plan_to_resume(tmp_path):
     plans = [plan_fusion(sources, Options(mesh=mesh)) for mesh in (None, parse_mesh("data=2"), parse_mesh("data=4"))]
 
     assert len({tuple(output.chunks for output in plan.outputs) for plan, _ in plans}) == 1
-    assert len({digest_of(plan, opened, allow_nonfinite=False) for plan, opened in plans}) == 3
+    assert len({digest_of(plan, stamps_of(opened), allow_nonfinite=False) for plan, opened in plans}) == 3
     assert summary(plans[0][0])["mesh"] is None
 
 

@@ -18,15 +18,17 @@ from models import checkpoint, contents, ends_at, start, state
 
 from fusectl import builder
 from fusectl.builder import Options
-from fusectl.errors import FusectlError, Incompatible, NotEnoughSpace, OutputExists, StorageError
-from fusectl.formats import FORMATS, target
+from fusectl.errors import Corrupt, FusectlError, Incompatible, NotEnoughSpace, OutputExists, StorageError
+from fusectl.formats import FORMATS, open_checkpoint, target
 from fusectl.formats.encoding import Encoding
 from fusectl.formats.locate import JOURNAL
 from fusectl.formats.sink import Sink, save
 from fusectl.formats.staging import can_be_resumed, staging_of
 from fusectl.formats.store import new_ocdbt
 from fusectl.formats.target import Database
+from fusectl.growth import begin_operator
 from fusectl.journal import Journal
+from fusectl.ligo.operator import save_operator
 from fusectl.record import Fill
 from fusectl.surgery import carry_out, plan_fusion
 
@@ -182,6 +184,38 @@ def test_a_source_that_was_written_anew_is_not_gone_on_with(tmp_path, monkeypatc
         write([str(source)] * 2, tmp_path / "out", NOISES["gaussian"], resume=True)
 
 
+@pytest.mark.parametrize("form", ["t5x", "orbax-zarr3"])
+def test_a_source_that_is_replaced_while_it_is_read_is_not_mixed(tmp_path, monkeypatch, form):
+    """Both are sound, and without a record neither chunks nor shapes tell one from the other."""
+    for seed, name in enumerate("ab"):
+        checkpoint(tmp_path / name, seed=seed, format=form)
+    add, count = Journal.add, iter(range(10**9))
+
+    def replacing(self, *args):
+        add(self, *args)
+        if next(count) == 30:
+            (tmp_path / "a").rename(tmp_path / "old")
+            (tmp_path / "b").rename(tmp_path / "a")
+
+    monkeypatch.setattr(Journal, "add", replacing)
+    with pytest.raises(Corrupt, match="changed while it was being read"):
+        write([str(tmp_path / "a")] * 2, tmp_path / "out", NOISES["gaussian"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "old"]
+
+
+def test_what_is_put_beside_a_source_while_it_is_read_does_no_harm(sources, tmp_path, monkeypatch):
+    source = Path(shutil.copytree(sources["t5x"][0], tmp_path / "a"))
+    add = Journal.add
+
+    def noting(self, *args):
+        add(self, *args)
+        (source / "notes.txt").write_text("mine")
+
+    monkeypatch.setattr(Journal, "add", noting)
+    write([str(source)] * 2, tmp_path / "out")
+    assert open_checkpoint(str(tmp_path / "out")).leaves
+
+
 def test_what_was_let_pass_before_is_not_let_pass_now(tmp_path, fusectl, monkeypatch):
     values = state("t5-1.1", 0)
     values["target/decoder/layers_1/mlp/wo/kernel"][3, 4] = np.nan
@@ -324,11 +358,29 @@ def test_the_line_that_resumes_does(sources, tmp_path, fusectl, monkeypatch):
     assert contents(out) == contents(tmp_path / "whole")
 
 
-def words_of(kind, sources, fused, out):
+# The writing commands that came later; all of them share one executor.
+OTHERS = ["convert", "stack", "ligo"]
+
+
+@pytest.fixture(scope="module")
+def operator(sources, tmp_path_factory):
+    """An operator that makes the first source wider, as `ligo` keeps it: the tests do without learning one."""
+    kept = tmp_path_factory.mktemp("operators") / "operator"
+    sizes = {"embed": 14, "heads": 4, "mlp": 26}
+    growing, _, found = begin_operator(sources["t5x"][0], sizes, None, {"decoder": 3}, "pinv", "random", 0, Options())
+    save_operator(found, growing, kept)
+    return kept
+
+
+def words_of(kind, sources, fused, out, operator=""):
     words = {
         "fuse": ["fuse", *sources],
         "self-fuse": ["self-fuse", sources[0], "--fill", "antisymmetric"],
         "noise-fill": ["noise-fill", fused],
+        # What is converted is cast, or it would only be copied.
+        "convert": ["convert", sources[0], "--dtype", "bfloat16"],
+        "stack": ["stack", sources[0], "--layers", "6", "--how", "interleave"],
+        "ligo": ["ligo", sources[0], "--operator", operator],
     }[kind]
     return [*words, "-o", str(out), "--no-sync", "-q"]
 
@@ -339,35 +391,46 @@ def succeeds(*words):
     return process.exitcode == 0
 
 
+def writing(words, out):
+    """The program in a process, from the first sign of its staging directory on."""
+    running = start(*words)
+    while not staging_of(out).exists() and running.is_alive():
+        time.sleep(0.001)
+    return running
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["fuse", "self-fuse", "noise-fill"])
+@pytest.mark.parametrize(
+    ("kind", "moments"),
+    [*((kind, 50) for kind in ("fuse", "self-fuse", "noise-fill")), *((kind, 20) for kind in OTHERS)],
+)
 @pytest.mark.parametrize("form", FORMATS)
-def test_killed_at_fifty_random_moments(sources, tmp_path, form, kind):
+def test_killed_at_random_moments(sources, operator, tmp_path, form, kind, moments):
     """SIGKILL from the first sign of the staging directory on: never a half output, and --resume gives the same."""
     rng = random.Random(f"{form} {kind}")
     fused, out = tmp_path / "fused", tmp_path / "out"
     write(sources[form], fused)
-    assert succeeds(*words_of(kind, sources[form], fused, tmp_path / "whole"))
+    assert succeeds(*words_of(kind, sources[form], fused, tmp_path / "whole", operator))
     wanted = contents(tmp_path / "whole")
+    words = words_of(kind, sources[form], fused, out, operator)
+    running = writing(words, out)
     began = time.monotonic()
-    assert succeeds(*words_of(kind, sources[form], fused, out))
+    running.join(60)
     lasts_s = time.monotonic() - began
     shutil.rmtree(out)
     killed = 0
-    for _ in range(50):
-        running = start(*words_of(kind, sources[form], fused, out))
-        while not staging_of(out).exists() and running.is_alive():
-            time.sleep(0.001)
+    for _ in range(moments):
+        running = writing(words, out)
         time.sleep(rng.uniform(0, lasts_s))
         running.kill()
         running.join(60)
         if not out.exists():
             killed += 1
-            assert succeeds(*words_of(kind, sources[form], fused, out), "--resume")
+            assert succeeds(*words, "--resume")
         assert contents(out) == wanted
         assert not staging_of(out).exists()
         shutil.rmtree(out)
-    assert killed > 10, "it was too fast to be killed"
+    assert killed > moments // 5, "it was too fast to be killed"
 
 
 @pytest.mark.slow
@@ -389,11 +452,24 @@ def test_a_hundred_times_four_at_once_into_one_root_of_steps(sources, tmp_path):
         shutil.rmtree(root)
 
 
-@pytest.mark.parametrize(("number", "code"), [(errno.EIO, 8), (errno.EACCES, 8), (errno.ENOSPC, 9), (errno.EDQUOT, 9)])
+FAILURES = {errno.EIO: 8, errno.EACCES: 8, errno.ENOSPC: 9, errno.EDQUOT: 9}
+
+
 @pytest.mark.parametrize("form", ["t5x", pytest.param("orbax-zarr3", marks=pytest.mark.slow)])
-def test_errors_of_the_operating_system_at_random_points(sources, tmp_path, fusectl, monkeypatch, form, number, code):
+@pytest.mark.parametrize(
+    ("kind", "number"),
+    [
+        *(("fuse", number) for number in FAILURES),
+        ("convert", errno.ENOSPC),
+        *(pytest.param(kind, errno.ENOSPC, marks=pytest.mark.slow) for kind in ("stack", "ligo")),
+    ],
+)
+def test_errors_of_the_operating_system_at_random_points(
+    sources, operator, tmp_path, fusectl, monkeypatch, form, kind, number
+):
     rng = random.Random(f"{form} {number}")
-    write(sources[form], tmp_path / "whole")
+    words = words_of(kind, sources[form], "", tmp_path / "out", operator)
+    assert fusectl(*words_of(kind, sources[form], "", tmp_path / "whole", operator)).code == 0
     wanted = contents(tmp_path / "whole")
     for _ in range(3):
         left = iter(range(rng.randrange(1, 150), -1, -1))
@@ -409,19 +485,26 @@ def test_errors_of_the_operating_system_at_random_points(sources, tmp_path, fuse
         with monkeypatch.context() as patch:
             patch.setattr(target, "write", failing(target.write))
             patch.setattr(target, "copy", failing(target.copy))
-            stopped = fusectl("fuse", *sources[form], "-o", tmp_path / "out")
-        assert (stopped.code, "Traceback" in stopped.err) == (code, False), stopped.err
+            stopped = fusectl(*words)
+        assert (stopped.code, "Traceback" in stopped.err) == (FAILURES[number], False), stopped.err
         assert not (tmp_path / "out").exists()
-        assert fusectl("fuse", *sources[form], "-o", tmp_path / "out", "--resume").code == 0
+        assert fusectl(*words, "--resume").code == 0
         assert contents(tmp_path / "out") == wanted
         shutil.rmtree(tmp_path / "out")
 
 
-@pytest.mark.parametrize("form", ["t5x", "orbax"])
-def test_a_file_size_limit_at_random_points(tmp_path, sources, form):
+@pytest.mark.parametrize(
+    ("kind", "form"),
+    [
+        ("fuse", "t5x"),
+        ("fuse", "orbax"),
+        *(pytest.param(kind, "orbax", marks=pytest.mark.slow) for kind in OTHERS),
+    ],
+)
+def test_a_file_size_limit_at_random_points(tmp_path, sources, operator, kind, form):
     """A limit on the size of files stands in for a disk that is full at one tensor or another."""
-    words = words_of("fuse", sources[form], "", tmp_path / "out")
-    write(sources[form], tmp_path / "whole")
+    words = words_of(kind, sources[form], "", tmp_path / "out", operator)
+    assert succeeds(*words_of(kind, sources[form], "", tmp_path / "whole", operator))
     wanted = contents(tmp_path / "whole")
     sizes = sorted({p.stat().st_size for p in (tmp_path / "whole").rglob("*") if p.is_file()})
     failed = 0

@@ -353,6 +353,21 @@ def test_sources_in_a_bucket_that_were_replaced_are_not_mixed(sources, s3, tmp_p
         write(paths, tmp_path / "out", resume=True)
 
 
+def test_a_source_in_a_bucket_that_is_replaced_while_it_is_read_is_not_mixed(sources, s3, tmp_path, monkeypatch):
+    path = s3.put(sources["t5x"][0], "moving/0")
+    add, count = Journal.add, iter(range(10**9))
+
+    def replacing(self, *args):
+        add(self, *args)
+        if next(count) == 20:
+            s3.put(sources["t5x"][1], "moving/0")
+
+    monkeypatch.setattr(Journal, "add", replacing)
+    with pytest.raises(Corrupt, match="changed while it was being read"):
+        write([path, path], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.fixture
 def through(s3, monkeypatch):
     """Everything goes through a proxy that answers what `faults["fault"](method, path)` says."""

@@ -8,6 +8,7 @@ noise, the optimizer's slots and the sizes follow from the axes' names. To add a
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -23,7 +24,7 @@ from fusectl.archs.t5 import T5_FAMILIES
 from fusectl.archs.table import Family, Row, stack_of, ways
 from fusectl.archs.unsupported import unsupported
 from fusectl.axes import STACKED
-from fusectl.errors import Incompatible, shorten
+from fusectl.errors import MOST_LISTED, Incompatible, shorten
 
 
 FAMILIES: tuple[Family, ...] = (*T5_FAMILIES, *MAXTEXT_FAMILIES, *GEMMA_FAMILIES)
@@ -32,6 +33,9 @@ FAMILIES: tuple[Family, ...] = (*T5_FAMILIES, *MAXTEXT_FAMILIES, *GEMMA_FAMILIES
 _NO_FAMILY = Family("", (), frozenset(), lambda _: "no family")
 
 # Where trainers keep the parameters in their trees: T5X, MaxText, Flax, and a bare tree.
+# Of names that no family knows, how many are asked for the nearest one; and of tensors that are missing, counted.
+MOST_COMPARED = 1000
+MOST_MISSING = 10_000
 PARAMETER_PREFIXES = ("target/", "params/params/", "params/", "")
 
 
@@ -172,10 +176,13 @@ def recognize(
         return tree if config is None else configured(tree, config, where)
     wrong = {family: len(problems) for family, _, problems in matched}
 
+    # Hundreds of thousands of names, of which none is a model's, tell no more.
+    some = list(inside)[:: 1 + len(inside) // MOST_COMPARED]
+
     def off(family: Family) -> int:
         # Of families that explain the names, or as many of them, the one with fewer that are missing.
-        strange = sum(family.row_of(name) is None for name in inside)
-        return strange + wrong.get(family, 0) + _absent(family, inside)
+        strange = sum(family.row_of(name) is None for name in some)
+        return strange + wrong.get(family, 0) + _absent(family, some)
 
     family, problems = candidates[0], ["no tensors"]
     if inside:
@@ -232,10 +239,12 @@ def match(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[s
     for name in shapes:
         row = family.row_of(name)
         if row is None:
-            problems.append(f"{name}: no row for it; nearest: {nearest_row(family, name)}")
+            # No more of them are ever shown.
+            nearest = f"; nearest: {nearest_row(family, name)}" if len(problems) < MOST_LISTED else ""
+            problems.append(f"{name}: no row for it{nearest}")
         else:
             rows[name] = row
-    problems += _missing(family, rows)
+    problems += itertools.islice(_missing(family, rows), MOST_MISSING)
     problems += _sizes_that_disagree(rows, shapes)
     return rows, problems
 

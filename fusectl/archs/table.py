@@ -16,6 +16,7 @@ Roles say what a tensor is in the network, for those who have to know more than 
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -30,7 +31,9 @@ ENCODER, DECODER = "encoder", "decoder"
 # The role of the table that tokens are looked up in.
 EMBEDDING = "embedding"
 
-_NUMBER = re.compile(r"(?<!\d)(0|[1-9]\d*)(?!\d)")
+# Of layers there are thousands at most, and names hold one or two numbers: what claims more is not of a family.
+_NUMBER = re.compile(r"(?<!\d)(0|[1-9]\d{0,5})(?!\d)")
+MOST_NUMBERS = 16
 
 
 @dataclass(frozen=True)
@@ -158,7 +161,8 @@ def ways(name: str) -> tuple[str, ...]:
     >>> ways("layers_3/mlp/wi_0")
     ('layers_3/mlp/wi_0', 'layers_#/mlp/wi_0', 'layers_3/mlp/wi_#')
     """
-    return (name, *(f"{name[: n.start()]}#{name[n.end() :]}" for n in _NUMBER.finditer(name)))
+    numbers = itertools.islice(_NUMBER.finditer(name), MOST_NUMBERS)
+    return (name, *(f"{name[: n.start()]}#{name[n.end() :]}" for n in numbers))
 
 
 def stack_of(name: str) -> str:

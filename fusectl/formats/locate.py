@@ -10,7 +10,6 @@ Paths that are one level too high or too deep are answered with the path to use.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from pathlib import Path
 from fusectl.errors import Corrupt, FusectlError, NotFound, StorageError, UsageError
 from fusectl.formats.objects import ObjectPath, Place, read_small
 from fusectl.formats.tree import Location
+from fusectl.jsontree import parsed
 
 
 T5X_INDEX = "checkpoint"
@@ -108,7 +108,7 @@ def _refuse_uncommitted(at: Place, names: set[str]) -> None:
         raise Corrupt(f"{at}: the temporary directory of a write that did not finish", hint="use a committed step")
     if STEP_METADATA in names:
         try:
-            times = json.loads(read_small(at / STEP_METADATA, LARGEST_STEP_BYTES))
+            times = parsed(read_small(at / STEP_METADATA, LARGEST_STEP_BYTES))
         except (ValueError, RecursionError) as error:
             raise Corrupt(f"{at / STEP_METADATA}: not JSON", details=(str(error),)) from error
         if isinstance(times, dict) and times.get("init_timestamp_nsecs") and not times.get("commit_timestamp_nsecs"):

@@ -17,12 +17,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fusectl.errors import Corrupt, FusectlError, StorageError
+from fusectl.errors import Corrupt, FusectlError, Incompatible, StorageError
 from fusectl.formats.locate import ARRAY_METADATAS, ORBAX_INDEX, STEP_METADATA
 from fusectl.formats.objects import Place, read_small
 from fusectl.formats.store import MANIFEST, Files, directory, ocdbt
 from fusectl.formats.tree import Checkpoint, EmptyNode, Key, Leaf, Location, array_directory, stored_arrays
 from fusectl.formats.zarr import METADATA_FILE
+from fusectl.jsontree import parsed
 from fusectl.record import Record
 
 
@@ -66,6 +67,8 @@ def open_orbax(
             continue
         elif value_type not in _ARRAYS:
             raise Corrupt(f"{where}: {name}: a leaf of type {value_type}, which fusectl does not know")
+        elif not keys:
+            raise Incompatible(f"{where}: one bare array instead of a tree", details=("it has no name",))
         elif name in arrays:
             raise Corrupt(f"{where}: two leaves are called {name}", details=("keys that contain slashes collide",))
         else:
@@ -100,7 +103,7 @@ def _random_keys(index: Place) -> dict[str, str]:
     It is beside the point of almost all checkpoints: what is wrong in it loses the keys' type, and nothing else.
     """
     try:
-        listed = json.loads(read_small(index / ARRAY_METADATAS, LARGEST_INDEX_BYTES))["array_metadatas"]
+        listed = parsed(read_small(index / ARRAY_METADATAS, LARGEST_INDEX_BYTES))["array_metadatas"]
         found = ((each["array_metadata"]["param_name"], each["array_metadata"]["ext_metadata"]) for each in listed)
         return {str(name): str(more[_RANDOM_KEY]) for name, more in found if more and _RANDOM_KEY in more}
     except (OSError, ValueError, LookupError, TypeError, RecursionError, FusectlError):
@@ -110,7 +113,7 @@ def _random_keys(index: Place) -> dict[str, str]:
 def _custom_metadata(home: Place) -> Mapping[str, Any]:
     """What the trainer has noted of a step."""
     try:
-        custom = json.loads(read_small(home / STEP_METADATA, LARGEST_INDEX_BYTES))["custom_metadata"]
+        custom = parsed(read_small(home / STEP_METADATA, LARGEST_INDEX_BYTES))["custom_metadata"]
     except (OSError, ValueError, LookupError, TypeError, RecursionError, FusectlError):
         return {}
     return custom if isinstance(custom, dict) else {}
@@ -179,7 +182,7 @@ def marker(final: Place) -> bytes:
 
 def _read_metadata(path: Place) -> dict[str, Any]:
     try:
-        meta = json.loads(read_small(path, LARGEST_INDEX_BYTES))
+        meta = parsed(read_small(path, LARGEST_INDEX_BYTES))
     except PermissionError as error:
         raise StorageError(f"{path}: permission denied") from error
     except (ValueError, RecursionError) as error:

@@ -7,7 +7,6 @@ read and written.
 from __future__ import annotations
 
 import os
-import uuid
 from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.util import find_spec
@@ -42,14 +41,14 @@ def copier(scheme: str) -> Copy | None:
         return None
 
 
-def generations(at: ObjectPath) -> Mapping[str, str]:
+def generations(at: ObjectPath) -> Mapping[str, str] | None:
     """What tells that an object is the one that it was, for all below a place, from the vendor's own listing.
 
-    Without the library what nobody has said before, so that nothing is taken for what it was.
+    None without the library, and where the vendor does not answer.
     """
     try:
         if missing_library(at.scheme):
-            return {"": uuid.uuid4().hex}
+            return None
         if at.scheme == "s3":
             pages = _s3_client().get_paginator("list_objects_v2").paginate(Bucket=at.bucket, Prefix=f"{at.key}/")
             return {
@@ -60,7 +59,7 @@ def generations(at: ObjectPath) -> Mapping[str, str]:
         blobs = _gcs_client(storage).list_blobs(at.bucket, prefix=f"{at.key}/")
         return {blob.name: str(blob.generation) for blob in blobs}
     except Exception:  # noqa: BLE001
-        return {"": uuid.uuid4().hex}
+        return None
 
 
 def _s3_client() -> Any:
