@@ -33,10 +33,11 @@ FAMILIES: tuple[Family, ...] = (*T5_FAMILIES, *MAXTEXT_FAMILIES, *GEMMA_FAMILIES
 _NO_FAMILY = Family("", (), frozenset(), lambda _: "no family")
 
 # Where trainers keep the parameters in their trees: T5X, MaxText, Flax, and a bare tree.
-# Of names that no family knows, how many are asked for the nearest one; and of tensors that are missing, counted.
+PARAMETER_PREFIXES = ("target/", "params/params/", "params/", "")
+
+# Of names that no family knows, how many are compared with its rows; and of tensors that are missing, counted.
 MOST_COMPARED = 1000
 MOST_MISSING = 10_000
-PARAMETER_PREFIXES = ("target/", "params/params/", "params/", "")
 
 
 @dataclass(frozen=True)
