@@ -154,7 +154,8 @@ class Laboratory:
 
     def examples(self, model: Model) -> Examples:
         """What a model is trained on and measured with."""
-        text = self.text if model.data == PRETRAINING else task(model.data, self.out)
+        with self._locked("data"):
+            text = self.text if model.data == PRETRAINING else task(model.data, self.out)
         return read_examples(
             str(text),
             vocab=VOCAB,
