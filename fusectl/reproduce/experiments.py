@@ -549,6 +549,7 @@ def ligo(laboratory: Laboratory) -> Report:
             ),
             *verdicts(found, CLAIM),
             _small_row(laboratory),
+            _continued(laboratory),
         ),
         _curves(scratch, found),
         notes=("LiGO's steps are charged as steps of the grown model; the paper does not charge the small model's.",),
