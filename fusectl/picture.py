@@ -232,7 +232,7 @@ def draw_theory(found: Theory, file: Path) -> None:
     layers.set_xlabel("norm of the Lie bracket")
     layers.legend(fontsize=8)
     for axes in (errors, layers):
-        axes.tick_params(labelsize=7)
+        axes.tick_params(which="both", labelsize=7)
         axes.spines[["top", "right"]].set_visible(False)
     with storage_errors(file):
         figure.savefig(file, dpi=150)

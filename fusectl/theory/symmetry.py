@@ -113,7 +113,7 @@ def of_fusion(fusion: Fusion, sources: Sequence[Opened], fill: Fill) -> Symmetry
             layout = fused(fusion, name, "float64", fill, [source.full(name) for source in sources])
             yield name, layout.axes, _filled(layout, name, sources, fill)
 
-    noise = "" if fill.kind == "zeros" else f" of scale {fill.noise_scale:g}, seed {fill.seed}"
+    noise = "" if fill.kind == "zeros" else f" noise of scale {fill.noise_scale:g}, seed {fill.seed}"
     return symmetry_of(tensors(), fusion.widths, f"a new fusion, filled with {fill.kind}{noise}")
 
 
