@@ -175,9 +175,9 @@ def space_of(paths, norm="property"):
 CASES = [
     ("t5-1.1", 2, None),
     ("t5-1.0", 3, None),
-    ("t5-1.1", 2, SIZES),
     ("scalable-t5-1.1-scanned", 2, WIDER),
     pytest.param("t5-1.0", 2, WIDER, marks=pytest.mark.slow),
+    pytest.param("t5-1.1", 2, SIZES, marks=pytest.mark.slow),
     pytest.param("t5-1.1", 3, SIZES, marks=pytest.mark.slow),
     pytest.param("scalable-t5-1.0", 3, None, marks=pytest.mark.slow),
     pytest.param("maxtext-qwen3", 2, None, marks=pytest.mark.slow),
