@@ -185,6 +185,25 @@ def test_a_marker_that_is_gone_is_told(fused, tmp_path):
     assert any("commit_success.txt" in note for note in found.notes)
 
 
+@pytest.mark.parametrize("endless", ["/dev/zero", "sparse"])
+def test_a_marker_without_an_end_is_told(fused, tmp_path, endless):
+    path = copied(fused["orbax-zarr3"], tmp_path)
+    for marker in (path / "commit_success.txt", index_of(path) / "commit_success.txt"):
+        marker.unlink()
+    (path / "commit_success.txt").write_text("Checkpoint commit was successful")
+    if endless == "sparse":
+        os.truncate(path / "commit_success.txt", 1 << 40)
+    else:
+        (path / "commit_success.txt").unlink()
+        (path / "commit_success.txt").symlink_to(endless)
+    before = peak_rss_bytes()
+
+    problems = fsck(str(path)).problems
+
+    assert sum("commit_success.txt" in problem for problem in problems) >= 2
+    assert peak_rss_bytes() - before < 200 << 20
+
+
 def test_a_database_of_a_writer_that_was_not_merged_is_told(tmp_path):
     path, other = tmp_path / "a", tmp_path / "b"
     checkpoint(path, format="orbax")

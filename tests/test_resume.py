@@ -29,6 +29,7 @@ from fusectl.formats.target import Database
 from fusectl.growth import begin_operator
 from fusectl.journal import Journal
 from fusectl.ligo.operator import save_operator
+from fusectl.memory import peak_rss_bytes
 from fusectl.record import Fill
 from fusectl.surgery import carry_out, plan_fusion
 
@@ -316,6 +317,28 @@ def test_what_does_not_belong_to_the_output_is_not_published(sources, tmp_path, 
     assert (tmp_path / "mine").read_text() == "mine"
     write(sources[form], tmp_path / "whole")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("form", ["t5x", "orbax"])
+def test_what_has_no_end_in_staging_is_not_read(sources, tmp_path, monkeypatch, form):
+    """Links to a device, and pipes: in place of chunks, data files and the journal."""
+    monkeypatch.setattr(builder, "LARGEST_COMMIT_BYTES", 4096)
+    write(sources[form], tmp_path / "whole")
+    before = peak_rss_bytes()
+    for journal in (False, True):
+        interrupted(150, KeyboardInterrupt(), monkeypatch, sources[form], tmp_path / "out")
+        staging = staging_of(tmp_path / "out")
+        chunks = [p for p in staging.rglob("*") if p.is_file() and (p.name[0] == "0" or p.parent.name == "d")]
+        for i, file in enumerate([staging / JOURNAL] if journal else chunks[:10]):
+            file.unlink()
+            file.symlink_to("/dev/zero") if i % 2 == 0 else os.mkfifo(file)
+
+        write(sources[form], tmp_path / "out", resume=True)
+
+        assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+        assert not any(p.is_symlink() for p in (tmp_path / "out").rglob("*"))
+        shutil.rmtree(tmp_path / "out")
+    assert peak_rss_bytes() - before < 200 << 20
 
 
 def test_a_staging_directory_that_is_a_link_is_left_alone(sources, tmp_path):

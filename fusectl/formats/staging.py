@@ -24,10 +24,13 @@ from fusectl.errors import FusectlError, NotEnoughSpace, OutputExists, StorageEr
 from fusectl.formats import upload
 from fusectl.formats.locate import JOURNAL, LEASE, TEMPORARY_SUFFIX
 from fusectl.formats.objects import ObjectPath, Place
+from fusectl.formats.store import walk
 from fusectl.formats.upload import Staging
 
 
 REMOVALS = 200
+# It names what stands at the top of the output.
+LARGEST_HEAD_BYTES = 64 << 20
 FLUSHES_AT_ONCE = 8
 
 
@@ -82,7 +85,9 @@ def staged(
             raise OutputExists(f"{final}: another process has just written it")
         try:
             with storage_errors(final):
-                if not resume:
+                if resume:
+                    _remove_strange(temporary)
+                else:
                     _empty(temporary)
                 yield Staging(temporary)
                 if sync:
@@ -125,8 +130,10 @@ def journal_head(at: Place) -> bytes:
     journal = at / JOURNAL
     try:
         if isinstance(journal, Path):
+            if journal.is_symlink() or not journal.is_file():
+                return b""
             with journal.open("rb") as file:
-                return file.readline()
+                return file.readline(LARGEST_HEAD_BYTES)
         return journal.read_bytes()
     except OSError:
         return b""
@@ -187,6 +194,15 @@ def _is_open_as(path: Path, handle: int) -> bool:
         return os.path.samestat(path.stat(), os.fstat(handle))
     except FileNotFoundError:
         return False
+
+
+def _remove_strange(at: Path) -> None:
+    """Removes what no run has left: links, which lead anywhere, pipes and devices, which have no end."""
+    entries = list(walk(str(at)))
+    for entry in entries:
+        regular = entry.is_file(follow_symlinks=False) or entry.is_dir(follow_symlinks=False)
+        if not regular:
+            Path(entry.path).unlink()
 
 
 def _empty(at: Path) -> None:

@@ -10,9 +10,11 @@ from functools import partial
 from fusectl.chunks import TOLERATED_EXCESS_BYTES
 from fusectl.errors import Corrupt, NotEnoughSpace
 from fusectl.formats.encoding import checksum
+from fusectl.formats.objects import read_small
 from fusectl.formats.tree import Checkpoint, Leaf
 from fusectl.formats.zarr import nonfinite_at
 from fusectl.layout import Region, place_in_grid, size, tiles
+from fusectl.memory import available_bytes
 from fusectl.parallel import Progress, in_parallel
 from fusectl.record import LEFT_OUT, UNREAD, Checksums, Record, require_crc32
 from fusectl.verify.report import FilesResult
@@ -79,10 +81,11 @@ def _metadata_problems(checkpoint: Checkpoint, record: Record) -> Iterator[str]:
     """The index and the markers, where they are not what was written; the arrays' own were compared at opening."""
     for name, crc32 in record.files.items():
         file = checkpoint.location.home / name
-        try:
-            require_crc32(file.read_bytes(), crc32, str(file))
-        except FileNotFoundError:
+        if not file.exists():
             yield f"{name}: written, and gone"
+            continue
+        try:
+            require_crc32(read_small(file, available_bytes() // 2), crc32, str(file))
         except Corrupt as error:
             yield error.message
 
