@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import typing
@@ -295,6 +296,25 @@ def paper():
     from fusectl.papers import table
 
     return table("table1")
+
+
+def numbers_in(text):
+    return set(re.findall(r"(?<![\d.])2\.\d{3}(?!\d)", text))
+
+
+def test_the_losses_that_the_readme_tells_are_those_of_the_reports():
+    reports = Path(module.__file__).parent / "reports"
+    kept = [json.loads(file.read_text()) for file in sorted(reports.glob("*.json"))]
+    shown = " ".join(str(cell) for each in kept for table in each["tables"] for row in table["rows"] for cell in row)
+    shown += " ".join(sentence for each in kept for sentence in each["found"])
+    measured = {f"{float(number):.3f}" for number in re.findall(r"(?<![\d.])2\.\d{3,}", shown)}
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    told = numbers_in(readme.partition("## The papers' claims, put to the test")[2].partition("\n## ")[0])
+
+    assert {each["experiment"] for each in kept} <= set(EXPERIMENTS)
+    assert len(told) > 10
+    assert told <= measured
+    assert not numbers_in("2.999") <= measured
 
 
 def test_the_command_offers_what_there_is():

@@ -48,12 +48,11 @@ def reproduce(experiment: str, preset: str, out: Path, note: Callable[[str], Non
     chosen = PRESETS[preset]
     device = jax.devices()[0]
     laboratory = Laboratory(out, chosen, note, jobs=(os.cpu_count() or 1) if device.platform == "cpu" else 1)
-    started = time.monotonic()
     report = EXPERIMENTS[experiment](laboratory)
     circumstances = (
         (
             f"`fusectl reproduce {experiment} --preset {preset}`, fusectl {fusectl.__version__}, "
-            f"{time.strftime('%Y-%m-%d')}; {time.monotonic() - started:,.0f} s, without what was there already."
+            f"{time.strftime('%Y-%m-%d')}."
         ),
         (
             f"{len(jax.devices())} x {device.device_kind}, {os.cpu_count()} cores, Python {platform.python_version()}, "
