@@ -331,9 +331,10 @@ def smoke(experiment, out, capsys):
     for file in found["files"]:
         assert Path(file).stat().st_size
     kept = json.loads((out / f"{experiment}.json").read_text())
-    cells = [cell for each in kept["tables"] for row in each["rows"] for cell in row if isinstance(cell, float)]
-    assert cells
-    assert all(math.isfinite(cell) for cell in cells)
+    cells = " ".join(str(cell) for each in kept["tables"] for row in each["rows"] for cell in row)
+    numbers = [float(number) for number in re.findall(r"(?<![\w.])-?(?:\d+\.\d+|inf|nan)\b", cells, re.IGNORECASE)]
+    assert numbers
+    assert all(math.isfinite(number) for number in numbers)
     return kept
 
 
