@@ -131,22 +131,24 @@ def derivatives(losses: Losses, theta: Point) -> Derivatives:
 
 def combined(*terms: tuple[Any, Point]) -> Point:
     """The linear combination of points, each with its coefficient."""
-    return _combined(*zip(*terms, strict=True))
+    return _compiled_sum(*zip(*terms, strict=True))
 
 
-@jax.jit
-def _combined(coefficients: Sequence[Any], points: Sequence[Point]) -> Point:
+def _sum(coefficients: Sequence[Any], points: Sequence[Point]) -> Point:
     return jax.tree.map(lambda *leaves: sum(c * leaf for c, leaf in zip(coefficients, leaves, strict=True)), *points)
 
 
 def norm(point: Point) -> float:
     """The Euclidean norm of a point."""
-    return math.sqrt(_square(point))
+    return math.sqrt(_compiled_square(point))
 
 
-@jax.jit
 def _square(point: Point) -> Any:
     return sum(jnp.vdot(leaf, leaf) for leaf in jax.tree.leaves(point))
+
+
+# Leaf by leaf each would be compiled by itself.
+_compiled_sum, _compiled_square = jax.jit(_sum), jax.jit(_square)
 
 
 def modified_field(losses: Losses, h_small: float, h_big: float, bracket: float = 1.0) -> Field:
