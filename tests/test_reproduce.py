@@ -15,7 +15,7 @@ import pytest
 
 from fusectl.cli import experiments as command
 from fusectl.cli import run as fusectl
-from fusectl.errors import FusectlError, UsageError
+from fusectl.errors import Corrupt, FusectlError, UsageError
 from fusectl.formats import open_checkpoint
 from fusectl.reproduce import laboratory as module
 from fusectl.reproduce.arms import Arm, Baseline, Curve, Judged, Result, compare, grown, judged, sweep
@@ -369,6 +369,23 @@ def test_wrong_names_are_refused(tmp_path, capsys):
     assert fusectl(["reproduce", "table1"]) == 2
     capsys.readouterr()
     assert not any(tmp_path.iterdir())
+
+
+def test_a_directory_that_is_none_and_notes_that_are_damaged_are_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="not a directory"):
+        Laboratory(tmp_path / "file", SMOKE, lambda _: None, jobs=1)
+    made = Laboratory(tmp_path / "there", SMOKE, lambda _: None, jobs=1)
+    (made.out / "preset.json").write_text("{")
+    with pytest.raises(Corrupt, match="not what was written"):
+        Laboratory(tmp_path / "there", SMOKE, lambda _: None, jobs=1)
+
+
+def test_a_directory_may_begin_with_a_dash(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = Laboratory(Path("-x"), SMOKE, lambda _: None, jobs=1)
+
+    assert made.run(twice()).start.loss > 0
 
 
 def test_judged_trains_the_baseline_as_far_as_the_most_compute(laboratory):

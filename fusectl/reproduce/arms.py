@@ -256,6 +256,29 @@ def judged(laboratory: Laboratory, size: str, results: Sequence[Result]) -> tupl
     return [baseline.judge(each) for each in results], baseline.at(baseline.steps)[1]
 
 
+def with_controls(laboratory: Laboratory, size: str, results: Sequence[Result]) -> tuple[list[Judged], Curve]:
+    """What `judged` says of results, and behind them of models that do not grow, of the last one's compute.
+
+    A grown model may change its rate when it grows. So may these, at their own best rate: one from scratch, for as many
+    steps as the grown one has, and the small model, from where others are grown from it.
+    """
+    last = judged(laboratory, size, results)[0][-1]
+    flops, run = last.result.charged_flops, last.result.runs[0]
+    first = max(1, round(flops / run.flops_per_step) - run.model.steps)
+    per_small = laboratory.run(small(laboratory, 0)).flops_per_step
+    more = max(1, round(flops / per_small) - laboratory.preset.small_steps)
+
+    def from_scratch(seed: int, base: float) -> Model:
+        begun = Model(size, seed, last.scratch_base, first)
+        return Model(size, seed, base, run.model.steps, Growth("kept on", (begun,)))
+
+    def of_small(seed: int, base: float) -> Model:
+        return Model("small", seed, base, more, Growth("kept on", (small(laboratory, seed),)))
+
+    arms = [Arm("no growth: from scratch", from_scratch), Arm("no growth: the small model", of_small)]
+    return judged(laboratory, size, [*results, *compare(laboratory, arms)])
+
+
 def small_base(laboratory: Laboratory) -> float:
     """The rate at which small models are best."""
     preset = laboratory.preset

@@ -28,7 +28,7 @@ import numpy as np
 
 from fusectl.archs import Recognized, family_named, recognize
 from fusectl.demo import parameter_shapes
-from fusectl.errors import FusectlError, UsageError
+from fusectl.errors import Corrupt, FusectlError, UsageError
 from fusectl.examples import Examples, read_examples
 from fusectl.formats import open_checkpoint
 from fusectl.formats.sink import save
@@ -113,14 +113,18 @@ class Laboratory:
     """Trains and grows models in a directory, several at once; `note` is told of each run."""
 
     def __init__(self, out: Path, preset: Preset, note: Callable[[str], None], jobs: int) -> None:
-        self.out, self.preset, self._note, self._jobs = out, preset, note, jobs
+        # Its paths are words of commands, where one that begins with a dash would be an option.
+        self.out = out.resolve()
+        self.preset, self._note, self._jobs = preset, note, jobs
         self._locks: dict[str, threading.Lock] = defaultdict(threading.Lock)
         self._locks_lock = threading.Lock()
         self._trainers: dict[Any, Trainer] = {}
         self._streams: dict[Any, _Stream] = {}
-        out.mkdir(parents=True, exist_ok=True)
+        if out.exists() and not out.is_dir():
+            raise UsageError(f"{out}: not a directory")
+        self.out.mkdir(parents=True, exist_ok=True)
         self._require_same_preset()
-        self.text = write_text(out / "text.txt", preset.text_bytes)
+        self.text = write_text(self.out / "text.txt", preset.text_bytes)
 
     def run(self, model: Model) -> Run:
         """The run of a model, trained as far as it is not yet."""
@@ -129,8 +133,12 @@ class Laboratory:
 
     def all(self, models: Sequence[Model]) -> list[Run]:
         """The runs of several models, which are trained side by side."""
-        with ThreadPoolExecutor(self._jobs) as pool:
+        pool = ThreadPoolExecutor(self._jobs)
+        try:
             return list(pool.map(self.run, models))
+        finally:
+            # Where one has failed, what has not begun does not begin.
+            pool.shutdown(cancel_futures=True)
 
     def charged_flops(self, model: Model) -> float:
         """What training it has cost, its sources included, each once however often it was used."""
@@ -150,6 +158,7 @@ class Laboratory:
                 home.mkdir(parents=True)
                 for words in growth.commands:
                     self.fusectl([word.format(*sources, **places) for word in words])
+                shutil.rmtree(places["between"], ignore_errors=True)
         return out
 
     def examples(self, model: Model) -> Examples:
@@ -173,7 +182,7 @@ class Laboratory:
     def _run(self, model: Model) -> Run:
         home = self.out / "runs" / model.key
         file = home / "run.json"
-        kept = json.loads(file.read_text()) if file.exists() else {"curve": []}
+        kept = _read(file) if file.exists() else {"curve": []}
         path = home / f"checkpoint_{model.steps}"
         # Who is interrupted between the two has a checkpoint without its part of the curve.
         trained = path.exists() and model.steps in (step for step, *_ in kept["curve"])
@@ -258,7 +267,7 @@ class Laboratory:
 
     def _require_same_preset(self) -> None:
         file, mine = self.out / "preset.json", json.loads(json.dumps(asdict(self.preset)))
-        if file.exists() and json.loads(file.read_text()) != mine:
+        if file.exists() and _read(file) != mine:
             raise UsageError(f"{file}: another preset has been run here", hint="another -o")
         _write(file, mine)
 
@@ -330,6 +339,15 @@ def _with_sources(model: Model) -> Iterator[Model]:
 def _stored(home: Path) -> list[int]:
     """The steps of which a run has kept its state."""
     return [int(each.name.partition("_")[2]) for each in home.glob("checkpoint_*") if each.suffix != ".part"]
+
+
+def _read(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise Corrupt(
+            f"{file}: not what was written", details=(str(error),), hint="remove it, or another -o"
+        ) from error
 
 
 def _write(file: Path, values: Any) -> None:
