@@ -1,5 +1,6 @@
 """The experiments: what is trained is kept and charged, every arm is held against the baseline of its compute."""
 
+import fcntl
 import json
 import math
 import os
@@ -18,7 +19,7 @@ from fusectl.cli import run as fusectl
 from fusectl.errors import Corrupt, FusectlError, UsageError
 from fusectl.formats import open_checkpoint
 from fusectl.reproduce import laboratory as module
-from fusectl.reproduce.arms import Arm, Baseline, Curve, Judged, Result, compare, grown, judged, sweep
+from fusectl.reproduce.arms import OTHER, THIRD, Arm, Baseline, Curve, Judged, Result, compare, grown, judged, sweep
 from fusectl.reproduce.experiments import EXPERIMENTS, FUSE, NOISE, SELF
 from fusectl.reproduce.laboratory import Growth, Laboratory, Model, Point, Run
 from fusectl.reproduce.presets import PRESETS
@@ -134,6 +135,32 @@ def test_a_norm_for_each_source_is_trained_with_and_kept_for_finetuning(laborato
     )
 
 
+def test_grown_models_learn_from_batches_that_none_of_their_sources_saw(laboratory):
+    def first(model):
+        return next(laboratory.examples(model).batches()).encoder
+
+    sources = tuple(replace(SMALL, seed=seed) for seed in (0, OTHER, THIRD, OTHER + THIRD))
+    mediums = [twice(seed=each[0].seed, growth=Growth("fused", each, (FUSE,))) for each in (sources[:2], sources[2:])]
+    large = Model("large", 0, 0.5, 4, Growth("fused again", tuple(mediums), (FUSE,)))
+    seen = [*sources, *mediums]
+
+    assert not any(np.array_equal(first(large), first(each)) for each in seen)
+    assert not any(np.array_equal(first(medium), first(each)) for medium in mediums for each in sources)
+    # A task's order is the same for all.
+    assert np.array_equal(first(replace(large, data="category")), first(replace(SMALL, data="category")))
+
+
+def test_two_processes_do_not_run_in_one_directory(tmp_path, capsys):
+    held = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    try:
+        assert fusectl(["reproduce", "figure4", "--preset", "smoke", "-o", str(tmp_path)]) == 7
+    finally:
+        os.close(held)
+    assert "another process" in capsys.readouterr().err
+    assert not list(tmp_path.glob("figure4*"))
+
+
 def test_commands_that_fail_say_so(laboratory):
     with pytest.raises(FusectlError, match="self-fuse.*exit code 2"):
         laboratory.grown(Growth("wrong", (SMALL,), (("self-fuse", "{0}", "--copies", "0", "-o", "{out}"),)))
@@ -207,6 +234,10 @@ def test_the_baselines_rate_is_the_best_for_each_length():
 
     assert baseline.at(1)[0] == 1.0
     assert baseline.at(3)[0] == 0.5
+    assert [baseline.loss_at(10.0 * step) for step in (1, 2, 3)] == [3.0, 2.9, 1.0]
+    assert baseline.flops_to(3.0) == 10.0
+    assert baseline.flops_to(1.0) == 30.0
+    assert baseline.flops_to(0.5) is None
 
 
 def test_a_compute_is_found_between_the_points_of_a_curve():
@@ -392,9 +423,9 @@ def test_a_directory_may_begin_with_a_dash(tmp_path, monkeypatch):
 def test_judged_trains_the_baseline_as_far_as_the_most_compute(laboratory):
     arms = [grown(laboratory, "medium", "self", lambda _: (SMALL,), lambda _: ((*SELF, *NOISE),))]
     results = compare(laboratory, arms)
-    (one,), scratch = judged(laboratory, "medium", results)
+    (one,), baseline = judged(laboratory, "medium", results)
 
-    assert scratch.flops[-1] >= one.result.charged_flops
+    assert baseline.curve.flops[-1] >= one.result.charged_flops
     assert np.isfinite(one.difference)
 
 

@@ -7,15 +7,17 @@ experiments.py  which models each compares         report.py       tables, curve
 
 from __future__ import annotations
 
+import fcntl
 import os
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from fusectl.errors import UsageError
+from fusectl.errors import OutputExists, UsageError
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class Reproduced:
 def reproduce(experiment: str, preset: str, out: Path, note: Callable[[str], None]) -> Reproduced:
     """Runs an experiment in a directory, as far as that has not been done, and writes its report there.
 
-    Raises UsageError for names of experiments and presets that there are none of; NotFound where matplotlib is missing.
+    Raises UsageError for names of experiments and presets that there are none of; NotFound where matplotlib is missing;
+    OutputExists where another process runs one there.
     """
     _prepare(preset)
     import jax
@@ -48,7 +51,8 @@ def reproduce(experiment: str, preset: str, out: Path, note: Callable[[str], Non
     chosen = PRESETS[preset]
     device = jax.devices()[0]
     laboratory = Laboratory(out, chosen, note, jobs=(os.cpu_count() or 1) if device.platform == "cpu" else 1)
-    report = EXPERIMENTS[experiment](laboratory)
+    with _alone(laboratory.out):
+        report = EXPERIMENTS[experiment](laboratory)
     circumstances = (
         (
             f"`fusectl reproduce {experiment} --preset {preset}`, fusectl {fusectl.__version__}, "
@@ -72,6 +76,20 @@ def reproduce(experiment: str, preset: str, out: Path, note: Callable[[str], Non
         f"Seeds 0 to {chosen.seeds - 1}; in brackets the least and the most of them. FLOPs as XLA counts them.",
     )
     return Reproduced(experiment, report.found, tuple(report.write(out, circumstances)))
+
+
+@contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Keeps other processes from running experiments in a directory."""
+    lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutputExists(f"{directory}: another process runs an experiment in it") from error
+        yield
+    finally:
+        os.close(lock)
 
 
 def _prepare(preset: str) -> None:

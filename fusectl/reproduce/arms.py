@@ -18,8 +18,9 @@ from fusectl.reproduce.laboratory import Growth, Laboratory, Model, Run
 
 
 Command = tuple[str, ...]
-# Seeds of a second small model: other than those of the first.
+# Seeds of a second small model, and of a third: other than those of the first. The fourth's is the sum of both.
 OTHER = 500
+THIRD = 250
 # The baseline is trained for so much longer than the most compute that an arm takes, to see when it gets as far.
 BEYOND = 1.25
 
@@ -170,10 +171,21 @@ class Baseline:
         mean, least, most = (
             float(np.interp(flops, curve.flops, each)) for each in (curve.mean, curve.least, curve.most)
         )
-        loss = float(np.mean(result.losses))
-        # Any of its rates may be the one that gets there first.
-        reached = [found for each in self._tried.values() if (found := each.flops_to(loss)) is not None]
-        return Judged(result, base, (mean, least, most), min(reached, default=None), curve.flops[-1])
+        return Judged(result, base, (mean, least, most), self.flops_to(float(np.mean(result.losses))), curve.flops[-1])
+
+    def loss_at(self, flops: float) -> float:
+        """The mean loss after so much compute, with the rate that is best there."""
+        return self.at(round(flops / self.flops_per_step))[1].at(flops)
+
+    def flops_to(self, loss: float) -> float | None:
+        """The compute after which its mean loss is this one, with the rate that gets there first; None if none does."""
+        reached = (each.flops_to(loss) for each in self._tried.values())
+        return min((flops for flops in reached if flops is not None), default=None)
+
+    @property
+    def curve(self) -> Curve:
+        """Its curve at the rate that is best in the end."""
+        return self.at(self.steps)[1]
 
     def _train(self, bases: Sequence[float]) -> None:
         seeds = self._laboratory.preset.seeds
@@ -248,15 +260,15 @@ def best_of(found: Mapping[float, float]) -> float:
     return min(found, key=found.__getitem__)
 
 
-def judged(laboratory: Laboratory, size: str, results: Sequence[Result]) -> tuple[list[Judged], Curve]:
-    """Results beside models of their size from scratch; and the curve of these at the rate best in the end."""
+def judged(laboratory: Laboratory, size: str, results: Sequence[Result]) -> tuple[list[Judged], Baseline]:
+    """Results beside models of their size from scratch, which are trained for longer than any of them."""
     per_step = results[0].runs[0].flops_per_step
     most = max(result.charged_flops for result in results)
     baseline = Baseline(laboratory, size, round(BEYOND * most / per_step))
-    return [baseline.judge(each) for each in results], baseline.at(baseline.steps)[1]
+    return [baseline.judge(each) for each in results], baseline
 
 
-def with_controls(laboratory: Laboratory, size: str, results: Sequence[Result]) -> tuple[list[Judged], Curve]:
+def with_controls(laboratory: Laboratory, size: str, results: Sequence[Result]) -> tuple[list[Judged], Baseline]:
     """What `judged` says of results, and behind them of models that do not grow, of the last one's compute.
 
     A grown model may change its rate when it grows. So may these, at their own best rate: one from scratch, for as many

@@ -15,14 +15,15 @@ from fusectl.papers import table as paper_table
 from fusectl.parallel import Silent
 from fusectl.reproduce.arms import (
     OTHER,
+    THIRD,
     Arm,
+    Baseline,
     Command,
     Curve,
     Judged,
     Result,
     compare,
     grown,
-    judged,
     small,
     small_base,
     with_controls,
@@ -57,9 +58,14 @@ def _always(*commands: Command) -> Callable[[int], tuple[Command, ...]]:
     return lambda _: commands
 
 
+def _seeded(*commands: Command) -> Callable[[int], tuple[Command, ...]]:
+    """Commands whose first one draws noise by the run's seed."""
+    return lambda seed: ((*commands[0], "--seed", str(seed)), *commands[1:])
+
+
 def _noisy(command: Command, *more: str) -> Callable[[int], tuple[Command, ...]]:
-    """A command with the paper's noise, whose seed is the run's."""
-    return lambda seed: ((*command, *NOISE, "--seed", str(seed), *more),)
+    """A command with the paper's noise."""
+    return _seeded((*command, *NOISE, *more))
 
 
 def fusions(laboratory: Laboratory) -> list[Arm]:
@@ -82,13 +88,13 @@ def _small_row(laboratory: Laboratory) -> str:
 
 def table1(laboratory: Laboratory) -> Report:
     """Table 1: fusing two small models, with one norm and with a norm each, and fusing one with itself."""
-    found, scratch = with_controls(laboratory, "medium", compare(laboratory, fusions(laboratory)))
+    found, baseline = with_controls(laboratory, "medium", compare(laboratory, fusions(laboratory)))
     return Report(
         "table1",
         "Table 1: fused models against training from scratch",
         (comparison("Measured", found), sweeps([each.result for each in found]), _paper("table1")),
         (*verdicts(found, CLAIM), _small_row(laboratory)),
-        _curves(scratch, found),
+        _curves(baseline, found),
     )
 
 
@@ -126,22 +132,18 @@ def table2(laboratory: Laboratory) -> Report:
     arms = [
         stage("(2) S + S to M, M with itself to L", medium("medium, fused"), SELF),
         stage("(3) M + M to L", medium("medium from scratch", OTHER), FUSE),
-        stage("(4) S + S to M twice, M + M to L", medium("medium, fused", 2 * OTHER), FUSE),
+        stage("(4) S + S to M twice, M + M to L", medium("medium, fused", THIRD), FUSE),
         stage("(5) M with itself to L", medium("medium from scratch"), SELF),
         stage("(6) S with itself to M, M with itself to L", medium("medium, self-fused"), SELF),
     ]
-    found, scratch = judged(laboratory, "large", compare(laboratory, arms))
+    found, baseline = with_controls(laboratory, "large", compare(laboratory, arms))
     return Report(
         "table2",
         "Table 2: fusion in stages",
         (comparison("Measured; (1) is the baseline", found), sweeps([each.result for each in found]), _paper("table2")),
         tuple(verdicts(found, CLAIM)),
-        _curves(scratch, found),
+        _curves(baseline, found),
         notes=(
-            (
-                "Where models are grown twice, the large ones learn from the batches that their medium ones have seen "
-                "before: settings (2), (4) and (6)."
-            ),
             f"Small, medium and large models: {small_steps:,}, {medium_steps:,} and {large_steps:,} steps.",
             (
                 "Which settings the paper's numbers stand for is drawn in its Figure 2, which is not in its text. (1) "
@@ -157,16 +159,17 @@ def table2(laboratory: Laboratory) -> Report:
 
 def table4(laboratory: Laboratory) -> Report:
     """Table 4: what it takes to get as far as the baseline, the small models' training charged."""
-    found, scratch = judged(laboratory, "medium", compare(laboratory, fusions(laboratory)[1:]))
+    found, baseline = with_controls(laboratory, "medium", compare(laboratory, fusions(laboratory)[1:]))
+    scratch = baseline.curve
     grown_steps = laboratory.preset.grown_steps
     # As the paper's baseline, which has twice the steps that fused models have after fusion.
-    reference_flops = 2 * grown_steps * scratch.flops[-1] / scratch.steps[-1]
-    quality = scratch.at(reference_flops)
-    # Where its own curve gets there for the first time, as that of the others.
-    scratch_flops = scratch.flops_to(quality) or reference_flops
+    reference_flops = 2 * grown_steps * baseline.flops_per_step
+    quality = baseline.loss_at(reference_flops)
+    # Where it gets there for the first time, as the others, with the rate that does so first.
+    scratch_flops = baseline.flops_to(quality) or reference_flops
     rows = []
     for curve, flops in [(scratch, 0.0)] + [(each.result.curve, each.result.before_flops) for each in found]:
-        reached = curve.flops_to(quality)
+        reached = scratch_flops if curve is scratch else curve.flops_to(quality)
         saved = None if reached is None else 100 * (1 - reached / scratch_flops)
         rows.append((curve.name, flops / 1e9, None if reached is None else reached / 1e9, saved, curve.mean[-1]))
     columns = ("model", "GFLOP before", "GFLOP to the quality", "compute saved, %", "loss at its end")
@@ -193,7 +196,7 @@ def table4(laboratory: Laboratory) -> Report:
                 "more than those of the seeds."
             ),
         ),
-        _curves(scratch, found),
+        _curves(baseline, found),
     )
 
 
@@ -308,7 +311,7 @@ def figure6(laboratory: Laboratory) -> Report:
         )
 
     results = compare(laboratory, [arm(step) for step in at_steps])
-    found, scratch = judged(laboratory, "medium", results)
+    found, baseline = with_controls(laboratory, "medium", results)
     # No loss where the small model's training alone takes more than the budget.
     losses = {
         step: [result.curve.at(b) if b > result.before_flops else None for b in budgets]
@@ -318,7 +321,7 @@ def figure6(laboratory: Laboratory) -> Report:
         min((each[i], step) for step, each in losses.items() if each[i] is not None)[1] for i in range(len(budgets))
     ]
     rows: list[tuple[Cell, ...]] = [(step, *each) for step, each in losses.items()]
-    rows.append(("scratch", *(scratch.at(budget) for budget in budgets)))
+    rows.append(("scratch", *(baseline.loss_at(budget) for budget in budgets)))
     smalls = laboratory.all([small(laboratory, seed, at_steps[-1]) for seed in range(preset.seeds)])
     same = "does not depend" if len(set(best)) == 1 else "seems to depend"
     columns = ("small model's steps", *(f"loss at {budget / 1e9:,.0f} GFLOP" for budget in budgets))
@@ -335,10 +338,10 @@ def figure6(laboratory: Laboratory) -> Report:
                 f"The best step is {', '.join(f'{each:,}' for each in best)} for the three budgets, so it {same} on "
                 "the budget here; the paper: it does not."
             ),
-            _predicted(Curve.of("small", smalls, 0.0), scratch, largest),
-            *verdicts([min(found, key=lambda each: each.difference)], CLAIM),
+            _predicted(Curve.of("small", smalls, 0.0), baseline.curve, largest),
+            *verdicts(found, CLAIM),
         ),
-        _curves(scratch, found),
+        _curves(baseline, found),
         notes=("The schedule has no end: the loss at a budget is that of the run when it has spent so much.",),
     )
 
@@ -370,18 +373,18 @@ def starts(laboratory: Laboratory) -> Report:
     sizes = preset.sizes("medium")
     wider = ("--emb", str(sizes["embed"]), "--heads", str(sizes["heads"]), "--mlp", str(sizes["mlp"]))
     antisymmetric = ("--fill", "antisymmetric", "--noise-scale", "0.2")
-    kinds: Mapping[str, Command] = {
-        "zeros": (*SELF, "--fill", "zeros"),
-        "gaussian 0.1": (*SELF, *NOISE),
-        "antisymmetric 0.2": (*SELF, *antisymmetric),
-        "clone": ("ligo", "{0}", *wider, "--steps", "0", "-o", "{out}"),
-        "zeros, asymmetric state": (*SELF, "--fill", "zeros", "--optimizer", "asymmetric"),
-        "zeros, no state": (*SELF, "--fill", "zeros", "--optimizer", "drop"),
-        "antisymmetric 0.2, no state": (*SELF, *antisymmetric, "--optimizer", "drop"),
+    kinds: Mapping[str, Callable[[int], tuple[Command, ...]]] = {
+        "zeros": _always((*SELF, "--fill", "zeros")),
+        "gaussian 0.1": _noisy(SELF),
+        "antisymmetric 0.2": _seeded((*SELF, *antisymmetric)),
+        "clone": _always(("ligo", "{0}", *wider, "--steps", "0", "-o", "{out}")),
+        "zeros, asymmetric state": _always((*SELF, "--fill", "zeros", "--optimizer", "asymmetric")),
+        "zeros, no state": _always((*SELF, "--fill", "zeros", "--optimizer", "drop")),
+        "antisymmetric 0.2, no state": _seeded((*SELF, *antisymmetric, "--optimizer", "drop")),
     }
-    arms = [grown(laboratory, "medium", name, one, _always(command)) for name, command in kinds.items()]
+    arms = [grown(laboratory, "medium", name, one, commands) for name, commands in kinds.items()]
     results = compare(laboratory, arms)
-    found, scratch = with_controls(laboratory, "medium", results)
+    found, baseline = with_controls(laboratory, "medium", results)
     ends = {each.arm.name: float(np.mean(each.losses)) for each in results}
     rows = tuple(
         (
@@ -403,6 +406,7 @@ def starts(laboratory: Laboratory) -> Report:
                 rows,
             ),
             comparison("Beside the baseline of the same compute", found),
+            sweeps([each.result for each in found]),
         ),
         (
             (
@@ -410,13 +414,10 @@ def starts(laboratory: Laboratory) -> Report:
                 f"{max(ends.values()) - min(ends.values()):.4f} nats for a token better than the worst, "
                 f"{max(ends, key=ends.__getitem__)}."
             ),
-            *verdicts(found[-2:], CLAIM),
+            *verdicts(found, CLAIM),
         ),
-        _curves(scratch, found),
-        notes=(
-            "A clone, each block W/2, has no state that could be carried: zeros without state are its control.",
-            "The noise of all seeds is one.",
-        ),
+        _curves(baseline, found),
+        notes=("A clone, each block W/2, has no state that could be carried: zeros without state are its control.",),
     )
 
 
@@ -425,27 +426,38 @@ def finetune(laboratory: Laboratory) -> Report:
     preset = laboratory.preset
     one, two = partial(one_source, laboratory), partial(two_sources, laboratory)
     half, full = preset.grown_steps // 2, preset.grown_steps
-    base = small_base(laboratory)
 
-    def scratch(seed: int, steps: int) -> Model:
-        return Model("medium", seed, base, steps)
+    def scratch(steps: int) -> Arm:
+        return Arm(f"baseline {steps}", lambda seed, base: Model("medium", seed, base, steps))
 
-    def fused(
-        name: str, sources: Callable[[int], tuple[Model, ...]], command: Callable[[int], tuple[Command, ...]]
-    ) -> Arm:
-        return grown(laboratory, "medium", name, sources, command)
+    def longer(seed: int, base: float) -> Model:
+        return Model("small", seed, base, 2 * preset.small_steps)
 
-    prop = fused("fusion-prop", two, _noisy(FUSE, "--norm", "property"))
-    alone = fused("self-fusion", one, _noisy(SELF))
+    prop = grown(laboratory, "medium", "fusion-prop", two, _noisy(FUSE, "--norm", "property"), steps=half)
+    alone = grown(laboratory, "medium", "self-fusion", one, _noisy(SELF), steps=half)
+    pretrained = {
+        ("baseline", "half"): scratch(half),
+        ("baseline", "full"): scratch(full),
+        ("fusion-prop", "half"): prop,
+        ("self-fusion", "half"): alone,
+        ("small", "full"): Arm("small", longer),
+    }
+    of_pretraining = dict(zip(pretrained, compare(laboratory, list(pretrained.values())), strict=True))
+
+    def after(which: tuple[str, str]) -> Callable[[int], Growth | None]:
+        result = of_pretraining[which]
+        return lambda seed: Growth("pretrained", (result.arm.make(seed, result.base),))
+
     starts_by: Mapping[tuple[str, str], Callable[[int], Growth | None]] = {
         ("baseline", "0"): lambda _: None,
-        ("baseline", "half"): lambda seed: Growth("pretrained", (scratch(seed, half),)),
-        ("baseline", "full"): lambda seed: Growth("pretrained", (scratch(seed, full),)),
-        ("fusion-prop", "0"): lambda seed: prop.make(seed, base).growth,
-        ("fusion-prop", "half"): lambda seed: Growth("pretrained", (replace(prop.make(seed, base), steps=half),)),
-        ("self-fusion", "0"): lambda seed: alone.make(seed, base).growth,
-        ("self-fusion", "half"): lambda seed: Growth("pretrained", (replace(alone.make(seed, base), steps=half),)),
-        ("small", "full"): lambda seed: Growth("pretrained", (small(laboratory, seed, 2 * preset.small_steps),)),
+        ("baseline", "half"): after(("baseline", "half")),
+        ("baseline", "full"): after(("baseline", "full")),
+        # What the rate is does not matter before the first step.
+        ("fusion-prop", "0"): lambda seed: prop.make(seed, 1.0).growth,
+        ("fusion-prop", "half"): after(("fusion-prop", "half")),
+        ("self-fusion", "0"): lambda seed: alone.make(seed, 1.0).growth,
+        ("self-fusion", "half"): after(("self-fusion", "half")),
+        ("small", "full"): after(("small", "full")),
     }
 
     def tuned(which: tuple[str, str], task: str) -> Arm:
@@ -480,7 +492,12 @@ def finetune(laboratory: Laboratory) -> Report:
     return Report(
         "finetune",
         "Table 3: fusing before fine-tuning",
-        (Table("Accuracy after fine-tuning", columns, tuple(rows)), _paper("table3")),
+        (
+            Table("Accuracy after fine-tuning", columns, tuple(rows)),
+            sweeps(list(of_pretraining.values()), "Pre-training"),
+            sweeps(list(results.values()), "Fine-tuning"),
+            _paper("table3"),
+        ),
         (
             (
                 f"Self-fused and not trained on, against the small model trained twice as long: {gained:+.1f} points "
@@ -495,13 +512,9 @@ def finetune(laboratory: Laboratory) -> Report:
             f"Pre-training: full is {full:,} steps, half {half:,}; small models {preset.small_steps:,}, full twice.",
             (
                 f"Fine-tuned for {preset.tuned_steps:,} steps; the rate is chosen for each task and model on the first "
-                f"seed, from {', '.join(f'{base:g}' for base in preset.tuned_bases)} on; all pre-training is at the "
-                "small model's."
+                f"seed, from {', '.join(f'{base:g}' for base in preset.tuned_bases)} on, and so is each pre-training's."
             ),
-            (
-                "Held out are a few batches, fewer of the smallest task, of which some examples are also learned: "
-                "spreads are wide."
-            ),
+            "Held out are a few batches, fewer of the smallest task: spreads are wide.",
         ),
     )
 
@@ -526,16 +539,13 @@ def ligo(laboratory: Laboratory) -> Report:
     grow_by: Command = ("ligo", "{0}", *larger, "-o", "{out}")
     widened: Command = ("self-fuse", "{0}", "--copies", "2", "--fill", "antisymmetric", "-o", "{between}")
     deepened: Command = ("stack", "{between}", "--layers", layers, "-o", "{out}")
-    plain: Mapping[str, tuple[Command, ...]] = {
-        "self-fusion, idle layers": (widened, (*deepened, "--how", "identity")),
-        "self-fusion, stacked": (widened, (*deepened, "--how", "stack")),
-        "duplicate": ((*grow_by, "--steps", "0"),),
-        "bert2BERT-like": ((*grow_by, "--steps", "0", "--init", "stack"),),
+    plain: Mapping[str, Callable[[int], tuple[Command, ...]]] = {
+        "self-fusion, idle layers": _seeded(widened, (*deepened, "--how", "identity")),
+        "self-fusion, stacked": _seeded(widened, (*deepened, "--how", "stack")),
+        "duplicate": _always((*grow_by, "--steps", "0")),
+        "bert2BERT-like": _always((*grow_by, "--steps", "0", "--init", "stack")),
     }
-    arms = [
-        grown(laboratory, "deep", name, one, _always(*commands), steps=preset.deep_steps)
-        for name, commands in plain.items()
-    ]
+    arms = [grown(laboratory, "deep", name, one, commands, steps=preset.deep_steps) for name, commands in plain.items()]
     for name, how in (("LiGO", ()), ("LiGO, the paper's tying", ("--tie", "paper", "--init", "random"))):
 
         def commands(seed: int, how: Command = how) -> tuple[Command, ...]:
@@ -545,9 +555,9 @@ def ligo(laboratory: Laboratory) -> Report:
             grown(laboratory, "deep", name, one, commands, steps=preset.deep_steps, growth_steps=preset.ligo_steps)
         )
     results = compare(laboratory, arms)
-    found, scratch = with_controls(laboratory, "deep", results)
+    found, baseline = with_controls(laboratory, "deep", results)
     start = {each.arm.name: float(np.mean([run.start.loss for run in each.runs])) for each in results}
-    fresh = scratch.mean[0]
+    fresh = baseline.curve.mean[0]
     duplicate = next(each.curve for each in results if each.arm.name == "duplicate")
     ordinary = float(np.interp(preset.ligo_steps, duplicate.steps, duplicate.mean))
     below = start["LiGO"] < min(start["duplicate"], fresh)
@@ -565,7 +575,7 @@ def ligo(laboratory: Laboratory) -> Report:
             *verdicts(found, CLAIM),
             _small_row(laboratory),
         ),
-        _curves(scratch, found),
+        _curves(baseline, found),
         notes=(
             "LiGO's steps are charged as steps of the grown model; the paper does not charge the small model's.",
             "What is self-fused carries its optimizer's state; what a linear operator makes has none.",
@@ -582,8 +592,8 @@ def _paper(name: str) -> Table:
     return Table.of_paper(paper_table(name))
 
 
-def _curves(scratch: Curve, found: Sequence[Judged]) -> tuple[Curve, ...]:
-    return (scratch, *(each.result.curve for each in found))
+def _curves(baseline: Baseline, found: Sequence[Judged]) -> tuple[Curve, ...]:
+    return (baseline.curve, *(each.result.curve for each in found))
 
 
 def _more(difference: float) -> str:

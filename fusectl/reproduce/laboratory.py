@@ -41,6 +41,7 @@ from fusectl.training import Recipe, State, Trainer, random_parameters
 
 FAMILY = "t5-1.1"
 PRETRAINING = "text"
+# What each growth adds to the seed of the data: more than seeds of models that are fused differ by.
 _AFTER_GROWTH = 1000
 # Of batches of one seed.
 KEPT_BYTES = 256 << 20
@@ -316,8 +317,16 @@ def slug(name: str) -> str:
 
 
 def _data_seed(model: Model) -> int:
-    """What the order of a model's batches comes from: grown models see others than their sources did."""
-    return model.seed + (0 if model.growth is None else _AFTER_GROWTH)
+    """What the order of a model's batches comes from: grown models see others than any of their sources did.
+
+    A task has one order for all models, whatever they come from.
+    """
+    return model.seed + (_AFTER_GROWTH * _generation(model) if model.data == PRETRAINING else 0)
+
+
+def _generation(model: Model) -> int:
+    """How often a model has been grown, its sources included."""
+    return 0 if model.growth is None else 1 + max(map(_generation, model.growth.sources))
 
 
 def _steps_of(model: Model) -> dict[Model, int]:

@@ -127,11 +127,12 @@ def verdicts(found: Sequence[Judged], claim: str) -> list[str]:
     return sentences
 
 
-def sweeps(results: Sequence[Result]) -> Table:
-    """The losses of the first seed at each rate."""
+def sweeps(results: Sequence[Result], of: str = "") -> Table:
+    """The losses of the first seed at each rate, of a training where there are several."""
     bases = sorted({base for each in results for base in each.swept})
     rows = tuple((each.arm.name, *(each.swept.get(base) for base in bases)) for each in results)
-    return Table("Loss at the end by the factor of the rate, first seed", ("model", *(f"{b:g}" for b in bases)), rows)
+    title = "Loss at the end by the factor of the rate, first seed"
+    return Table(f"{of}: {title.lower()}" if of else title, ("model", *(f"{b:g}" for b in bases)), rows)
 
 
 def spread(values: Sequence[float], digits: int = 4) -> str:

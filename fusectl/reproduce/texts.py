@@ -74,8 +74,9 @@ def _directions() -> Iterator[tuple[str, str]]:
 
 
 def _encodings() -> Iterator[tuple[str, str]]:
-    for alias, name in sorted(locale.locale_alias.items()):
-        yield alias.partition(".")[0], name.partition(".")[2]
+    # Each locale once: some have an alias for every encoding.
+    found = {alias.partition(".")[0]: name.partition(".")[2] for alias, name in sorted(locale.locale_alias.items())}
+    yield from found.items()
 
 
 TASKS: dict[str, Callable[[], Iterator[tuple[str, str]]]] = {
