@@ -100,6 +100,7 @@ class _Wanted:
     lengths: tuple[int, int]
     seed: int
     sentinel: int | None
+    most_held_out: int
 
     @property
     def decoder_only(self) -> bool:
@@ -138,8 +139,11 @@ def read_examples(
     lengths: tuple[int, int],
     seed: int,
     sentinel: int | None = None,
+    most_held_out: int = MOST_HELD_OUT,
 ) -> Examples:
     """Batches of `batch` rows, of encoder tokens and of targets of at most these `lengths`: longer examples are cut.
+
+    No more than `most_held_out` batches are held out.
 
     `sentinel` is what the first span of a window is replaced with, the next ones with the tokens below it. Left out, it
     is T5's or mT5's of a vocabulary of that size, that of ByT5's ids with 100 more for bytes, and otherwise the last
@@ -150,7 +154,7 @@ def read_examples(
     vocabulary or are sentinels, and for fewer than two batches; UsageError for sizes that make no example, and for a
     module or function that is not there.
     """
-    wanted = _Wanted(data, vocab, objective, batch, lengths, seed, sentinel)
+    wanted = _Wanted(data, vocab, objective, batch, lengths, seed, sentinel, most_held_out)
     _require_sizes(wanted)
     if _is_function(data):
         return _of_function(wanted)
@@ -166,7 +170,7 @@ def read_examples(
             details=(f"{says}; {2 * batch:,} rows or windows are needed",),
             hint="a smaller batch, shorter lengths, or more data",
         )
-    held = min(MOST_HELD_OUT, max(1, rows.count // (10 * batch)))
+    held = min(wanted.most_held_out, max(1, rows.count // (10 * batch)))
     training = rows.count - held * batch
     says = f"{Path(data).name}: {says}, the last {held * batch} held out, sha256 {digest_of(raw)}"
     # The same for any seed, so that runs can be compared.
@@ -501,7 +505,7 @@ def _of_function(wanted: _Wanted) -> Examples:
             f"{wanted.data}: too little for a batch of {size} to learn from and one to hold out",
             details=(f"{len(rows)} examples came back; {2 * size} are needed",),
         )
-    held = min(MOST_HELD_OUT, max(1, len(rows) // (4 * size)))
+    held = min(wanted.most_held_out, max(1, len(rows) // (4 * size)))
     longest = " and ".join(map(str, wanted.lengths[wanted.decoder_only :]))
     says = f"{wanted.data}: {size} rows of {longest} in a batch, the first {held} batches held out"
     held_out = [_joined(rows[start : start + size], widths, says) for start in range(0, held * size, size)]

@@ -15,6 +15,7 @@ from pkgutil import iter_modules
 import numpy as np
 import pytest
 import typer
+from cases import first_soon
 from conftest import process
 from models import SIZES, WIDER, checkpoint, state
 
@@ -240,6 +241,7 @@ def test_verify_takes_its_sources_from_the_command_line(models, fusectl):
     assert fusectl("verify", path, "--sources", models[1], moved, "--levels", "weights").code == 3
 
 
+@pytest.mark.slow
 def test_verify_runs_on_the_tokens_of_a_file(models, fusectl, tmp_path):
     path = fusectl("fuse", *models, "-q").out.strip()
     tokens = tmp_path / "t.jsonl"
@@ -553,7 +555,7 @@ def test_a_second_writer_of_the_same_output_is_turned_away(models, fusectl):
     assert not temporary.exists()
 
 
-@pytest.mark.parametrize("delay_s", [0.0, 0.05, 0.3])
+@pytest.mark.parametrize("delay_s", first_soon([0.0, 0.05, 0.3]))
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_end_it_within_two_seconds_with_their_code_and_the_line_that_resumes(tmp_path, number, code, delay_s):
     big = {**SIZES, "vocab": 60_000, "embed": 512, "joined_kv": 512, "heads": 8, "mlp": 2048}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cases import first_soon
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import SIZES, WIDER, checkpoint, state
@@ -48,7 +49,7 @@ def reference(pair, tmp_path_factory):
     return values_of(fuse(pair, tmp_path_factory.mktemp("reference") / "out", fill=Fill("gaussian", 0.1, 5)))
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", first_soon(FORMATS, 2))
 def test_the_result_does_not_depend_on_the_format(pair, reference, tmp_path, name):
     out = fuse(pair, tmp_path / "out", fill=Fill("gaussian", 0.1, 5), format=name)
 

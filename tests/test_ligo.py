@@ -653,6 +653,7 @@ def test_a_stack_keeps_what_a_config_tells(tmp_path, fusectl):
     assert both.code == 2
 
 
+@pytest.mark.slow
 def test_verify_says_the_losses(tmp_path, bytes_model, learned):
     tokens = tmp_path / "tokens.jsonl"
     tokens.write_text('{"inputs": [70, 71, 72, 1], "targets": [80, 81, 1]}\n')

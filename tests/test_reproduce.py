@@ -17,11 +17,12 @@ import pytest
 from fusectl.cli import experiments as command
 from fusectl.cli import run as fusectl
 from fusectl.errors import Corrupt, FusectlError, UsageError
+from fusectl.examples import window_of
 from fusectl.formats import open_checkpoint
 from fusectl.reproduce import laboratory as module
 from fusectl.reproduce.arms import OTHER, THIRD, Arm, Baseline, Curve, Judged, Result, compare, grown, judged, sweep
 from fusectl.reproduce.experiments import EXPERIMENTS, FUSE, NOISE, SELF
-from fusectl.reproduce.laboratory import Growth, Laboratory, Model, Point, Run
+from fusectl.reproduce.laboratory import Growth, Laboratory, Model, Point, Run, held_out_of
 from fusectl.reproduce.presets import PRESETS
 from fusectl.reproduce.report import Report, Table, comparison, verdicts
 from fusectl.reproduce.texts import TASKS, task
@@ -118,6 +119,7 @@ def test_compute_is_charged_once_for_each_model_that_is_used(laboratory):
     assert laboratory.charged_flops(learned) == 8 * small.flops_per_step + 11 * medium.flops_per_step
 
 
+@pytest.mark.slow
 def test_a_norm_for_each_source_is_trained_with_and_kept_for_finetuning(laboratory):
     other = replace(SMALL, seed=5)
     by_norm = {
@@ -150,6 +152,23 @@ def test_grown_models_learn_from_batches_that_none_of_their_sources_saw(laborato
     assert np.array_equal(first(replace(large, data="category")), first(replace(SMALL, data="category")))
 
 
+def test_operators_are_not_learned_from_what_is_held_out(laboratory):
+    with pytest.MonkeyPatch.context() as patch:
+        words = []
+        patch.setattr(laboratory, "fusectl", words.append)
+        laboratory.grown(Growth("learned", (SMALL,), (("ligo", "--data", "{text}"),)))
+    learned = Path(words[0][2]).read_bytes()
+    examples = laboratory.examples(SMALL)
+    validation, test = held_out_of(examples)
+    window, rows = window_of(*SMOKE.lengths), sum(len(batch.encoder) for batch in examples.held_out)
+
+    assert laboratory.text.read_bytes().startswith(learned)
+    assert len(laboratory.text.read_bytes()) - len(learned) >= rows * window
+    assert len(learned) % window == 0
+    assert len(validation) == len(test) == 16
+    assert not any(one is other for one in validation for other in test)
+
+
 def test_two_processes_do_not_run_in_one_directory(tmp_path, capsys):
     held = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(held, fcntl.LOCK_EX)
@@ -175,7 +194,7 @@ def test_a_directory_has_one_preset(laboratory):
 
 
 def made_up(losses, *, flops=10.0, size="medium", name="arm", before=0.0, every=1):
-    curves = [tuple(Point(i * every, loss, 0.5) for i, loss in enumerate(each)) for each in losses]
+    curves = [tuple(Point(i * every, loss, 0.5, loss) for i, loss in enumerate(each)) for each in losses]
     steps = (len(losses[0]) - 1) * every
     runs = tuple(Run(Model(size, seed, 1.0, steps), Path(), each, flops) for seed, each in enumerate(curves))
     return Result(Arm(name, lambda *_: None), 1.0, runs, {1.0: losses[0][-1]}, before + steps * flops)
@@ -190,7 +209,7 @@ class Made:
 
     def run(self, model):
         losses = self._curves[model.base, model.seed]
-        curve = tuple(Point(step, loss, 0.0) for step, loss in enumerate(losses) if step <= model.steps)
+        curve = tuple(Point(step, loss, 0.0, loss) for step, loss in enumerate(losses) if step <= model.steps)
         return Run(model, Path(), curve, 10.0)
 
     def all(self, models):
@@ -241,7 +260,8 @@ def test_the_baselines_rate_is_the_best_for_each_length():
 
 
 def test_a_compute_is_found_between_the_points_of_a_curve():
-    curve = Curve("c", (0, 1, 2), (0.0, 10.0, 20.0), (4.0, 2.0, 1.0), (4.0, 2.0, 1.0), (4.0, 2.0, 1.0))
+    losses = (4.0, 2.0, 1.0)
+    curve = Curve("c", (0, 1, 2), (0.0, 10.0, 20.0), losses, losses, losses, losses)
 
     assert curve.flops_to(3.0) == pytest.approx(5.0)
     assert curve.flops_to(5.0) == 0.0
@@ -255,7 +275,8 @@ def test_every_arm_takes_the_rate_that_is_best_on_its_first_seed():
     class Arms(Made):
         def run(self, model):
             end = ends[model.data, model.base] + model.seed / 10
-            return Run(model, Path(), (Point(0, 5.0, 0.0), Point(1, end, 0.0)), 10.0)
+            # What is reported would choose the other one.
+            return Run(model, Path(), (Point(0, 5.0, 0.0, 5.0), Point(1, 9.0 - end, 0.0, end)), 10.0)
 
         def charged_flops(self, model):
             return 10.0
@@ -265,7 +286,7 @@ def test_every_arm_takes_the_rate_that_is_best_on_its_first_seed():
 
     assert [each.base for each in found] == [1.0, 0.5]
     assert found[0].swept == {1.0: 2.0, 0.5: 3.0}
-    assert found[1].losses == pytest.approx((1.0, 1.1))
+    assert found[1].losses == pytest.approx((8.0, 7.9))
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,11 @@ import json
 import re
 import shutil
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+from cases import slow
 from flax.traverse_util import unflatten_dict
 from models import DECODER_NAMES, FAMILY_NAMES, checkpoint, contents, ends_at, state, write_record
 from test_convert import FACTORED, restored, tree, written_by_orbax
@@ -36,8 +36,6 @@ T5_DEEPER = {"encoder": 7, "decoder": 3}
 WEIGHTS = Settings(levels=("files", "weights"))
 NATIVE = Settings(levels=("native",), batch=2, length=8)
 EXACT = replace(NATIVE, x64=True)
-
-slow = partial(pytest.param, marks=pytest.mark.slow)
 
 
 def stack(path, out, how="stack", layers=None, of_stack=None, **options):
@@ -510,6 +508,7 @@ def test_what_was_rounded_is_approximate(tmp_path):
     assert plan_stack(source, "stack", 4, {}, Options())[0].exactness.kind == "approximate"
 
 
+@pytest.mark.slow
 def test_the_layers_that_were_there_learn_as_they_did(tmp_path):
     """Their gradients are those of the source; in a layer that adds nothing only what wakes it has any."""
     import jax
@@ -937,6 +936,7 @@ def test_what_goes_wrong_with_adam_and_the_streams_is_noticed(tmp_path, logits):
         assert any(says in line for line in report.failures()), (says, report.failures())
 
 
+@pytest.mark.slow
 def test_the_source_that_has_changed_moved_or_is_another_one(tmp_path, fusectl):
     source = Path(checkpoint(tmp_path / "a"))
     out = tmp_path / "b"
@@ -994,6 +994,7 @@ def test_a_fusion_is_stacked_and_keeps_its_function(tmp_path, two):
     assert report.native.max_abs <= 1e-12 * max(1.0, report.native.reference_max_abs)
 
 
+@pytest.mark.slow
 def test_a_fusion_is_stacked_and_filled(tmp_path, fusectl, two):
     sources, fused = two
     stack(fused, tmp_path / "deep", "identity", 3)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import first_soon
 from models import SIZES, WIDER, checkpoint, state
 
 from fusectl.builder import Options
@@ -90,7 +91,7 @@ def mlp_losses(copies, alike):
 
 
 @pytest.mark.parametrize("alike", [True, False])
-@pytest.mark.parametrize("copies", [2, 3])
+@pytest.mark.parametrize("copies", first_soon([2, 3]))
 def test_two_steps_follow_the_flow_of_the_modified_field_on_an_mlp(copies, alike):
     losses, theta, of = mlp_losses(copies, alike)
     found = derivatives(losses, theta)
@@ -176,17 +177,17 @@ CASES = [
     ("t5-1.1", 2, None),
     ("t5-1.0", 3, None),
     ("scalable-t5-1.1-scanned", 2, WIDER),
-    pytest.param("t5-1.0", 2, WIDER, marks=pytest.mark.slow),
-    pytest.param("t5-1.1", 2, SIZES, marks=pytest.mark.slow),
-    pytest.param("t5-1.1", 3, SIZES, marks=pytest.mark.slow),
-    pytest.param("scalable-t5-1.0", 3, None, marks=pytest.mark.slow),
-    pytest.param("maxtext-qwen3", 2, None, marks=pytest.mark.slow),
-    pytest.param("maxtext-gemma", 3, None, marks=pytest.mark.slow),
-    pytest.param("gemma2", 2, None, marks=pytest.mark.slow),
+    ("t5-1.0", 2, WIDER),
+    ("t5-1.1", 2, SIZES),
+    ("t5-1.1", 3, SIZES),
+    ("scalable-t5-1.0", 3, None),
+    ("maxtext-qwen3", 2, None),
+    ("maxtext-gemma", 3, None),
+    ("gemma2", 2, None),
 ]
 
 
-@pytest.mark.parametrize(("family", "copies", "other"), CASES)
+@pytest.mark.parametrize(("family", "copies", "other"), first_soon(CASES))
 def test_the_theory_of_a_fusion(tmp_path, family, copies, other):
     layers = SMALL if "t5" in family else {"decoder": 2 if family == "gemma2" else 1}
     paths = [checkpoint(tmp_path / "a", family, layers=layers)] * copies
@@ -256,6 +257,7 @@ def test_the_coordinates_are_the_sources_as_they_are(pair):
     assert space.zeros("token_embedder/embedding") == []
 
 
+@pytest.mark.slow
 def test_the_lemmas_hold_for_copies_beside_zeros_only(pair):
     space, losses, point = pair
     assert max(lemmas(space, losses, point).errors) < 1e-12
@@ -293,7 +295,7 @@ def test_exchanging_the_copies_changes_neither_loss(pair):
 
 
 @pytest.mark.parametrize("copies", [2, 3])
-@pytest.mark.parametrize("family", ["t5-1.0", "scalable-t5-1.1-scanned", "maxtext-gemma"])
+@pytest.mark.parametrize("family", first_soon(["t5-1.0", "scalable-t5-1.1-scanned", "maxtext-gemma"]))
 def test_the_defect_of_a_fill_is_that_of_what_is_written(tmp_path, fusectl, family, copies):
     path = checkpoint(tmp_path / "a", family)
     words = ("self-fuse", path, "--copies", copies, "--optimizer", "drop", "-q", "--force", "-o", tmp_path / "fused")
@@ -393,6 +395,7 @@ def test_bad_requests_are_refused_before_anything_is_computed(tmp_path, fusectl)
         assert says in done.err
 
 
+@pytest.mark.slow
 def test_values_and_losses_that_are_no_numbers_are_refused(tmp_path, monkeypatch):
     values = state("t5-1.1", 0, layers=SMALL)
     name = "target/encoder/layers_0/mlp/wo/kernel"

@@ -7,6 +7,7 @@ import time
 
 import pytest
 import servers
+from cases import first_soon
 from models import checkpoint as whole_checkpoint
 from models import contents, ends_at, start
 
@@ -256,6 +257,7 @@ def test_who_comes_while_another_one_finishes_leaves_what_that_one_has_written(s
     assert verify(str(place), settings=Settings(("files",))).passed
 
 
+@pytest.mark.slow
 def test_a_writer_that_slept_touches_nothing_of_its_successors(sources, place, soon, monkeypatch):
     """The first one is stopped while it writes; the second one takes over, and finishes; then the first one goes on."""
     monkeypatch.setattr(upload, "BEAT_S", 60.0)
@@ -297,7 +299,7 @@ def test_an_interrupt_at_the_end_loses_nothing(sources, place, monkeypatch, mome
     assert not {name for name in names(place) if name.startswith((JOURNAL, LEASE))}
 
 
-@pytest.mark.parametrize("garbage", [b"\xff\x00", b"[" * 100_000, b"[]", b"7"])
+@pytest.mark.parametrize("garbage", first_soon([b"\xff\x00", b"[" * 100_000, b"[]", b"7"]))
 def test_garbage_in_a_lease_is_another_ones(sources, place, soon, garbage):
     def spoil(_):
         (place / LEASE).write_bytes(garbage)
@@ -342,6 +344,7 @@ def test_an_object_is_no_place_for_a_checkpoint(sources, place, fusectl):
     assert place.anew().read_bytes() == b"mine"
 
 
+@pytest.mark.slow
 def test_sources_in_a_bucket_that_were_replaced_are_not_mixed(sources, s3, tmp_path, monkeypatch):
     paths = [s3.put(path, f"replaced/{i}") for i, path in enumerate(sources["t5x"])]
     with monkeypatch.context() as patch:
@@ -382,6 +385,7 @@ def through(s3, monkeypatch):
         yield faults, asked
 
 
+@pytest.mark.slow
 def test_what_stands_in_the_bucket_is_copied_there(sources, s3, through, tmp_path, monkeypatch):
     _, asked = through
     write(sources["t5x"], tmp_path / "here")
@@ -406,6 +410,7 @@ def test_what_stands_in_the_bucket_is_copied_there(sources, s3, through, tmp_pat
     assert contents(f"{s3.url}/copied/by-hand") == contents(tmp_path / "here")
 
 
+@pytest.mark.slow
 def test_gcs_copies_within_itself(sources, gcs, tmp_path, monkeypatch):
     write(sources["t5x"], tmp_path / "here")
     paths = [gcs.put(path, f"copied/{i}") for i, path in enumerate(sources["t5x"])]

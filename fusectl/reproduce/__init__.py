@@ -64,7 +64,8 @@ def reproduce(experiment: str, preset: str, out: Path, note: Callable[[str], Non
         ),
         (
             f"Data: {laboratory.examples(Model('small', 0, 1.0, 0)).says}, the standard library of that Python; span "
-            f"corruption of bytes, rows of {chosen.lengths[0]} and {chosen.lengths[1]}, {chosen.batch} at a time."
+            f"corruption of bytes, rows of {chosen.lengths[0]} and {chosen.lengths[1]}, {chosen.batch} at a time. Of "
+            "what is held out every other batch chooses the rates; losses are those of the others."
         ),
         (
             f"T5 1.1, small: width {chosen.width}, {chosen.heads} heads of {chosen.head_dim}, {chosen.layers} + "

@@ -2,8 +2,8 @@
 
 Every arm is trained at each of the preset's rates on its first seed, at twice and half of these as long as the best one
 is the largest or the smallest, and repeated at the best one. The baseline is trained at each of them with all seeds,
-and its rate is chosen for each length of training anew. T5's schedule has no end, so the baseline's curve says what any
-length of training gives.
+and its rate is chosen for each length of training anew. The best is that of the least validation loss; what is compared
+are losses on test data. T5's schedule has no end, so the baseline's curve says what any length of training gives.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Arm:
 class Result:
     """An arm after training: a run for each seed at the rate that was best on the first, and the compute of one.
 
-    `swept` are the losses at the end on the first seed, by the factors of the rate.
+    `swept` are the validation losses at the end on the first seed, by the factors of the rate.
     """
 
     arm: Arm
@@ -71,7 +71,7 @@ class Result:
 class Curve:
     """Losses over the steps of the model itself, and over all compute that it took.
 
-    The mean, the least and the most of the seeds.
+    The mean, the least and the most of the seeds; and the mean of the validation loss.
     """
 
     name: str
@@ -80,14 +80,17 @@ class Curve:
     mean: tuple[float, ...]
     least: tuple[float, ...]
     most: tuple[float, ...]
+    validation: tuple[float, ...]
 
     @classmethod
     def of(cls, name: str, runs: Sequence[Run], before_flops: float) -> Curve:
         """The curve of several seeds, from what was spent before."""
         steps = sorted(set.intersection(*({point.step for point in run.curve} for run in runs)))
-        losses = np.array([[p.loss for p in run.curve if p.step in steps] for run in runs])
+        points = [[point for point in run.curve if point.step in steps] for run in runs]
+        losses = np.array([[point.loss for point in each] for each in points])
+        validation = np.mean([[point.validation for point in each] for each in points], axis=0)
         flops = [before_flops + step * runs[0].flops_per_step for step in steps]
-        found = (losses.mean(axis=0), losses.min(axis=0), losses.max(axis=0))
+        found = (losses.mean(axis=0), losses.min(axis=0), losses.max(axis=0), validation)
         return cls(name, tuple(steps), tuple(flops), *(tuple(map(float, each)) for each in found))
 
     def at(self, flops: float) -> float:
@@ -158,7 +161,8 @@ class Baseline:
 
         def losses(wanted: Sequence[tuple[str, float]]) -> list[float]:
             self._train([base for _, base in wanted])
-            return [self._tried[base].at(flops) for _, base in wanted]
+            curves = [self._tried[base] for _, base in wanted]
+            return [float(np.interp(flops, each.flops, each.validation)) for each in curves]
 
         preset = self._laboratory.preset
         base = best_of(sweep([self.size], preset.bases, preset.more_bases, losses)[self.size])
@@ -208,7 +212,7 @@ def compare(laboratory: Laboratory, arms: Sequence[Arm], *, bases: Sequence[floa
     preset, named = laboratory.preset, {arm.name: arm for arm in arms}
 
     def ends(wanted: Sequence[tuple[str, float]]) -> list[float]:
-        return [run.end.loss for run in laboratory.all([named[name].make(0, base) for name, base in wanted])]
+        return [run.end.validation for run in laboratory.all([named[name].make(0, base) for name, base in wanted])]
 
     losses = sweep(list(named), bases or preset.bases, preset.more_bases, ends)
     best = {name: best_of(found) for name, found in losses.items()}
@@ -297,7 +301,7 @@ def small_base(laboratory: Laboratory) -> float:
 
     def ends(wanted: Sequence[tuple[str, float]]) -> list[float]:
         runs = laboratory.all([Model("small", 0, base, preset.small_steps) for _, base in wanted])
-        return [run.end.loss for run in runs]
+        return [run.end.validation for run in runs]
 
     return best_of(sweep(["small"], preset.bases, preset.more_bases, ends)["small"])
 

@@ -29,11 +29,11 @@ import numpy as np
 from fusectl.archs import Recognized, family_named, recognize
 from fusectl.demo import parameter_shapes
 from fusectl.errors import Corrupt, FusectlError, UsageError
-from fusectl.examples import Examples, read_examples
+from fusectl.examples import Examples, read_examples, window_of
 from fusectl.formats import open_checkpoint
 from fusectl.formats.sink import save
 from fusectl.reproduce.presets import VOCAB, Preset
-from fusectl.reproduce.texts import task, write_text
+from fusectl.reproduce.texts import task, write_start, write_text
 from fusectl.sources import open_source
 from fusectl.tokens import Tokens
 from fusectl.training import Recipe, State, Trainer, random_parameters
@@ -43,6 +43,8 @@ FAMILY = "t5-1.1"
 PRETRAINING = "text"
 # What each growth adds to the seed of the data: more than seeds of models that are fused differ by.
 _AFTER_GROWTH = 1000
+# Batches that no model learns from: every other one chooses rates, those between are what is reported.
+HELD_OUT = 32
 # Of batches of one seed.
 KEPT_BYTES = 256 << 20
 
@@ -52,7 +54,7 @@ class Growth:
     """How a model comes from trained ones: fusectl's commands, one after the other.
 
     In their words {0}, {1} … stand for the sources, {between} for what a command leaves to the next one, {out} for what
-    the last one makes, {text} for the data. Without commands the source itself is trained on.
+    the last one makes, {text} for the text without what is held out. Without commands the source itself is trained on.
     """
 
     name: str
@@ -83,11 +85,12 @@ class Model:
 
 @dataclass(frozen=True)
 class Point:
-    """What was measured after a step of a run."""
+    """What was measured after a step of a run: on test data, and the validation loss that rates are chosen by."""
 
     step: int
     loss: float
     accuracy: float
+    validation: float
 
 
 @dataclass(frozen=True)
@@ -154,7 +157,7 @@ class Laboratory:
         out = home / sources[0].name
         with self._locked(str(home)):
             if not out.exists():
-                places = {"out": str(out), "between": str(home / "between_1"), "text": str(self.text)}
+                places = {"out": str(out), "between": str(home / "between_1"), "text": str(self._text_to_learn())}
                 shutil.rmtree(home, ignore_errors=True)
                 home.mkdir(parents=True)
                 for words in growth.commands:
@@ -173,7 +176,14 @@ class Laboratory:
             batch=self.preset.batch,
             lengths=self.preset.lengths,
             seed=_data_seed(model),
+            most_held_out=HELD_OUT,
         )
+
+    def _text_to_learn(self) -> Path:
+        """The text before what is held out."""
+        batch, lengths = self.preset.batch, self.preset.lengths
+        held = len(self.examples(Model("small", 0, 0.0, 0)).held_out) * batch
+        return write_start(self.text, self.out / "learned.txt", window_of(*lengths), held)
 
     def _stream(self, model: Model, examples: Examples) -> _Stream:
         """The batches of a model's data and seed, which all runs of these have in common."""
@@ -210,11 +220,13 @@ class Laboratory:
             state = trainer.begin(random_parameters(trainer.tree, model.seed))
         made = begun or 0
         first = state.step - made
+        validation, test = held_out_of(examples)
 
         def measured(step: int, now: State) -> None:
             at = step - first
             if at == model.steps or at % self.preset.measure_every == 0:
-                curve[at] = (at, *trainer.measure(now.parameters, examples.held_out))
+                chosen_by = trainer.measure(now.parameters, validation).loss
+                curve[at] = (at, *trainer.measure(now.parameters, test), chosen_by)
 
         if made == 0:
             measured(first, state)
@@ -300,6 +312,11 @@ def tree_of(preset: Preset, size: str) -> Recognized:
     """The tree of a T5 1.1 of one of the preset's sizes."""
     named = parameter_shapes(family_named(FAMILY), preset.sizes(size), preset.depths(size))
     return recognize({f"target/{name}": shape for name, _, shape in named}, f"a {size} model", FAMILY)
+
+
+def held_out_of(examples: Examples) -> tuple[Sequence[Tokens], Sequence[Tokens]]:
+    """The batches that rates are chosen by, and those that are reported; they are the same where there is only one."""
+    return examples.held_out[::2], examples.held_out[1::2] or examples.held_out
 
 
 def digest(what: Any) -> str:

@@ -128,10 +128,10 @@ def verdicts(found: Sequence[Judged], claim: str) -> list[str]:
 
 
 def sweeps(results: Sequence[Result], of: str = "") -> Table:
-    """The losses of the first seed at each rate, of a training where there are several."""
+    """The validation losses of the first seed at each rate, of a training where there are several."""
     bases = sorted({base for each in results for base in each.swept})
     rows = tuple((each.arm.name, *(each.swept.get(base) for base in bases)) for each in results)
-    title = "Loss at the end by the factor of the rate, first seed"
+    title = "Validation loss at the end by the factor of the rate, first seed"
     return Table(f"{of}: {title.lower()}" if of else title, ("model", *(f"{b:g}" for b in bases)), rows)
 
 

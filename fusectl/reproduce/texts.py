@@ -32,6 +32,14 @@ def write_text(file: Path, most_bytes: int | None) -> Path:
     return file
 
 
+def write_start(text: Path, file: Path, window: int, held_out: int) -> Path:
+    """A text without its last windows, so many, and without what makes no whole one."""
+    if not file.exists():
+        written = text.read_bytes()
+        _write(file, written[: (len(written) // window - held_out) * window])
+    return file
+
+
 def task(name: str, directory: Path) -> Path:
     """A file of examples of a task: bytes of a text, and one token that classes it, always in the same order.
 

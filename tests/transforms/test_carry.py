@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from cases import first_soon
 from flax.serialization import to_state_dict
 from flax.traverse_util import flatten_dict, unflatten_dict
 from models import checkpoint, write_record
@@ -138,7 +139,7 @@ def off(found, wanted):
     return float(np.abs(found - wanted).max() / max(np.abs(wanted).max(), 1e-300))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", first_soon(FAMILIES))
 @pytest.mark.parametrize(
     ("optimizer", "copies"),
     [("adam", 2), ("adafactor", 2), ("adafactor", 3), ("adafactor with momentum", 2)],
@@ -238,7 +239,7 @@ def first_loss(path, groups=()):
         return float(-jnp.take_along_axis(log, batch[-1][..., None], -1).mean()), np.asarray(logits)
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", first_soon(FORMATS, 2))
 def test_the_first_loss_after_a_restart_is_the_one_before_the_growth(tmp_path, format):
     """Fused and written in another format, by what a trainer restores; state and step are those before conversion."""
     sources = [checkpoint(tmp_path / name, seed=seed, sizes=SIZES, layers=LAYERS) for seed, name in enumerate("ab")]
@@ -281,7 +282,7 @@ def moved(tree, parameters, *args):
     return after - before
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", first_soon(FAMILIES))
 @pytest.mark.parametrize("copies", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_with_the_factors_of_the_table_the_logits_move_as_the_sources_would_have(tmp_path, family, copies):
     path = source(tmp_path / "a", family, OPTIMIZERS["adam"])
@@ -349,7 +350,7 @@ def test_copies_of_different_weights_are_exact_with_a_norm_each_only(tmp_path, m
     assert worst < TOLERANCE if norm == "property" else worst > 0.1
 
 
-@pytest.mark.parametrize("fixture", ["t5_1_1", "t5_1_0", "scalable_1_1"])
+@pytest.mark.parametrize("fixture", first_soon(["t5_1_1", "t5_1_0", "scalable_1_1"]))
 def test_what_t5x_wrote_is_carried_and_verified(written, tmp_path, fixture):
     a, b = (str(written / fixture / f"seed{i}/legacy/checkpoint_20") for i in (0, 1))
     for at, paths in (("self", [a, a]), ("two", [a, b]), ("three", [a, b, a])):

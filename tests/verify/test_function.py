@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from cases import first_soon
 from models import WIDER, checkpoint, state
 
 from fusectl.archs import recognize, t5_twin
@@ -107,7 +108,7 @@ def test_fused_models_compute_what_t5x_computes_with_them(written, tmp_path, var
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("copies", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("copies", first_soon([2, 3, 4]))
 def test_self_fusion_keeps_the_logits(written, tmp_path, variant, copies):
     source = seed(written, variant, 0)
     expected = np.load(written / variant / "seed0/logits.npz")
@@ -141,7 +142,7 @@ def test_two_sources_compute_their_mean_with_a_norm_each(written, tmp_path, vari
 
 
 @pytest.mark.parametrize(
-    "family", ["t5-1.1", "t5-1.0", "scalable-t5-1.1", "scalable-t5-1.0", "scalable-t5-1.0-scanned"]
+    "family", first_soon(["t5-1.1", "t5-1.0", "scalable-t5-1.1", "scalable-t5-1.0", "scalable-t5-1.0-scanned"], 2)
 )
 def test_unequal_widths_and_weights_compute_the_weighted_mean(tmp_path, family):
     a = checkpoint(tmp_path / "a", family, 0, layers={"encoder": 2, "decoder": 1})
@@ -213,7 +214,7 @@ def test_staged_fusion_tracks_its_norm_groups(written, tmp_path):
 
 
 @pytest.mark.parametrize("variant", ["t5_1_0", "t5_1_1"])
-@pytest.mark.parametrize("copies", [2, 3, 4])
+@pytest.mark.parametrize("copies", first_soon([2, 3, 4]))
 def test_what_storing_in_bfloat16_costs_is_undone_in_the_algebra_and_said(written, tmp_path, variant, copies):
     """A tied head stores scale / sqrt(K), an untied one W / K: bfloat16 rounds both by up to 2**-9 unless K is a power
     of 4 or of 2.
