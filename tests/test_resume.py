@@ -411,10 +411,11 @@ def words_of(kind, sources, fused, out, operator=""):
     return [*words, "-o", str(out), "--no-sync", "-q"]
 
 
-def succeeds(*words):
+def exit_code(*words):
+    """None of a program that has not ended within a minute."""
     process = start(*words)
     process.join(60)
-    return process.exitcode == 0
+    return process.exitcode
 
 
 def writing(words, out):
@@ -436,7 +437,7 @@ def test_killed_at_random_moments(sources, operator, tmp_path, form, kind, momen
     rng = random.Random(f"{form} {kind}")
     fused, out = tmp_path / "fused", tmp_path / "out"
     write(sources[form], fused)
-    assert succeeds(*words_of(kind, sources[form], fused, tmp_path / "whole", operator))
+    assert exit_code(*words_of(kind, sources[form], fused, tmp_path / "whole", operator)) == 0
     wanted = contents(tmp_path / "whole")
     words = words_of(kind, sources[form], fused, out, operator)
     running = writing(words, out)
@@ -452,7 +453,7 @@ def test_killed_at_random_moments(sources, operator, tmp_path, form, kind, momen
         running.join(60)
         if not out.exists():
             killed += 1
-            assert succeeds(*words, "--resume")
+            assert exit_code(*words, "--resume") == 0
         assert contents(out) == wanted
         assert not staging_of(out).exists()
         shutil.rmtree(out)
@@ -530,7 +531,7 @@ def test_errors_of_the_operating_system_at_random_points(
 def test_a_file_size_limit_at_random_points(tmp_path, sources, operator, kind, form):
     """A limit on the size of files stands in for a disk that is full at one tensor or another."""
     words = words_of(kind, sources[form], "", tmp_path / "out", operator)
-    assert succeeds(*words_of(kind, sources[form], "", tmp_path / "whole", operator))
+    assert exit_code(*words_of(kind, sources[form], "", tmp_path / "whole", operator)) == 0
     wanted = contents(tmp_path / "whole")
     sizes = sorted({p.stat().st_size for p in (tmp_path / "whole").rglob("*") if p.is_file()})
     failed = 0
@@ -541,7 +542,7 @@ def test_a_file_size_limit_at_random_points(tmp_path, sources, operator, kind, f
         failed += done.returncode == 9
         if done.returncode:
             assert not (tmp_path / "out").exists()
-            assert succeeds(*words, "--resume")
+            assert exit_code(*words, "--resume") == 0
         assert contents(tmp_path / "out") == wanted
         shutil.rmtree(tmp_path / "out")
     assert failed
