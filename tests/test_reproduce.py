@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fusectl import reproduce as reproduction
 from fusectl.cli import experiments as command
 from fusectl.cli import run as fusectl
 from fusectl.errors import Corrupt, FusectlError, UsageError
@@ -36,7 +37,8 @@ SMALL = Model("small", 0, 1.0, 8)
 @pytest.fixture(scope="module")
 def laboratory(tmp_path_factory):
     notes = []
-    made = Laboratory(tmp_path_factory.mktemp("laboratory"), SMOKE, notes.append, jobs=2)
+    # The tests have eight devices.
+    made = Laboratory(tmp_path_factory.mktemp("laboratory"), SMOKE, notes.append, jobs=1)
     made.notes = notes
     return made
 
@@ -351,7 +353,7 @@ def paper():
 
 
 def numbers_in(text):
-    return set(re.findall(r"(?<![\d.])2\.\d{3}(?!\d)", text))
+    return set(re.findall(r"(?<![\d.])[12]\.\d{3}(?!\d)", text))
 
 
 def test_the_losses_that_the_readme_tells_are_those_of_the_reports():
@@ -359,7 +361,8 @@ def test_the_losses_that_the_readme_tells_are_those_of_the_reports():
     kept = [json.loads(file.read_text()) for file in sorted(reports.glob("*.json"))]
     shown = " ".join(str(cell) for each in kept for table in each["tables"] for row in table["rows"] for cell in row)
     shown += " ".join(sentence for each in kept for sentence in each["found"])
-    measured = {f"{float(number):.3f}" for number in re.findall(r"(?<![\d.])2\.\d{3,}", shown)}
+    shown += " ".join(table["title"] for each in kept for table in each["tables"])
+    measured = {f"{float(number):.3f}" for number in re.findall(r"(?<![\d.])[12]\.\d{3,}", shown)}
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     told = numbers_in(readme.partition("## The papers' claims, put to the test")[2].partition("\n## ")[0])
 
@@ -376,9 +379,16 @@ def test_the_command_offers_what_there_is():
     assert set(typing.get_args(hints["preset"])) == set(PRESETS)
 
 
-def smoke(experiment, out, capsys):
-    assert fusectl(["reproduce", experiment, "--preset", "smoke", "-o", str(out), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)["result"]
+def smoke(experiment, out):
+    """On one device, where models are trained side by side."""
+    words = ["reproduce", experiment, "--preset", "smoke", "-o", str(out), "--json"]
+    flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ["XLA_FLAGS"])
+    environment = {**os.environ, "XLA_FLAGS": flags}
+    done = subprocess.run(
+        [sys.executable, "-m", "fusectl", *words], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["result"]
     assert found["found"]
     for file in found["files"]:
         assert Path(file).stat().st_size
@@ -390,8 +400,8 @@ def smoke(experiment, out, capsys):
     return kept
 
 
-def test_table1_runs_and_reports(tmp_path, capsys):
-    kept = smoke("table1", tmp_path, capsys)
+def test_table1_runs_and_reports(tmp_path):
+    kept = smoke("table1", tmp_path)
     rows = {row[0]: row for row in kept["tables"][0]["rows"]}
 
     without = {"no growth: the small model", "no growth: from scratch"}
@@ -405,9 +415,9 @@ def test_table1_runs_and_reports(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_every_experiment_runs_and_reports(tmp_path, capsys):
+def test_every_experiment_runs_and_reports(tmp_path):
     for experiment in EXPERIMENTS:
-        smoke(experiment, tmp_path, capsys)
+        smoke(experiment, tmp_path)
     # LiGO's start is beside the duplicate's, whose loss is the small model's.
     kept = json.loads((tmp_path / "ligo.json").read_text())
     starts = {row[0]: row[2] for row in kept["tables"][0]["rows"]}
@@ -448,6 +458,15 @@ def test_judged_trains_the_baseline_as_far_as_the_most_compute(laboratory):
 
     assert baseline.curve.flops[-1] >= one.result.charged_flops
     assert np.isfinite(one.difference)
+
+
+def test_models_are_trained_side_by_side_on_one_device_only(monkeypatch):
+    import jax
+
+    assert len(jax.devices()) == 8
+    assert reproduction._jobs() == 1
+    monkeypatch.setattr(jax, "devices", lambda devices=jax.devices()[:1]: devices)
+    assert reproduction._jobs() == (os.cpu_count() or 1)
 
 
 @pytest.mark.slow

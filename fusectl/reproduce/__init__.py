@@ -50,7 +50,7 @@ def reproduce(experiment: str, preset: str, out: Path, note: Callable[[str], Non
     require_picture(Path("curves.png"), "reproduce")
     chosen = PRESETS[preset]
     device = jax.devices()[0]
-    laboratory = Laboratory(out, chosen, note, jobs=(os.cpu_count() or 1) if device.platform == "cpu" else 1)
+    laboratory = Laboratory(out, chosen, note, _jobs())
     with _alone(laboratory.out):
         report = EXPERIMENTS[experiment](laboratory)
     circumstances = (
@@ -77,6 +77,16 @@ def reproduce(experiment: str, preset: str, out: Path, note: Callable[[str], Non
         f"Seeds 0 to {chosen.seeds - 1}; in brackets the least and the most of them. FLOPs as XLA counts them.",
     )
     return Reproduced(experiment, report.found, tuple(report.write(out, circumstances)))
+
+
+def _jobs() -> int:
+    """How many models are trained side by side: a core each, or one over all devices.
+
+    Where each of several programs waits for all devices, they wait for each other, and XLA aborts.
+    """
+    import jax
+
+    return (os.cpu_count() or 1) if [each.platform for each in jax.devices()] == ["cpu"] else 1
 
 
 @contextmanager
