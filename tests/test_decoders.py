@@ -69,7 +69,7 @@ def bound(result):
 
 
 @pytest.mark.parametrize("family", EVERY)
-@pytest.mark.parametrize("copies", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("copies", first_soon([2, 3]))
 def test_a_model_fused_with_itself_is_the_same_function(tmp_path, family, copies):
     path = write(tmp_path / "a", family, 1)
     fuse([path] * copies, tmp_path / "f", Options(fill=Fill("antisymmetric", 0.2, 3)))

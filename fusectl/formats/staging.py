@@ -77,10 +77,7 @@ def staged(
         temporary.mkdir(exist_ok=True)
         lock = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OutputExists(f"{final}: another process is writing it") from error
+        require_alone(lock, f"{final}: another process is writing it")
         if (final.exists() and not force) or not _is_open_as(temporary, lock):
             raise OutputExists(f"{final}: another process has just written it")
         try:
@@ -104,6 +101,14 @@ def staged(
             raise
     finally:
         os.close(lock)
+
+
+def require_alone(directory: int, says: str) -> None:
+    """Locks an open directory for as long as it is open; raises OutputExists with these words where another one has."""
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise OutputExists(says) from error
 
 
 def staging_of(final: Place) -> Place:

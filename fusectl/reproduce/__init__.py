@@ -7,7 +7,6 @@ experiments.py  which models each compares         report.py       tables, curve
 
 from __future__ import annotations
 
-import fcntl
 import os
 import platform
 import sys
@@ -17,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from fusectl.errors import OutputExists, UsageError
+from fusectl.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -92,12 +91,11 @@ def _jobs() -> int:
 @contextmanager
 def _alone(directory: Path) -> Iterator[None]:
     """Keeps other processes from running experiments in a directory."""
+    from fusectl.formats.staging import require_alone
+
     lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OutputExists(f"{directory}: another process runs an experiment in it") from error
+        require_alone(lock, f"{directory}: another process runs an experiment in it")
         yield
     finally:
         os.close(lock)

@@ -180,10 +180,13 @@ class Laboratory:
         )
 
     def _text_to_learn(self) -> Path:
-        """The text before what is held out."""
-        batch, lengths = self.preset.batch, self.preset.lengths
-        held = len(self.examples(Model("small", 0, 0.0, 0)).held_out) * batch
-        return write_start(self.text, self.out / "learned.txt", window_of(*lengths), held)
+        """The text before what is held out, written once: of several threads that ask for it the first one does."""
+        file = self.out / "learned.txt"
+        with self._locked("learned"):
+            if not file.exists():
+                held = len(self.examples(Model("small", 0, 0.0, 0)).held_out) * self.preset.batch
+                write_start(self.text, file, window_of(*self.preset.lengths), held)
+        return file
 
     def _stream(self, model: Model, examples: Examples) -> _Stream:
         """The batches of a model's data and seed, which all runs of these have in common."""

@@ -32,12 +32,10 @@ def write_text(file: Path, most_bytes: int | None) -> Path:
     return file
 
 
-def write_start(text: Path, file: Path, window: int, held_out: int) -> Path:
-    """A text without its last windows, so many, and without what makes no whole one."""
-    if not file.exists():
-        written = text.read_bytes()
-        _write(file, written[: (len(written) // window - held_out) * window])
-    return file
+def write_start(text: Path, file: Path, window: int, held_out: int) -> None:
+    """Writes a text without its last windows, so many, and without what makes no whole one."""
+    written = text.read_bytes()
+    _write(file, written[: (len(written) // window - held_out) * window])
 
 
 def task(name: str, directory: Path) -> Path:

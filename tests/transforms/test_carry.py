@@ -283,7 +283,7 @@ def moved(tree, parameters, *args):
 
 
 @pytest.mark.parametrize("family", first_soon(FAMILIES))
-@pytest.mark.parametrize("copies", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("copies", first_soon([2, 3]))
 def test_with_the_factors_of_the_table_the_logits_move_as_the_sources_would_have(tmp_path, family, copies):
     path = source(tmp_path / "a", family, OPTIMIZERS["adam"])
     plan, opened = plan_fusion([path] * copies, Options())

@@ -80,7 +80,7 @@ def fuse(paths, output):
 
 
 @pytest.mark.parametrize("family", first_soon(FAMILIES, 2))
-@pytest.mark.parametrize("copies", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("copies", first_soon([2, 3]))
 def test_the_carried_state_is_the_one_that_the_fused_model_gathers(tmp_path, differentiable, family, copies):
     fused = fuse([trained(tmp_path / "a", family, 1)] * copies, tmp_path / "f")
     tree = recognize(fused.shapes, "", family)
