@@ -14,15 +14,14 @@ from fusectl.archs import Recognized
 from fusectl.chunks import CODECS, Storing
 from fusectl.errors import Incompatible, UsageError, shorten
 from fusectl.formats import Format, fingerprint, format_named
-from fusectl.formats.locate import COMMITTED, ORBAX_INDEX, STEP_METADATA, T5X_INDEX
-from fusectl.formats.store import MANIFEST
-from fusectl.formats.t5x import CHUNKED, kept_in_index
+from fusectl.formats.flaxpack import CHUNKED
+from fusectl.formats.t5x import kept_in_index
 from fusectl.formats.tree import (
     SEQUENCE,
     STEPS,
     T5X_STEP,
-    EmptyNode,
     Key,
+    Node,
     array_directory,
     dict_keys,
     is_dropped,
@@ -34,7 +33,7 @@ from fusectl.mesh import Mesh
 from fusectl.packed import PARTS, joined, packed_name, packs_of
 from fusectl.parallel import default_max_memory_bytes
 from fusectl.plan import Output, Plan
-from fusectl.record import FILE_NAME, NORMS, Fill, Record, SourceRecord
+from fusectl.record import NORMS, Fill, Record, SourceRecord
 from fusectl.sources import Opened
 from fusectl.transforms.grow import widths_of
 from fusectl.transforms.optimizer import STATES, is_state, unnamed
@@ -42,10 +41,6 @@ from fusectl.transforms.optimizer import STATES, is_state, unnamed
 
 OPTIMIZERS = ("carry", "reset", "drop", "asymmetric")
 _AUXILIARY = re.compile(r"nnx_aux/(.+/)?rngs/")
-# What formats name their own files.
-RESERVED = frozenset(
-    {T5X_INDEX, ORBAX_INDEX, MANIFEST, COMMITTED, STEP_METADATA, FILE_NAME, "d", "_sharding", "array_metadatas"}
-)
 # Of a file, in bytes, on every usual file system.
 LONGEST_NAME = 255
 LARGEST_COMMIT_BYTES = 16 << 20
@@ -197,18 +192,18 @@ class Builder:
         layout = Layout(axes or unnamed(leaf.shape), leaf.shape, leaf.dtype, (block,))
         self.add(to or name, layout, like=name, keys=keys)
 
-    def empty(self) -> tuple[EmptyNode, ...]:
-        """The empty nodes that the output keeps: a position of a list must not outlive its dropped neighbours."""
+    def nodes(self) -> tuple[Node, ...]:
+        """The nodes without tensors that the output keeps: a list's place must not outlive its dropped neighbours."""
         left_out = [f"{root}*" for root in STATES] if self._options.optimizer == "drop" else []
         drop = (*self._options.drop, *left_out)
-        return tuple(node for node in self._sources[0].checkpoint.empty if not is_dropped(node.name, drop))
+        return tuple(node for node in self._sources[0].checkpoint.nodes if not is_dropped(node.name, drop))
 
     def plan(
         self,
         record: Record,
         item: str | None,
         notes: Sequence[str],
-        empty: tuple[EmptyNode, ...] | None = None,
+        nodes: tuple[Node, ...] | None = None,
     ) -> Plan:
         """The Plan, checked: every tensor of every source is used or dropped on purpose."""
         unknown = [
@@ -225,7 +220,7 @@ class Builder:
             )
         plan = Plan(
             outputs=tuple(self.outputs),
-            empty=self.empty() if empty is None else empty,
+            nodes=self.nodes() if nodes is None else nodes,
             format=self._format.name,
             item=item,
             record=record,
@@ -247,14 +242,14 @@ class Builder:
 
     def _misplaced(self, plan: Plan) -> Iterator[str]:
         """Tensors and nodes that have no place of their own in the format."""
-        keys = [*(output.keys for output in plan.outputs), *(node.keys for node in plan.empty)]
+        keys = [*(output.keys for output in plan.outputs), *(node.keys for node in plan.nodes)]
         names = Counter("/".join(key.name for key in each) for each in keys)
         directories = Counter(array_directory(output.keys, output.name) for output in plan.outputs)
         yield from (f"{name}: it stands there twice" for name, n in names.items() if n > 1)
         yield from (f"{name}: the directory of two tensors" for name, n in directories.items() if n > 1)
         for name in directories:
             parts = name.split("/")
-            if parts[0] in RESERVED or parts[0].startswith("fusectl"):
+            if parts[0] in self._format.reserved or (not self._format.ocdbt and parts[0].startswith("fusectl")):
                 yield f"{name}: a name of the format's own"
             if not self._format.ocdbt and ("\\" in name or max(len(part.encode()) for part in parts) > LONGEST_NAME):
                 yield f"{name[:40]}: no name for a directory"
@@ -290,7 +285,8 @@ def _gaps(keys: Iterable[tuple[Key, ...]]) -> Iterator[str]:
 
 def target_of(first: Opened, options: Options) -> tuple[Format, str | None, str]:
     """The format of the output, the item that its tree goes into, and the prefix of its parameters."""
-    out_format = format_named(options.format or first.checkpoint.format)
+    own = format_named(first.checkpoint.format)
+    out_format = format_named(options.format or own.name, first.tree.family.orbax_zarr or own.zarr)
     if out_format.name == "t5x":
         return out_format, None, "target/"
     item = "state" if first.checkpoint.format == "t5x" else first.checkpoint.location.item

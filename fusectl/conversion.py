@@ -14,7 +14,7 @@ from fusectl.archs import UNKNOWN, Recognized
 from fusectl.builder import Builder, Options, notes_on_mesh, own_record, plan_step, source_record, step_of, target_of
 from fusectl.errors import Incompatible, UsageError
 from fusectl.formats import open_checkpoint
-from fusectl.formats.tree import DICT, T5X_STEP, Checkpoint, EmptyNode, Key, dict_keys, is_dropped, kept_shapes
+from fusectl.formats.tree import DICT, T5X_STEP, Checkpoint, Key, Node, dict_keys, is_dropped, kept_shapes
 from fusectl.layout import Block, Layout, Term, whole
 from fusectl.plan import Plan
 from fusectl.record import LAYERS, Copy, Fill, Origin, Record
@@ -59,12 +59,12 @@ def plan_conversion(path: str, options: Options, layers: str | None = None) -> t
     elif stored is not None:
         # T5X had to be given it.
         builder.used.add(stored)
-    empty = builder.empty()
+    nodes = builder.nodes()
     if to_t5x:
-        origin = _origin(seen, places, empty) if origin is None else origin
+        origin = _origin(seen, places, nodes) if origin is None else origin
         origin = None if origin is None else _changed(origin, options)
     elif origin is not None:
-        item, empty = origin.item, _empty(origin, options)
+        item, nodes = origin.item, _nodes(origin, options)
     record = replace(
         _record(opened, options, layers),
         parameters=_prefix(places, opened.tree),
@@ -73,7 +73,7 @@ def plan_conversion(path: str, options: Options, layers: str | None = None) -> t
     )
     notes = [*source.location.notes, *builder.notes, *_notes(source, opened, options, layers, to_t5x=to_t5x), *on_mesh]
     dropped = tuple(name for name in source.leaves if is_dropped(name, options.drop))
-    plan = replace(builder.plan(record, item, notes, empty), dropped=dropped)
+    plan = replace(builder.plan(record, item, notes, nodes), dropped=dropped)
     if layers is not None and SCAN_LAYERS in plan.custom:
         plan = replace(plan, custom={**plan.custom, SCAN_LAYERS: layers == "scanned"})
     return plan, [seen]
@@ -173,7 +173,7 @@ def _keys(origin: Origin | None, name: str) -> Keys | None:
     return None if found is None else tuple(Key(*pair) for pair in found)
 
 
-def _origin(seen: Checkpoint, places: Mapping[str, Keys], empty: tuple[EmptyNode, ...]) -> Origin | None:
+def _origin(seen: Checkpoint, places: Mapping[str, Keys], nodes: tuple[Node, ...]) -> Origin | None:
     """What T5X's index cannot tell of a tree; None for one that came in that format."""
 
     def pairs(keys: Keys) -> tuple[tuple[str, int], ...]:
@@ -181,8 +181,13 @@ def _origin(seen: Checkpoint, places: Mapping[str, Keys], empty: tuple[EmptyNode
 
     if seen.format == "t5x":
         return None
-    keys = {"/".join(key.name for key in to): pairs(seen.leaves[name].keys) for name, to in places.items()}
-    return Origin(seen.location.item, keys, tuple((pairs(node.keys), node.value_type) for node in empty))
+    there = {"/".join(key.name for key in to): seen.leaves[name] for name, to in places.items()}
+    return Origin(
+        seen.location.item,
+        {name: pairs(leaf.keys) for name, leaf in there.items()},
+        tuple((pairs(node.keys), node.value_type, node.text) for node in nodes),
+        {name: leaf.random_key for name, leaf in there.items() if leaf.random_key is not None},
+    )
 
 
 def _changed(origin: Origin, options: Options) -> Origin:
@@ -194,18 +199,19 @@ def _changed(origin: Origin, options: Options) -> Origin:
     }
     if options.step is not None:
         keys.setdefault(T5X_STEP, (("step", DICT),))
-    empty = tuple((found, kind) for found, kind in origin.empty if not is_dropped(_joined(found), options.drop))
-    return Origin(origin.item, keys, empty)
+    nodes = tuple(node for node in origin.nodes if not is_dropped(_joined(node[0]), options.drop))
+    random_keys = {name: kind for name, kind in origin.random_keys.items() if name in keys}
+    return Origin(origin.item, keys, nodes, random_keys)
 
 
 def _joined(pairs: tuple[tuple[str, int], ...]) -> str:
     return "/".join(name for name, _ in pairs)
 
 
-def _empty(origin: Origin, options: Options) -> tuple[EmptyNode, ...]:
-    """The empty nodes of the tree that is restored."""
-    kept = _changed(origin, options).empty
-    return tuple(EmptyNode(tuple(Key(*pair) for pair in keys), kind) for keys, kind in kept)
+def _nodes(origin: Origin, options: Options) -> tuple[Node, ...]:
+    """The nodes without tensors of the tree that is restored."""
+    kept = _changed(origin, options).nodes
+    return tuple(Node(tuple(Key(*pair) for pair in keys), kind, text) for keys, kind, text in kept)
 
 
 def _prefix(places: Mapping[str, Keys], tree: Recognized) -> str:

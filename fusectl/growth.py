@@ -200,10 +200,11 @@ def _origin(origin: Origin, builder: Builder, options: Options) -> Origin:
     if options.step is not None:
         keys.setdefault(T5X_STEP, (("step", DICT),))
     drop = (*options.drop, *(f"{root}*" for root in STATES if options.optimizer == "drop"))
-    empty = tuple(
-        (node, kind) for node, kind in origin.empty if not is_dropped("/".join(part for part, _ in node), drop)
-    )
-    return Origin(origin.item, keys, empty)
+    nodes = tuple(node for node in origin.nodes if not is_dropped("/".join(part for part, _ in node[0]), drop))
+    random_keys = {
+        name: origin.random_keys[like] for name, like in builder.beside.items() if like in origin.random_keys
+    }
+    return Origin(origin.item, keys, nodes, random_keys)
 
 
 def _renamed(keys: tuple[Key, ...], like: str, name: str) -> tuple[Key, ...]:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from fusectl.chunks import TOLERATED_EXCESS_BYTES
 from fusectl.errors import Incompatible, NotEnoughSpace
 from fusectl.exactness import Exactness
-from fusectl.formats.tree import EmptyNode, Key
+from fusectl.formats.tree import Key, Node
 from fusectl.formats.zarr import Storage, np_dtype
 from fusectl.layout import Block, Layout, Region, Term, place_in_grid, shifted, size, tiles_in
 from fusectl.mesh import Mesh, bytes_read, fits
@@ -81,7 +81,7 @@ class Plan:
     """What a writing command is going to do."""
 
     outputs: tuple[Output, ...]
-    empty: tuple[EmptyNode, ...]
+    nodes: tuple[Node, ...]
     format: str
     item: str | None
     record: Record

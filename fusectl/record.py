@@ -90,8 +90,10 @@ class Origin:
 
     item: str | None
     keys: Mapping[str, tuple[tuple[str, int], ...]]
-    # The keys and the kind of every empty node.
-    empty: tuple[tuple[tuple[tuple[str, int], ...], str], ...]
+    # The keys and the kind of every node without tensors, and the text of strings.
+    nodes: tuple[tuple[tuple[tuple[str, int], ...], str, str | None], ...]
+    # The generators of the tensors, by their names here, that are keys of random numbers.
+    random_keys: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -385,8 +387,11 @@ def _origin(entry: Mapping[str, Any]) -> Origin:
         return tuple((_text(name), int(kind)) for name, kind in found)
 
     item = None if entry["item"] is None else _text(entry["item"])
-    empty = tuple((keys(node), _text(kind)) for node, kind in entry["empty"])
-    return Origin(item, {_text(name): keys(found) for name, found in entry["keys"].items()}, empty)
+    # Older ones know no strings, and call them all empty.
+    listed = entry["nodes"] if "nodes" in entry else [(*node, None) for node in entry["empty"]]
+    nodes = tuple((keys(node), _text(kind), None if text is None else _text(text)) for node, kind, text in listed)
+    random_keys = {_text(name): _text(kind) for name, kind in entry.get("random_keys", {}).items()}
+    return Origin(item, {_text(name): keys(found) for name, found in entry["keys"].items()}, nodes, random_keys)
 
 
 def _checksums(entry: Mapping[str, Any]) -> Checksums:

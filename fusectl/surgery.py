@@ -268,7 +268,7 @@ def carry_out(
                 jobs = max(jobs, REMOTE_JOBS)
             sums = execute(plan, work, sink, jobs=jobs, progress=progress, journal=journal)
         require_untouched(stamps)
-        sink.finish(replace(plan.record, tensors=sums), plan.empty, plan.custom)
+        sink.finish(replace(plan.record, tensors=sums), plan.nodes, plan.custom)
         written = open_location(sink.location)
         _check_written(plan, written)
         if check is not None:

@@ -89,7 +89,8 @@ def test_quiet_says_nothing_but_errors(models, fusectl):
 
 
 @pytest.mark.parametrize(
-    "source_format", [pytest.param(f, marks=() if f in {"t5x", "orbax"} else pytest.mark.slow) for f in FORMATS]
+    "source_format",
+    [pytest.param(f, marks=() if f in {"t5x", "orbax-ocdbt-zarr3"} else pytest.mark.slow) for f in FORMATS],
 )
 def test_every_format_becomes_every_format(tmp_path, fusectl, source_format):
     source = checkpoint(tmp_path / "s", format=source_format)

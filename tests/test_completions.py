@@ -11,7 +11,7 @@ from test_cli import COMMANDS
 
 from fusectl.cli import options
 from fusectl.equalize import MEASURES
-from fusectl.formats import FORMATS
+from fusectl.formats import FORMATS, ORBAX
 from fusectl.record import FILLS, NORMS
 from fusectl.restart import TRAINERS
 
@@ -45,7 +45,7 @@ def test_the_scripts_are_what_the_program_prints(shell):
         ("fusectl self", ["self-fuse"]),
         ("fusectl fuse --fi", ["--fill"]),
         ("fusectl fuse --fill ", list(FILLS)),
-        ("fusectl fuse --format ", list(FORMATS)),
+        ("fusectl fuse --format ", [ORBAX, *FORMATS]),
     ],
 )
 def test_bash_is_offered_commands_options_and_values(words, offered):
@@ -62,7 +62,7 @@ def test_the_choices_that_the_parser_spells_out_are_the_ones_that_exist():
         return get_args(get_args(kind)[0]) or get_args(kind)
 
     assert choices(options.FillKind) == FILLS
-    assert choices(options.FormatName) == tuple(FORMATS)
+    assert choices(options.FormatName) == ("t5x", ORBAX, *[name for name in FORMATS if name != "t5x"])
     assert choices(options.Norm) == NORMS
     assert choices(options.EqualizeBy) == MEASURES
     assert choices(options.TrainerName) == tuple(TRAINERS)

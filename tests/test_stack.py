@@ -369,7 +369,7 @@ def test_lists_come_back_from_t5xs_format(tmp_path):
     carry_out(*plan_conversion(str(tmp_path / "without"), Options(format="orbax")), tmp_path / "bare")
     opened = open_checkpoint(str(tmp_path / "bare"))
     assert {name.split("/")[0] for name in opened.leaves} == {"params", "step"}
-    assert (opened.empty, opened.step) == ((), 3)
+    assert (opened.nodes, opened.step) == ((), 3)
 
 
 @pytest.mark.parametrize("case", ["llama2_unscan", "gemma2_scan"])

@@ -30,7 +30,7 @@ from fusectl.errors import MOST_LISTED, Incompatible, shorten
 FAMILIES: tuple[Family, ...] = (*T5_FAMILIES, *MAXTEXT_FAMILIES, *GEMMA_FAMILIES)
 
 # That of a tree which no table explains.
-_NO_FAMILY = Family("", (), frozenset(), lambda _: "no family")
+_NO_FAMILY = Family("", (), frozenset(), lambda _: "no family", trainer="")
 
 # Where trainers keep the parameters in their trees: T5X, MaxText, Flax, and a bare tree.
 PARAMETER_PREFIXES = ("target/", "params/params/", "params/", "")

@@ -125,6 +125,14 @@ class Family:
     # The text of the file that its table was read from; a record keeps it. None for those that fusectl brings along.
     table: str | None = field(default=None, repr=False)
 
+    @property
+    def orbax_zarr(self) -> int | None:
+        """The version of zarr in which its trainer reads Orbax's databases: T5X's restore knows version 2 only.
+
+        None where there is no trainer.
+        """
+        return {"t5x": 2, "maxtext": 3, "gemma": 3}.get(self.trainer)
+
     def require_twin(self) -> str:
         """The name of its twin's module; raises Incompatible where its networks cannot be run."""
         if self.twin is None:

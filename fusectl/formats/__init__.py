@@ -3,8 +3,9 @@
 locate.py   which directory is meant           tree.py      keys, leaves, Checkpoint
 t5x.py      msgpack index + zarr v2            zarr.py      what array metadata says
 orbax.py    JSON index + zarr, OCDBT or not    encoding.py  the bytes of a chunk
-sink.py     writing: staging, arrays, commit   store.py     files through tensorstore and the operating system
-                                               target.py    new files: directories, or an OCDBT database
+flaxpack.py msgpack trees, in both             store.py     files through tensorstore and the operating system
+foreign.py  what other libraries wrote         target.py    new files: directories, or an OCDBT database
+sink.py     writing: staging, arrays, commit
 """
 
 from __future__ import annotations
@@ -14,7 +15,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from fusectl.errors import Corrupt, FusectlError, UsageError
-from fusectl.formats.locate import ORBAX_INDEX, T5X_INDEX, locate
+from fusectl.formats.locate import (
+    COMMITTED,
+    ORBAX_INDEX,
+    PACKED_INDEX,
+    STEP_METADATA,
+    STRINGS,
+    T5X_INDEX,
+    locate,
+)
 from fusectl.formats.objects import ObjectPath, read_small
 from fusectl.formats.orbax import open_orbax
 from fusectl.formats.store import MANIFEST, walk
@@ -36,6 +45,8 @@ class Format:
     says: str
     zarr: int
     ocdbt: bool
+    # What it calls files of its own next to the arrays' directories.
+    reserved: frozenset[str]
 
     @property
     def reads_left_out(self) -> bool:
@@ -45,22 +56,35 @@ class Format:
 
 _MALFORMED = (AttributeError, TypeError, ValueError, LookupError, RecursionError)
 
+# Arrays in a database have names that no file shares.
+_IN_A_DATABASE = frozenset[str]()
+_BESIDE_ARRAYS = frozenset(
+    {ORBAX_INDEX, PACKED_INDEX, STRINGS, MANIFEST, COMMITTED, STEP_METADATA, "_sharding", "array_metadatas"}
+)
+
 FORMATS = {
     format.name: format
     for format in (
-        Format("t5x", "T5X legacy: msgpack index + zarr v2", 2, ocdbt=False),
-        Format("orbax", "Orbax: OCDBT + zarr v3", 3, ocdbt=True),
-        Format("orbax-ocdbt-zarr2", "Orbax: OCDBT + zarr v2, as T5X writes", 2, ocdbt=True),
-        Format("orbax-zarr2", "Orbax: zarr v2 in plain directories", 2, ocdbt=False),
-        Format("orbax-zarr3", "Orbax: zarr v3 in plain directories", 3, ocdbt=False),
+        Format("t5x", "T5X legacy: msgpack index + zarr v2", 2, ocdbt=False, reserved=frozenset({T5X_INDEX})),
+        Format("orbax-ocdbt-zarr3", "Orbax: OCDBT + zarr v3", 3, ocdbt=True, reserved=_IN_A_DATABASE),
+        Format("orbax-ocdbt-zarr2", "Orbax: OCDBT + zarr v2", 2, ocdbt=True, reserved=_IN_A_DATABASE),
+        Format("orbax-zarr2", "Orbax: zarr v2 in plain directories", 2, ocdbt=False, reserved=_BESIDE_ARRAYS),
+        Format("orbax-zarr3", "Orbax: zarr v3 in plain directories", 3, ocdbt=False, reserved=_BESIDE_ARRAYS),
     )
 }
+# Not a layout but a choice of one: the database with the version of zarr that the family's trainer reads.
+ORBAX = "orbax"
 
 
-def format_named(name: str) -> Format:
-    """The Format of this name; raises UsageError with the known ones."""
+def format_named(name: str, orbax_zarr: int = 3) -> Format:
+    """The Format of this name; `orbax` is that of a database with this version of zarr.
+
+    Raises UsageError with the known names.
+    """
+    if name == ORBAX:
+        return FORMATS[f"orbax-ocdbt-zarr{orbax_zarr}"]
     if name not in FORMATS:
-        raise UsageError(f"no format is called {name!r}", hint=f"formats: {', '.join(FORMATS)}")
+        raise UsageError(f"no format is called {name!r}", hint=f"formats: {', '.join([ORBAX, *FORMATS])}")
     return FORMATS[name]
 
 

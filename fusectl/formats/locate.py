@@ -17,15 +17,19 @@ from dataclasses import replace
 from pathlib import Path
 
 from fusectl.errors import Corrupt, FusectlError, NotFound, StorageError, UsageError
-from fusectl.formats.objects import ObjectPath, Place, read_small
+from fusectl.formats.foreign import refuse_directory, refuse_file, refuse_files_in
+from fusectl.formats.objects import ObjectPath, Place, head, read_small
 from fusectl.formats.tree import Location
 from fusectl.jsontree import parsed
 
 
 T5X_INDEX = "checkpoint"
 ORBAX_INDEX = "_METADATA"
-# Beside it; that of the first process is all that fusectl reads and writes.
+# Next to it; that of the first process is all that fusectl reads and writes.
 ARRAY_METADATAS = "array_metadatas/process_0"
+STRINGS = "_strings.json"
+# Orbax before 0.4.3 had this one instead, of the name of T5X's; up to 0.5.20 it may hold values beside the other.
+PACKED_INDEX = "checkpoint"
 STEP_METADATA = "_CHECKPOINT_METADATA"
 COMMITTED = "commit_success.txt"
 TEMPORARY_SUFFIX = ".fusectl-tmp"
@@ -38,6 +42,12 @@ LARGEST_STEP_BYTES = 16 << 20
 
 _TEMPORARY = re.compile(rf"\.orbax-checkpoint-tmp|\.tmp-\d+$|{re.escape(TEMPORARY_SUFFIX)}$")
 _STEP = re.compile(r"(?:checkpoint_)?(\d+)$")
+# With the `step_prefix` of a manager of Orbax's.
+_PREFIXED = re.compile(r"(.+)_(\d+)$")
+# How T5X's index begins, which has the name of Orbax's old one: {"version": …
+_T5X, _T5X_BYTES = re.compile(rb"[\x81-\x8f]\xa7version"), 9
+# And what Orbax's is: a dictionary, a list or a tuple.
+_PACKED = re.compile(rb"[\x80-\x9f\xc7-\xc9\xd4-\xd8\xdc-\xdf]")
 # Of several items in a step, the ones that hold the model, best first.
 _ITEMS = ("state", "default", "items", "params")
 
@@ -75,6 +85,7 @@ def locate(path: str) -> Location:
         if not at.exists():
             raise NotFound(f"{at}: no such directory", hint=_similar(at))
         if not at.is_dir():
+            refuse_file(at)
             raise NotFound(f"{at}: a file; a checkpoint is a directory", hint=_checkpoint_above(at))
         return _at_directory(at)
     except PermissionError as error:
@@ -86,23 +97,25 @@ def locate(path: str) -> Location:
 def _at_directory(at: Place, *, or_root: bool = True) -> Location:
     names = names_in(at)
     _refuse_uncommitted(at, names)
-    if ORBAX_INDEX in names:
+    if _is_item(at):
         return _item(at)
-    if T5X_INDEX in names and (at / T5X_INDEX).is_file():
+    if T5X_INDEX in names and (_is_t5x(at) or any(name.startswith("target.") for name in names)):
         return Location(at, at, "t5x", step=_step_of(at))
     items = _items(at, names)
     if items:
         return _step_directory(at, items)
+    refuse_directory(at, names)
     if STEP_METADATA in names or _half_written(at, names):
         raise Corrupt(f"{at}: a checkpoint without its index", details=(_what_lacks(at, names),))
-    if or_root and any(_STEP.fullmatch(n) for n in names):
+    if or_root and _steps(at, names):
         return _newest(at)
+    refuse_files_in(at, names)
     raise NotFound(f"{at}: no checkpoint", hint=_checkpoint_above(at) or _checkpoints_below(at))
 
 
 def _refuse_uncommitted(at: Place, names: set[str]) -> None:
     if unfinished(names):
-        hint = "the command that was writing it goes on with --resume"
+        hint = "run the command that was writing it again, with --resume"
         raise Corrupt(f"{at}: never committed", details=("a write of fusectl that did not finish",), hint=hint)
     if _TEMPORARY.search(at.name):
         raise Corrupt(f"{at}: the temporary directory of a write that did not finish", hint="use a committed step")
@@ -113,18 +126,28 @@ def _refuse_uncommitted(at: Place, names: set[str]) -> None:
             raise Corrupt(f"{at / STEP_METADATA}: not JSON", details=(str(error),)) from error
         if isinstance(times, dict) and times.get("init_timestamp_nsecs") and not times.get("commit_timestamp_nsecs"):
             raise Corrupt(f"{at}: never committed", details=(f"{STEP_METADATA} has no commit timestamp",))
-    items = _items(at, names)
-    if COMMITTED not in names and any((at / n / COMMITTED).is_file() for n in items):
-        # Orbax >= 0.12.3 marks items first and the step last.
-        raise Corrupt(f"{at}: never committed", details=(f"its items have {COMMITTED}, the step has not",))
+        if COMMITTED not in names and any((at / n / COMMITTED).is_file() for n in _items(at, names)):
+            # Orbax >= 0.12.3 marks items first and the step last. What has no metadata of a step is none.
+            raise Corrupt(f"{at}: never committed", details=(f"its items have {COMMITTED}, the step has not",))
     if "manifest.ocdbt" not in names and any(n.startswith("ocdbt.process_") for n in names):
         raise Corrupt(f"{at}: never committed", details=("the OCDBT databases of its writers were not merged",))
+
+
+def _is_item(at: Place) -> bool:
+    """Whether a directory has one of Orbax's indexes: `_METADATA`, or before 0.4.3 a tree in `checkpoint`."""
+    if (at / ORBAX_INDEX).is_file():
+        return True
+    return _PACKED.match(head(at / PACKED_INDEX, 1)) is not None and not _is_t5x(at)
+
+
+def _is_t5x(at: Place) -> bool:
+    return _T5X.match(head(at / T5X_INDEX, _T5X_BYTES)) is not None
 
 
 def _items(at: Place, names: set[str]) -> list[str]:
     """The items of a step; in a root, what looks like one is a step that was saved without items."""
     in_root = STEP_METADATA not in names
-    return [n for n in sorted(names) if (at / n / ORBAX_INDEX).is_file() and not (in_root and _STEP.fullmatch(n))]
+    return [n for n in sorted(names) if not (in_root and _STEP.fullmatch(n)) and _is_item(at / n)]
 
 
 def _chosen(items: list[str]) -> str | None:
@@ -133,13 +156,13 @@ def _chosen(items: list[str]) -> str | None:
 
 
 def _item(at: Place) -> Location:
-    home = at.parent
-    in_step = (home / STEP_METADATA).is_file() or (_STEP.fullmatch(home.name) and not (at / STEP_METADATA).is_file())
-    if not in_step:
-        return Location(at, at, "orbax", step=_step_of(at))
+    home, own = at.parent, (at / STEP_METADATA).is_file()
+    if not (home / STEP_METADATA).is_file() and (own or not _STEP.fullmatch(home.name)):
+        # Saved by itself; also into the directory of a step, as `DIR/0/items`.
+        return Location(at, at, "orbax", step=_step_of(at) if _STEP.fullmatch(at.name) or not own else _step_of(home))
     _refuse_uncommitted(home, names_in(home))
     by_home = _chosen(_items(home, names_in(home))) == at.name
-    return Location(at, home, "orbax", item=at.name, step=_step_of(home), by_home=by_home)
+    return Location(at, home, "orbax", item=at.name, step=_numbered(home.name), by_home=by_home)
 
 
 def _step_directory(at: Place, items: list[str]) -> Location:
@@ -147,24 +170,41 @@ def _step_directory(at: Place, items: list[str]) -> Location:
     if chosen is None:
         raise NotFound(f"{at}: several items: {', '.join(items)}", hint=f"name one, such as {at / items[0]}")
     _refuse_uncommitted(at / chosen, names_in(at / chosen))
-    return Location(at / chosen, at, "orbax", item=chosen, step=_step_of(at))
+    if (at / chosen / STEP_METADATA).is_file() and not (at / STEP_METADATA).is_file():
+        return _item(at / chosen)
+    return Location(at / chosen, at, "orbax", item=chosen, step=_numbered(at.name))
+
+
+def _steps(root: Place, names: set[str]) -> dict[str, int]:
+    """The steps in a root, by the names of their directories: `20`, `checkpoint_20`, or all with one `step_prefix`."""
+    steps = {name: int(found.group(1)) for name in names if (found := _STEP.fullmatch(name))}
+    if steps:
+        return steps
+    prefixed = {name: found for name in names if (found := _PREFIXED.fullmatch(name)) and _is_step(root / name)}
+    one = len({found.group(1) for found in prefixed.values()}) == 1
+    return {name: int(found.group(2)) for name, found in prefixed.items()} if one else {}
+
+
+def _is_step(at: Place) -> bool:
+    """Whether a directory is a step of a manager's: it has items. What has an index itself was saved without one."""
+    return at.is_dir() and not _is_item(at) and bool(_items(at, names_in(at)))
 
 
 def _newest(root: Place) -> Location:
     if not root.is_dir():
         raise NotFound(f"{root}: no such directory")
-    steps = sorted(
-        ((_step_of(p) or 0, p) for p in root.iterdir() if p.is_dir() and _STEP.fullmatch(p.name)), reverse=True
-    )
+    found = _steps(root, names_in(root))
+    steps = sorted(((number, root / name) for name, number in found.items() if (root / name).is_dir()), reverse=True)
     notes: list[str] = []
     for _, step in steps:
         try:
-            found = _at_directory(step, or_root=False)
+            location = _at_directory(step, or_root=False)
         except FusectlError as error:
             notes.append(f"skipped {step.name}: {'; '.join(error.details) or error.message}")
             continue
         notes.append(f"{root}: using {step.name}, the newest committed step")
-        return replace(found, notes=tuple(notes))
+        return replace(location, notes=tuple(notes))
+    refuse_files_in(root, names_in(root))
     raise NotFound(f"{root}: no committed step", details=tuple(notes), hint=_checkpoints_below(root))
 
 
@@ -181,6 +221,12 @@ def unfinished(names: set[str]) -> bool:
 def _step_of(at: Place) -> int | None:
     found = _STEP.fullmatch(at.name)
     return int(found.group(1)) if found else None
+
+
+def _numbered(name: str) -> int | None:
+    """The number of a step that a manager has named, with a prefix or without."""
+    found = _PREFIXED.fullmatch(name)
+    return int(found.group(2)) if found else int(name) if name.isdecimal() else None
 
 
 def _half_written(at: Place, names: set[str]) -> bool:
@@ -210,9 +256,10 @@ def is_checkpoint(at: Place) -> bool:
 
 
 def _checkpoint_above(at: Place) -> str | None:
+    """The hint at the checkpoint that a path leads into; another one that lies there by chance is not meant."""
     above: list[Place] = list(at.parents)
     for parent in above[:3]:
-        if parent.is_dir() and is_checkpoint(parent):
+        if any((parent / index).is_file() for index in (ORBAX_INDEX, T5X_INDEX, STEP_METADATA)):
             return f"one level too deep? the checkpoint is {parent}"
     return None
 

@@ -105,6 +105,18 @@ class _Bucket:
             found = self._store.read(key).result()
         return (found.value if found.state == "value" else None), found.stamp.generation
 
+    def head(self, key: str, nbytes: int) -> bytes:
+        """The first bytes of an object; none of one that is not there."""
+        if self.held and key in self.held:
+            return self.held[key][:nbytes]
+        try:
+            return self._store.read(key, byte_range=slice(0, nbytes)).result().value
+        except ValueError as error:
+            if "OUT_OF_RANGE" not in str(error):
+                raise store_error(error, f"{self.scheme}://{self.name}/{key}", StorageError) from error
+        # It has fewer.
+        return self.read(key)[0] or b""
+
     def write(self, key: str, value: bytes | None, generation: bytes | None = None) -> bytes | None:
         """Writes an object, or deletes it, if it is of this generation; the new one, or None if it was another."""
         with self._errors(key):
@@ -209,6 +221,10 @@ class ObjectPath:
             raise FileNotFoundError(str(self))
         return found
 
+    def head(self, nbytes: int) -> bytes:
+        """Its first bytes."""
+        return self._objects.head(self.key, nbytes)
+
     def read(self) -> tuple[bytes | None, bytes]:
         """The contents of the object, or None; and its generation, which changes with every write."""
         return self._objects.read(self.key)
@@ -235,6 +251,16 @@ class ObjectPath:
 
 # Where a checkpoint, or a part of it, lies.
 Place = Path | ObjectPath
+
+
+def head(file: Place, nbytes: int) -> bytes:
+    """The first bytes of a file; none of what is no regular one."""
+    if isinstance(file, ObjectPath):
+        return file.head(nbytes)
+    if not file.is_file():
+        return b""
+    with file.open("rb") as opened:
+        return opened.read(nbytes)
 
 
 def read_small(file: Place, most_bytes: int) -> bytes:

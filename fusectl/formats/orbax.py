@@ -1,27 +1,34 @@
-"""Orbax's item directories: `_METADATA`, a JSON tree, beside arrays in zarr v2 or v3, plain or in an OCDBT database.
+"""Orbax's item directories: an index next to arrays in zarr v2 or v3, plain or in an OCDBT database.
 
     20/                         step: _CHECKPOINT_METADATA, commit_success.txt
       state/                    item: _METADATA, commit_success.txt, and
         manifest.ocdbt d/       one OCDBT database, or without OCDBT
         target.token_embedder.embedding/{.zarray,0.0}
+        _strings.json           the leaves that are strings
+        checkpoint              the leaves that were saved with aggregate=True, in msgpack (0.4.3 to 0.5.20)
 
-Keys may contain `.` and `/`, so paths come from the metadata's key lists, never from splitting names.
-Source: orbax/checkpoint/_src/metadata/{tree,step}.py; the JSON is what those classes write.
+`_METADATA` is a JSON tree. Before 0.4.3 there was none: the msgpack tree in `checkpoint` is the index, and names the
+arrays' directories. Keys may contain `.` and `/`, so paths come from the index's keys, never from splitting names.
+Sources: orbax/checkpoint/_src/metadata/{tree,step}.py, whose classes write that JSON; StringHandler in
+_src/serialization/type_handlers.py; utils.py (`leaf_placeholder`) of 0.2.7.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy.typing as npt
+
 from fusectl.errors import Corrupt, FusectlError, Incompatible, StorageError
-from fusectl.formats.locate import ARRAY_METADATAS, ORBAX_INDEX, STEP_METADATA
+from fusectl.formats.flaxpack import as_array, is_spec, leaves_of, node_of, read_tree
+from fusectl.formats.locate import ARRAY_METADATAS, ORBAX_INDEX, PACKED_INDEX, STEP_METADATA, STRINGS
 from fusectl.formats.objects import Place, read_small
 from fusectl.formats.store import MANIFEST, Files, directory, ocdbt
-from fusectl.formats.tree import Checkpoint, EmptyNode, Key, Leaf, Location, array_directory, stored_arrays
+from fusectl.formats.tree import STRING, Checkpoint, Key, Leaf, Location, Node, array_directory, stored_arrays, told
 from fusectl.formats.zarr import METADATA_FILE
 from fusectl.jsontree import parsed
 from fusectl.record import Record
@@ -34,6 +41,8 @@ HANDLER = "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckp
 # With this type a restore without a target gives numpy arrays on any number of devices, without `_sharding`.
 NUMPY = "np.ndarray"
 _RANDOM_KEY = "random_key_impl"
+# What stands in the file `checkpoint` for a leaf with an array of its own, before that one's directory.
+_PLACEHOLDER = "PLACEHOLDER://"
 _ARRAYS = frozenset({NUMPY, "jax.Array", "scalar", "int", "float"})
 
 
@@ -44,57 +53,159 @@ def open_orbax(
 
     With `fault` it is told of tensors without sound metadata, which are left out; without it the first one is raised.
     """
-    where = str(location.home)
-    meta = _read_metadata(location.index / ORBAX_INDEX)
+    where, at = str(location.home), str(location.index)
+    meta = _read_metadata(location.index / ORBAX_INDEX) if (location.index / ORBAX_INDEX).is_file() else None
     in_ocdbt = (location.index / MANIFEST).is_file()
-    at = str(location.index)
     files = Files(ocdbt(at) if in_ocdbt else directory(at), where)
+    packed = location.index / PACKED_INDEX
+    tree = _read_packed(packed) if packed.is_file() or meta is None else None
+    random_keys = _random_keys(location.index)
+    leaves: dict[str, Leaf] = {}
     arrays: dict[str, tuple[tuple[Key, ...], str]] = {}
-    empty: list[EmptyNode] = []
-    for entry in meta["tree_metadata"].values():
-        try:
-            keys = tuple(Key(str(k["key"]), int(k["key_type"])) for k in entry["key_metadata"])
-            value = entry["value_metadata"]
-            value_type = str(value["value_type"])
-            skipped = bool(value.get("skip_deserialize", False))
-        except (KeyError, TypeError, ValueError) as error:
-            raise Corrupt(f"{where}/{ORBAX_INDEX}: an entry that makes no sense", details=(repr(error),)) from error
+    nodes: list[Node] = []
+    seen: dict[str, None] = {}
+    for keys, found in _entries(tree) if meta is None else _listed(meta, tree, location.index, where):
         name = "/".join(key.name for key in keys)
-        if skipped:
-            empty.append(EmptyNode(keys, value_type))
-        elif value_type not in _ARRAYS and fault is not None:
-            # It is not known to be wrong.
-            continue
-        elif value_type not in _ARRAYS:
-            raise Corrupt(f"{where}: {name}: a leaf of type {value_type}, which fusectl does not know")
-        elif not keys:
-            raise Incompatible(f"{where}: one bare array instead of a tree", details=("it has no name",))
-        elif name in arrays:
-            raise Corrupt(f"{where}: two leaves are called {name}", details=("keys that contain slashes collide",))
-        else:
-            arrays[name] = (keys, array_directory(keys, where))
+        with told(fault):
+            if isinstance(found, Lost):
+                raise Corrupt(f"{where}: {name}: {found.why}")
+            if not keys and not isinstance(found, Node):
+                raise Incompatible(f"{where}: one bare array instead of a tree", details=("it has no name",))
+            if name in seen:
+                raise Corrupt(f"{where}: two leaves are called {name}", details=("keys that contain slashes collide",))
+            seen[name] = None
+            if isinstance(found, Node):
+                nodes.append(found)
+            elif isinstance(found, str):
+                arrays[name] = (keys, found)
+            else:
+                leaves[name] = Leaf(name, keys, found.shape, found.dtype.name, value=found)
+    _require_one_each({name: base for name, (_, base) in arrays.items()}, where, fault)
     zarr = 3 if any(name.endswith("/" + METADATA_FILE[3]) for name in files.names) else 2
     file_of = {name: base for name, (_, base) in arrays.items()}
-    leaves: dict[str, Leaf] = {}
-    random_keys = _random_keys(location.index)
     for name, stored in stored_arrays(files, file_of, zarr, record, fault).items():
         keys, base = arrays[name]
         store = ocdbt(at, base + "/") if in_ocdbt else directory(f"{at}/{base}")
         random_key = random_keys.get(".".join(key.name for key in keys))
         leaves[name] = Leaf(name, keys, stored.shape, stored.dtype, stored=stored, store=store, random_key=random_key)
-    layout = ("orbax" if zarr == 3 else "orbax-ocdbt-zarr2") if in_ocdbt else f"orbax-zarr{zarr}"
+    layout = f"orbax-ocdbt-zarr{zarr}" if in_ocdbt else f"orbax-zarr{zarr}"
     return Checkpoint(
         location,
         layout,
-        leaves,
+        {name: leaves[name] for name in seen if name in leaves},
         files=files,
         file_of=file_of,
-        empty=tuple(empty),
+        nodes=tuple(nodes),
         # Without the flag, Orbax before 0.5 or another writer left chunks of zeros out.
-        lenient=not meta.get("store_array_data_equal_to_fill_value", False),
+        lenient=meta is None or not meta.get("store_array_data_equal_to_fill_value", False),
         record=record,
         custom=_custom_metadata(location.home),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """A leaf that an index names and whose value is nowhere."""
+
+    why: str
+
+
+# What an index says of a leaf: the directory of its array, its value, or that it is none.
+Found = str | npt.NDArray[Any] | Node | Lost
+
+
+def _listed(meta: Mapping[str, Any], packed: Any, index: Place, where: str) -> Iterator[tuple[tuple[Key, ...], Found]]:
+    """The leaves that a `_METADATA` lists. `packed` is the tree of the file `checkpoint`, None where there is none:
+    Orbax 0.4.3 to 0.5.20 kept in it what was saved with `SaveArgs(aggregate=True)`.
+    """
+    texts: Any = None
+    for entry in meta["tree_metadata"].values():
+        try:
+            keys = tuple(Key(str(k["key"]), int(k["key_type"])) for k in entry["key_metadata"])
+            value = entry["value_metadata"]
+            value_type, skipped = str(value["value_type"]), bool(value.get("skip_deserialize", False))
+        except (KeyError, TypeError, ValueError) as error:
+            raise Corrupt(f"{where}/{ORBAX_INDEX}: an entry that makes no sense", details=(repr(error),)) from error
+        if skipped:
+            yield keys, _aggregated(keys, value_type, packed)
+        elif value_type in _ARRAYS:
+            yield keys, array_directory(keys, where)
+        elif value_type == STRING:
+            texts = _texts(index / STRINGS) if texts is None else texts
+            text = _at_pointer(texts, ".".join(key.name for key in keys))
+            yield keys, Node(keys, STRING, text) if isinstance(text, str) else Lost(f"a string that {STRINGS} has not")
+        else:
+            yield keys, Node(keys, value_type)
+
+
+def _aggregated(keys: tuple[Key, ...], value_type: str, packed: Any) -> Found:
+    """What an entry stands for that is no array of its own: an empty node, or a value in the file `checkpoint`."""
+    node = Node(keys, value_type)
+    try:
+        for key in keys:
+            packed = packed[int(key.name)] if isinstance(packed, list | tuple) else packed[key.name]
+    except (LookupError, TypeError, ValueError):
+        if node.is_empty:
+            return node
+        return Lost(f"kept in the file `{PACKED_INDEX}`, which has no such leaf")
+    found = _leaf(keys, packed)
+    # Its index knows its kind better: in Orbax before 0.5.23 a named tuple without fields is None there.
+    return node if isinstance(found, Node) and found.is_empty and node.is_empty else found
+
+
+def _entries(packed: Any) -> Iterator[tuple[tuple[Key, ...], Found]]:
+    """The leaves of the tree in a file `checkpoint`, as Orbax before 0.4.3 has it, which wrote no `_METADATA`."""
+    for keys, value in leaves_of(packed, is_spec):
+        spec = isinstance(value, Mapping) and value
+        yield keys, Lost("an array's spec of T5X's, in an index without its version") if spec else _leaf(keys, value)
+
+
+def _leaf(keys: tuple[Key, ...], value: Any) -> Found:
+    """What a leaf in the file `checkpoint` stands for."""
+    if isinstance(value, str) and value.startswith(_PLACEHOLDER):
+        return value.removeprefix(_PLACEHOLDER)
+    array = as_array(value)
+    return array if array is not None else node_of(keys, value)
+
+
+def _require_one_each(file_of: Mapping[str, str], where: str, fault: Callable[[FusectlError], None] | None) -> None:
+    """Has `fault` told of leaves that lie in one array, or raises the first: one of them has overwritten the other."""
+    names: dict[str, list[str]] = {}
+    for name, base in file_of.items():
+        names.setdefault(base, []).append(name)
+    for base, sharing in names.items():
+        if len(sharing) > 1:
+            with told(fault):
+                raise Corrupt(
+                    f"{where}: {' and '.join(sharing)} lie in one array, {base}",
+                    details=("their keys contain dots; the one that was saved last has overwritten the other",),
+                )
+
+
+def _read_packed(path: Place) -> Any:
+    try:
+        return read_tree(path)
+    except ValueError as error:
+        raise Corrupt(f"{path}: not a tree in msgpack", details=(str(error),)) from error
+
+
+def _texts(path: Place) -> Any:
+    """The tree in the file that holds an item's strings."""
+    try:
+        return parsed(read_small(path, LARGEST_INDEX_BYTES))
+    except (OSError, ValueError, RecursionError) as error:
+        raise Corrupt(f"{path}: not JSON", details=(str(error),)) from error
+
+
+def _at_pointer(tree: Any, pointer: str) -> Any:
+    """What stands at a JSON pointer without its first slash (RFC 6901); None for nothing."""
+    for part in _parts(pointer):
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree
+
+
+def _parts(pointer: str) -> list[str]:
+    return [part.replace("~1", "/").replace("~0", "~") for part in pointer.split("/")]
 
 
 def _random_keys(index: Place) -> dict[str, str]:
@@ -145,13 +256,13 @@ class Form:
     sparse: bool
 
 
-def item_metadata(leaves: Iterable[Leaf], empty: Iterable[EmptyNode], form: Form) -> bytes:
+def item_metadata(leaves: Iterable[Leaf], nodes: Iterable[Node], form: Form) -> bytes:
     """The `_METADATA` of an item."""
     tree = {}
     for leaf in leaves:
         tree[_entry_name(leaf.keys)] = _entry(leaf.keys, NUMPY, skip=False)
-    for node in empty:
-        tree[_entry_name(node.keys)] = _entry(node.keys, node.value_type, skip=True)
+    for node in nodes:
+        tree[_entry_name(node.keys)] = _entry(node.keys, node.value_type, skip=node.is_empty)
     meta = {
         "tree_metadata": tree,
         "use_ocdbt": form.in_ocdbt,
@@ -160,6 +271,19 @@ def item_metadata(leaves: Iterable[Leaf], empty: Iterable[EmptyNode], form: Form
         "custom_metadata": None,
     }
     return json.dumps(meta).encode()
+
+
+def strings(nodes: Iterable[Node]) -> bytes | None:
+    """The file that holds an item's strings; None where there are none."""
+    tree: dict[str, Any] = {}
+    for node in nodes:
+        if node.text is not None:
+            *parents, last = _parts(".".join(key.name for key in node.keys))
+            inside = tree
+            for parent in parents:
+                inside = inside.setdefault(parent, {})
+            inside[last] = node.text
+    return json.dumps(tree).encode() if tree else None
 
 
 def step_metadata(item: str | None, started_ns: int, custom: Mapping[str, Any]) -> bytes:

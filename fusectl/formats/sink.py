@@ -17,14 +17,14 @@ import numpy.typing as npt
 from fusectl.errors import Corrupt, StorageError
 from fusectl.formats import Format, format_named
 from fusectl.formats.encoding import ZSTD_LEVEL, BadChunk, Buffer, Encoding, checksum
-from fusectl.formats.locate import ARRAY_METADATAS, COMMITTED, JOURNAL, ORBAX_INDEX, STEP_METADATA, T5X_INDEX
+from fusectl.formats.locate import ARRAY_METADATAS, COMMITTED, JOURNAL, ORBAX_INDEX, STEP_METADATA, STRINGS, T5X_INDEX
 from fusectl.formats.objects import Place
-from fusectl.formats.orbax import Form, array_metadatas, item_metadata, marker, step_metadata
+from fusectl.formats.orbax import Form, array_metadatas, item_metadata, marker, step_metadata, strings
 from fusectl.formats.staging import remove_any, staged, storage_errors
 from fusectl.formats.store import MANIFEST, translate
 from fusectl.formats.t5x import kept_in_index, new_index
 from fusectl.formats.target import Database, Directories, Objects, Target
-from fusectl.formats.tree import Checkpoint, EmptyNode, Key, Leaf, Location, array_directory, dict_keys
+from fusectl.formats.tree import Checkpoint, Key, Leaf, Location, Node, array_directory, dict_keys
 from fusectl.formats.zarr import (
     METADATA_FILE,
     Storage,
@@ -230,7 +230,7 @@ class Sink:
     def finish(
         self,
         record: Record | None = None,
-        empty: Iterable[EmptyNode] = (),
+        nodes: Iterable[Node] = (),
         custom: Mapping[str, Any] | None = None,
     ) -> None:
         """Commits what is pending, then writes the record, the index and the markers, in this order.
@@ -239,7 +239,7 @@ class Sink:
         """
         with self._errors():
             self._target.finish()
-        files = self._closing_files(empty, custom or {})
+        files = self._closing_files(tuple(nodes), custom or {})
         if record is not None:
             tensors = {name: replace(sums, metadata=self._metadata.get(name)) for name, sums in record.tensors.items()}
             sums = {name: crc32_of(raw) for name, raw in files.items()}
@@ -252,17 +252,18 @@ class Sink:
                 path.parent.mkdir(exist_ok=True)
             path.write_bytes(raw)
 
-    def _closing_files(self, empty: Iterable[EmptyNode], custom: Mapping[str, Any]) -> dict[str, bytes]:
+    def _closing_files(self, nodes: Iterable[Node], custom: Mapping[str, Any]) -> dict[str, bytes]:
         """The files that make a checkpoint of what has been written, by their path in it, in the order of writing."""
         if self._format.name == "t5x":
-            return {T5X_INDEX: new_index({**self._leaves, **self._kept}, empty)}
+            return {T5X_INDEX: new_index({**self._leaves, **self._kept}, nodes)}
         form = Form(self._format.zarr, in_ocdbt=self._format.ocdbt, sparse=self._manner.sparse)
         below = f"{self._item}/" if self._item else ""
-        keys = array_metadatas(self._leaves.values())
+        keys, texts = array_metadatas(self._leaves.values()), strings(nodes)
         files = {
             STEP_METADATA: step_metadata(self._item, self._started_ns, custom),
             **({f"{below}{ARRAY_METADATAS}": keys} if keys is not None else {}),
-            f"{below}{ORBAX_INDEX}": item_metadata(self._leaves.values(), empty, form),
+            **({f"{below}{STRINGS}": texts} if texts is not None else {}),
+            f"{below}{ORBAX_INDEX}": item_metadata(self._leaves.values(), nodes, form),
         }
         if self._item:
             files[f"{below}{COMMITTED}"] = marker(self._final / self._item)
@@ -305,7 +306,7 @@ def names_written(keys: Iterable[Sequence[Key]], format: Format, item: str | Non
     if format.name == "t5x":
         return {T5X_INDEX, *map(_base, keys)}
     arrays = {MANIFEST, "d"} if format.ocdbt else set(map(_base, keys))
-    inside = {ORBAX_INDEX, ARRAY_METADATAS.split("/", 1)[0], *arrays}
+    inside = {ORBAX_INDEX, STRINGS, ARRAY_METADATAS.split("/", 1)[0], *arrays}
     return {COMMITTED, STEP_METADATA, *({item} if item else inside)}
 
 

@@ -12,47 +12,26 @@ from __future__ import annotations
 
 import json
 import posixpath
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from enum import IntEnum
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import msgpack
-import numpy as np
 import numpy.typing as npt
 
-from fusectl.errors import Corrupt, FusectlError, Incompatible, NotFound, StorageError
+from fusectl.errors import Corrupt, FusectlError, Incompatible, NotFound
+from fusectl.formats.flaxpack import as_array, is_spec, leaves_of, node_of, read_tree, to_ext
 from fusectl.formats.locate import T5X_INDEX
-from fusectl.formats.objects import Place, read_small
+from fusectl.formats.objects import Place
 from fusectl.formats.store import Files, directory
-from fusectl.formats.tree import (
-    EMPTY_DICT,
-    NONE,
-    Checkpoint,
-    EmptyNode,
-    Leaf,
-    Location,
-    dict_keys,
-    stored_arrays,
-    told,
-)
-from fusectl.formats.zarr import ArrayMetadata, np_dtype
-from fusectl.memory import available_bytes
+from fusectl.formats.tree import NONE, Checkpoint, Leaf, Location, Node, dict_keys, stored_arrays, told
+from fusectl.formats.zarr import ArrayMetadata
 from fusectl.record import Record
 
 
 VERSION = 3
-# What an index may claim: a hundred thousand tensors, each with a spec of a dozen entries, and lists that are shapes.
-MOST_ENTRIES = 2_000_000
-MOST_AXES = 64
-CHUNKED = "__msgpack_chunked_array__"
 # Names that T5X stores in the index whatever their size: nothing partitions them.
 _INLINED_SLOTS = frozenset({"v_row", "v_col", "count", "step"})
-
-
-class _Ext(IntEnum):
-    ndarray = 1
-    complex = 2
-    npscalar = 3
 
 
 def open_t5x(
@@ -67,60 +46,39 @@ def open_t5x(
     files = Files(directory(str(location.index)), where)
     leaves: dict[str, Leaf] = {}
     specs: dict[str, Mapping[str, Any]] = {}
-    empty: list[EmptyNode] = []
-    for name, value in _flatten(tree):
+    nodes: list[Node] = []
+    for keys, value in leaves_of(tree, is_spec):
+        name, array = "/".join(key.name for key in keys), as_array(value)
         if name in leaves or name in specs:
             raise Corrupt(f"{where}: two leaves are called {name}")
-        if isinstance(value, np.ndarray):
-            leaves[name] = Leaf(name, dict_keys(name), value.shape, value.dtype.name, value=value)
-        elif not value:
-            empty.append(EmptyNode(dict_keys(name), NONE if value is None else EMPTY_DICT))
-        else:
+        if array is not None:
+            leaves[name] = Leaf(name, keys, array.shape, array.dtype.name, value=array)
+        elif isinstance(value, Mapping) and value:
             specs[name] = value
+        else:
+            nodes.append(node_of(keys, value))
     file_of = {name: _directory_of(spec, f"{where}: {name}") for name, spec in specs.items()}
     for name, stored in stored_arrays(files, file_of, 2, record, fault).items():
         with told(fault):
             _agree(specs[name], stored, f"{where}: {name}")
             store = directory(str(location.index / file_of[name]))
             leaves[name] = Leaf(name, dict_keys(name), stored.shape, stored.dtype, stored=stored, store=store)
+    kinds = record.origin.random_keys if record is not None and record.origin is not None else {}
+    leaves |= {name: replace(leaves[name], random_key=kind) for name, kind in kinds.items() if name in leaves}
     # T5X itself gives its arrays no fill value, and stores every chunk.
     return Checkpoint(
-        location, "t5x", leaves, files=files, file_of=file_of, empty=tuple(empty), lenient=True, record=record
+        location, "t5x", leaves, files=files, file_of=file_of, nodes=tuple(nodes), lenient=True, record=record
     )
 
 
 def read_index(path: Place) -> dict[str, Any]:
     """The tree below `optimizer` in a `checkpoint` file: dictionaries down to arrays and specs."""
     try:
-        # It may hold arrays of any size.
-        raw = read_small(path, available_bytes() // 2)
-    except PermissionError as error:
-        raise StorageError(f"{path}: permission denied") from error
-    entries = 0
-
-    def counted(node: Any) -> Any:
-        nonlocal entries
-        entries += len(node) + 1
-        if entries > MOST_ENTRIES:
-            raise ValueError(f"more than {MOST_ENTRIES:,} entries")
-        return node
-
-    try:
-        tree = msgpack.unpackb(
-            raw,
-            ext_hook=_from_ext,
-            object_hook=counted,
-            list_hook=counted,
-            strict_map_key=False,
-            max_array_len=MOST_AXES,
-            max_map_len=MOST_ENTRIES // 10,
-        )
-    except Exception as error:
-        # msgpack documents no common base for what it raises on arbitrary bytes, and the hook below adds numpy's.
-        details = (f"{type(error).__name__}: {error}",)
+        tree = read_tree(path)
+    except ValueError as error:
         if any(child.name.startswith("target.") for child in path.parent.iterdir()):
-            raise Corrupt(f"{path}: not a msgpack index", details=details) from error
-        raise NotFound(f"{path}: not the index of a T5X checkpoint", details=details) from error
+            raise Corrupt(f"{path}: not a msgpack index", details=(str(error),)) from error
+        raise NotFound(f"{path}: not the index of a checkpoint", details=(str(error),)) from error
     if not isinstance(tree, dict) or not isinstance(tree.get("optimizer"), dict):
         raise NotFound(f"{path}: not the index of a T5X checkpoint", details=("it has no tree `optimizer`",))
     version = tree.get("version")
@@ -130,18 +88,18 @@ def read_index(path: Place) -> dict[str, Any]:
     return optimizer
 
 
-def new_index(values: Mapping[str, Leaf | npt.NDArray[Any]], empty: Iterable[EmptyNode] = ()) -> bytes:
-    """A `checkpoint` file for these tensors and empty nodes; numpy arrays are kept in it."""
+def new_index(values: Mapping[str, Leaf | npt.NDArray[Any]], nodes: Iterable[Node] = ()) -> bytes:
+    """A `checkpoint` file for these tensors and nodes; numpy arrays and strings are kept in it."""
     tree: dict[str, Any] = {}
     leaves: dict[str, Any] = {name: _spec(v) if isinstance(v, Leaf) else v for name, v in values.items()}
-    nodes: dict[str, Any] = {node.name: None if node.value_type == NONE else {} for node in empty}
-    for name, value in sorted({**nodes, **leaves}.items()):
+    others: dict[str, Any] = {node.name: _packed_node(node) for node in nodes}
+    for name, value in sorted({**others, **leaves}.items()):
         *parents, last = name.split("/")
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})
         node[last] = value
-    packed: bytes = msgpack.packb({"version": VERSION, "optimizer": tree}, default=_to_ext, strict_types=True)
+    packed: bytes = msgpack.packb({"version": VERSION, "optimizer": tree}, default=to_ext, strict_types=True)
     return packed
 
 
@@ -150,6 +108,10 @@ def kept_in_index(name: str, shape: tuple[int, ...]) -> bool:
     if name.startswith("target/"):
         return False
     return shape in {(), (1,)} or name.rsplit("/", 1)[-1] in _INLINED_SLOTS
+
+
+def _packed_node(node: Node) -> Any:
+    return node.text if node.text is not None else None if node.value_type == NONE else {}
 
 
 def _spec(leaf: Leaf) -> dict[str, Any]:
@@ -162,21 +124,6 @@ def _spec(leaf: Leaf) -> dict[str, Any]:
         "kvstore": {"driver": "file", "path": leaf.name.replace("/", ".") + "/"},
         "metadata": {"chunks": list(leaf.chunks), "compressor": compressor, "shape": list(leaf.shape)},
     }
-
-
-def _flatten(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, np.ndarray) or value in ({}, None):
-            yield name, value
-        elif not isinstance(value, Mapping):
-            raise Corrupt(f"{name}: a leaf of type {type(value).__name__} in the index")
-        elif CHUNKED in value:
-            yield name, _unchunk(value, name)
-        elif "driver" in value and "metadata" in value:
-            yield name, value
-        else:
-            yield from _flatten(value, f"{name}/")
 
 
 def _directory_of(spec: Mapping[str, Any], where: str) -> str:
@@ -199,36 +146,3 @@ def _agree(spec: Mapping[str, Any], stored: ArrayMetadata, where: str) -> None:
     dtype = spec.get("dtype")
     if dtype is not None and dtype != stored.dtype:
         raise Corrupt(f"{where}: dtype {dtype} in the index, {stored.dtype} in its .zarray")
-
-
-def _from_ext(code: int, data: bytes) -> Any:
-    if code == _Ext.complex:
-        real, imaginary = msgpack.unpackb(data)
-        return np.array(complex(real, imaginary))
-    if code in {_Ext.ndarray, _Ext.npscalar}:
-        shape, dtype, buffer = msgpack.unpackb(data, max_array_len=MOST_AXES, max_map_len=0, list_hook=_flat)
-        # A view of the bytes that were read: a lying shape cannot allocate anything.
-        return np.frombuffer(buffer, dtype=np_dtype(dtype)).reshape(shape)
-    raise ValueError(f"msgpack extension {code}")
-
-
-def _flat(values: list[Any]) -> list[Any]:
-    if any(isinstance(value, list) and value and isinstance(value[0], list) for value in values):
-        raise ValueError("lists in lists of lists")
-    return values
-
-
-def _to_ext(value: Any) -> msgpack.ExtType:
-    if not isinstance(value, np.ndarray):
-        raise TypeError(f"cannot pack {type(value).__name__}")
-    packed = msgpack.packb((value.shape, value.dtype.name, value.tobytes("C")), use_bin_type=True)
-    return msgpack.ExtType(_Ext.ndarray, packed)
-
-
-def _unchunk(value: Mapping[str, Any], name: str) -> npt.NDArray[Any]:
-    """Flax splits an array of more than 1 GiB: {'shape': {'0': …}, 'chunks': {'0': …}}."""
-    try:
-        shape = tuple(value["shape"][str(i)] for i in range(len(value["shape"])))
-        return np.concatenate([value["chunks"][str(i)] for i in range(len(value["chunks"]))]).reshape(shape)
-    except (KeyError, TypeError, ValueError) as error:
-        raise Corrupt(f"{name}: a chunked array that does not fit together", details=(str(error),)) from error

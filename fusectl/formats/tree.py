@@ -28,8 +28,9 @@ from fusectl.record import LEFT_OUT, UNREAD, Record, require_crc32
 
 # The kinds of key in Orbax's tree metadata: a position in a sequence, a key of a dictionary.
 SEQUENCE, DICT = 1, 2
-# And of empty node, of which T5X's index can only tell these.
-NONE, EMPTY_DICT = "None", "Dict"
+# And of a node without tensors, of which T5X's index can only tell the first two.
+NONE, EMPTY_DICT, STRING = "None", "Dict", "string"
+_CARRIED = frozenset({NONE, EMPTY_DICT, STRING, "List", "Tuple", "NamedTuple"})
 
 # Where trees keep the training step.
 T5X_STEP = "state/step"
@@ -121,15 +122,27 @@ class Leaf:
 
 
 @dataclass(frozen=True, slots=True)
-class EmptyNode:
-    """A node without tensors that a tree must keep: None, or an empty dict, list or tuple."""
+class Node:
+    """What stands in a tree and is no tensor: None, an empty dict, list or tuple, a string, which is `text`.
+
+    One of any other type, such as a custom handler's, cannot be carried: nothing of it was read.
+    """
 
     keys: tuple[Key, ...]
     value_type: str
+    text: str | None = None
 
     @property
     def name(self) -> str:
         return "/".join(key.name for key in self.keys)
+
+    @property
+    def can_be_carried(self) -> bool:
+        return self.value_type in _CARRIED
+
+    @property
+    def is_empty(self) -> bool:
+        return self.can_be_carried and self.text is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +220,7 @@ class Checkpoint:
         *,
         files: Files,
         file_of: Mapping[str, str],
-        empty: tuple[EmptyNode, ...] = (),
+        nodes: tuple[Node, ...] = (),
         lenient: bool = False,
         record: Record | None = None,
         custom: Mapping[str, Any] | None = None,
@@ -215,7 +228,8 @@ class Checkpoint:
         self.location = location
         self.format = format
         self.leaves = dict(leaves)
-        self.empty = empty
+        # What the tree keeps beside its tensors.
+        self.nodes = nodes
         self.record = record
         # What the trainer has noted of the step, such as MaxText's scan_layers.
         self.custom = dict(custom or {})
@@ -446,7 +460,7 @@ class View(Checkpoint):
             leaves,
             files=source.files,
             file_of=source.file_of,
-            empty=source.empty,
+            nodes=source.nodes,
             lenient=source.lenient,
             record=source.record,
             custom=source.custom,

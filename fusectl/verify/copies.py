@@ -1,4 +1,4 @@
-"""The weights level of a converted checkpoint: every tensor, key and empty node against the one that it is a copy of.
+"""The weights level of a converted checkpoint: every tensor, key and other node against the one that it is a copy of.
 
 It knows how trees are renamed on the way to T5X and back, and nothing of plans.
 """
@@ -134,7 +134,7 @@ class _Pair:
         return found is not None and found.shape == self.source.leaves[name].shape and not is_set
 
     def problems(self) -> Iterator[str]:
-        """What is wrong with names, keys, shapes, dtypes, the step, empty nodes and the record."""
+        """What is wrong with names, keys, shapes, dtypes, the step, other nodes and the record."""
         parameters = _parameters(self.source, self.copy, own_family(self.fused) or self.record.family)
         for name, to in self.names.items():
             found, like = self.fused.leaves.get(to), self.source.leaves[name]
@@ -154,8 +154,9 @@ class _Pair:
         extra = self.fused.leaves.keys() - set(self.names.values()) - may_be
         yield from (f"{name}: no part of {self.source.path}" for name in sorted(extra))
         yield from self._step_problems()
-        differ = self._empty() ^ self._expected_empty()
-        yield from sorted({f"{name}: an empty node that differs" for name, *_ in differ})
+        differ = self._nodes() ^ self._expected_nodes()
+        yield from sorted({f"{name}: a node without tensors, or a string, that differs" for name, *_ in differ})
+        yield from self._random_key_problems()
         yield from self._record_problems()
 
     def _keys(self) -> dict[str, Pairs]:
@@ -176,19 +177,25 @@ class _Pair:
         if wanted is not None and (now is None or int(now) != wanted):
             yield f"the step: {now}, expected {wanted}"
 
-    def _empty(self) -> set[tuple[str, object]]:
-        return {self._node(_pairs(node.keys), node.value_type) for node in self.fused.empty}
+    def _random_key_problems(self) -> Iterator[str]:
+        for name, to in self.names.items():
+            now = self.fused.leaves[to].random_key if to in self.fused.leaves else None
+            if now != self.source.leaves[name].random_key:
+                yield f"{to}: keys of {now or 'no generator'}, expected {self.source.leaves[name].random_key or 'none'}"
 
-    def _expected_empty(self) -> set[tuple[str, object]]:
+    def _nodes(self) -> set[tuple[str, object]]:
+        return {self._node(_pairs(node.keys), node.value_type, node.text) for node in self.fused.nodes}
+
+    def _expected_nodes(self) -> set[tuple[str, object]]:
         if self.theirs is not None and not self.to_t5x:
-            nodes = list(self.theirs.empty)
+            nodes = list(self.theirs.nodes)
         else:
-            nodes = [(_pairs(node.keys), node.value_type) for node in self.source.empty]
-        return {self._node(keys, kind) for keys, kind in nodes if not is_dropped(_joined(keys), self.copy.drop)}
+            nodes = [(_pairs(node.keys), node.value_type, node.text) for node in self.source.nodes]
+        return {self._node(*node) for node in nodes if not is_dropped(_joined(node[0]), self.copy.drop)}
 
-    def _node(self, keys: Pairs, kind: str) -> tuple[str, object]:
-        """A name, and what the format can tell of an empty node."""
-        return _joined(keys), kind == NONE if self.to_t5x else (keys, kind)
+    def _node(self, keys: Pairs, kind: str, text: str | None) -> tuple[str, object]:
+        """A name, and what the format can tell of a node without tensors."""
+        return _joined(keys), (kind == NONE, text) if self.to_t5x else (keys, kind, text)
 
     def _record_problems(self) -> Iterator[str]:
         yield from of_another_model(self.record, self.source)

@@ -173,7 +173,7 @@ def test_what_orbax_itself_writes_is_read(tmp_path, saver):
     assert opened.shapes == {"params/a.b/c": (2, 3), "params/d/0": (3,), "params/d/2": ()}
     assert np.array_equal(opened.read("params/a.b/c"), tree["params"]["a.b/c"])
     assert int(opened.read("params/d/2")[()]) == 4
-    assert {tuple(key.name for key in node.keys) for node in opened.empty} == {("params", "d", "1"), ("empty",)}
+    assert {tuple(key.name for key in node.keys) for node in opened.nodes} == {("params", "d", "1"), ("empty",)}
     assert [key.kind for key in opened.leaves["params/d/0"].keys] == [2, 2, 1]
 
 

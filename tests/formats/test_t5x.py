@@ -10,8 +10,9 @@ from fusectl.builder import Options
 from fusectl.errors import Corrupt, Incompatible, NotFound
 from fusectl.formats import open_checkpoint
 from fusectl.formats.encoding import Encoding
+from fusectl.formats.flaxpack import to_ext
 from fusectl.formats.sink import save
-from fusectl.formats.t5x import _to_ext, kept_in_index
+from fusectl.formats.t5x import kept_in_index
 from fusectl.surgery import carry_out, plan_fusion
 
 
@@ -84,9 +85,9 @@ def test_arrays_inside_the_index_are_read(legacy):
 
     def change(tree):
         target = tree["optimizer"]["target"]
-        target["inlined"] = _to_ext(np.arange(5, dtype=np.float32))
-        target["scalar"] = msgpack.ExtType(3, _to_ext(np.array(2.5, np.float32)).data)
-        halves = {"0": _to_ext(np.arange(3.0)), "1": _to_ext(np.arange(3.0, 6.0))}
+        target["inlined"] = to_ext(np.arange(5, dtype=np.float32))
+        target["scalar"] = msgpack.ExtType(3, to_ext(np.array(2.5, np.float32)).data)
+        halves = {"0": to_ext(np.arange(3.0)), "1": to_ext(np.arange(3.0, 6.0))}
         target["big"] = {"__msgpack_chunked_array__": True, "shape": {"0": 2, "1": 3}, "chunks": halves}
 
     opened = open_checkpoint(edit(legacy, change))
@@ -143,7 +144,8 @@ def test_what_t5x_keeps_in_its_index(written):
     ("change", "error", "message"),
     [
         (lambda t: t.update(version=1), Incompatible, "version 1 of T5X's format"),
-        (lambda t: t.pop("version"), Incompatible, "version None"),
+        (lambda t: t.pop("version"), Corrupt, "an array's spec of T5X's, in an index without its version"),
+        (lambda t: t.update(version=1), Incompatible, "version 1"),
         (lambda t: t.pop("optimizer"), NotFound, "not the index of a T5X checkpoint"),
         (lambda t: spec(t)["kvstore"].update(path="../../elsewhere"), Corrupt, "its path leaves the checkpoint"),
         (lambda t: spec(t)["kvstore"].update(path="/etc"), Corrupt, "its path leaves the checkpoint"),
@@ -154,7 +156,7 @@ def test_what_t5x_keeps_in_its_index(written):
             r"shape \[4, 3\] in the index, \[3, 4\] in its .zarray",
         ),
         (lambda t: spec(t).update(dtype="float32"), Corrupt, "dtype float32 in the index, float64 in its .zarray"),
-        (lambda t: t["optimizer"]["state"].update(step=7), Corrupt, "a leaf of type int"),
+        (lambda t: t["optimizer"]["state"].update(step={"__msgpack_chunked_array__": True}), Corrupt, "fit together"),
     ],
 )
 def test_an_index_that_makes_no_sense_is_refused(legacy, change, error, message):
@@ -162,12 +164,31 @@ def test_an_index_that_makes_no_sense_is_refused(legacy, change, error, message)
         open_checkpoint(edit(legacy, change))
 
 
-@pytest.mark.parametrize("raw", [b"", b"\xc1", b"not msgpack at all", b"\x81" * 100, msgpack.packb([1, 2, 3])])
+@pytest.mark.parametrize("raw", [b"", b"\xc1", b"not msgpack at all", b"\x81" * 100])
 def test_an_index_of_other_bytes_is_refused(legacy, raw):
     (legacy / "checkpoint").write_bytes(raw)
 
-    with pytest.raises((Corrupt, NotFound), match="index"):
+    with pytest.raises((Corrupt, NotFound), match="index|not a tree in msgpack"):
         open_checkpoint(str(legacy))
+
+
+def test_what_msgpack_holds_itself_is_read(legacy):
+    """T5X writes none of it; flax.serialization allows it."""
+    more = {"step": 7, "rate": 0.5, "on": True, "name": "a run", "list": [1, 2.0], "none": None, "empty": {}}
+    opened = open_checkpoint(edit(legacy, lambda tree: tree["optimizer"]["state"].update(more)))
+
+    assert {name: opened.read(f"state/{name}").item() for name in ("step", "rate", "on", "list/0", "list/1")} == {
+        "step": 7,
+        "rate": 0.5,
+        "on": True,
+        "list/0": 1,
+        "list/1": 2.0,
+    }
+    assert {(node.name, node.value_type, node.text) for node in opened.nodes} >= {
+        ("state/name", "string", "a run"),
+        ("state/none", "None", None),
+        ("state/empty", "Dict", None),
+    }
 
 
 def test_a_lost_zarray_is_named_with_its_likely_cause(legacy):
