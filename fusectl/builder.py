@@ -236,6 +236,15 @@ class Builder:
             custom=self._sources[0].checkpoint.custom,
         )
         plan.check()
+        if not plan.outputs:
+            raise UsageError("no tensor is left to write", hint="narrow what --drop leaves out")
+        unread = [f"{node.name}: of type {node.value_type}" for node in plan.nodes if not node.can_be_carried]
+        if unread:
+            raise Incompatible(
+                f"leaves that fusectl cannot carry: {len(unread):,}",
+                details=shorten(unread, 4),
+                hint="--drop PATTERN leaves them out",
+            )
         if problems := list(self._misplaced(plan)):
             raise Incompatible(f"a tree that {self._format.name} cannot hold", details=shorten(problems, 5))
         return plan

@@ -160,3 +160,10 @@ def _metadata(a: Checkpoint, b: Checkpoint, common: list[str]) -> Iterator[Metad
             yield Metadata(name, "shape", str(list(one.shape)), str(list(two.shape)))
         if one.dtype != two.dtype:
             yield Metadata(name, "dtype", one.dtype, two.dtype)
+        if one.random_key != two.random_key:
+            yield Metadata(name, "keys of", one.random_key or "no generator", two.random_key or "no generator")
+    texts = [{node.name: node.text for node in each.nodes if node.text is not None} for each in (a, b)]
+    for name in sorted(texts[0].keys() | texts[1].keys()):
+        one_text, two_text = (each.get(name) for each in texts)
+        if one_text != two_text:
+            yield Metadata(name, "string", repr(one_text), repr(two_text))

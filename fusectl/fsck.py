@@ -159,7 +159,7 @@ def _of_item(location: Location, arch: str | None, budget_bytes: int, jobs: int,
     if not checkpoint.leaves and not problems:
         problems.append(f"{checkpoint.location.index}: an index without tensors")
     problems += _strays(checkpoint)
-    notes: list[str] = list(checkpoint.location.notes)
+    notes: list[str] = [*checkpoint.location.notes, *_unread(checkpoint)]
     problems += _commit_problems(checkpoint, notes)
     problems += _slot_problems(checkpoint, arch, notes)
     problems += _listed_problems(checkpoint)
@@ -181,6 +181,13 @@ def _of_item(location: Location, arch: str | None, budget_bytes: int, jobs: int,
         compared=read.checksums,
         notes=tuple(notes),
     )
+
+
+def _unread(checkpoint: Checkpoint) -> Iterator[str]:
+    """What stands in the tree and was not looked at."""
+    for node in checkpoint.nodes:
+        if not node.can_be_carried:
+            yield f"{node.name}: a leaf of type {node.value_type}, not looked at"
 
 
 def _strays(checkpoint: Checkpoint) -> Iterator[str]:
@@ -226,14 +233,16 @@ def _commit_problems(checkpoint: Checkpoint, notes: list[str]) -> Iterator[str]:
     location = checkpoint.location
     if location.kind != "orbax":
         return
-    markers = dict.fromkeys(at / COMMITTED for at in (location.home, location.index))
     if not (location.home / STEP_METADATA).is_file():
         notes.append(f"no {STEP_METADATA}: older versions of Orbax wrote none")
-    absent = [marker for marker in markers if not marker.is_file()]
-    if len(absent) == len(markers) and checkpoint.record is None:
+    # That of the step is written last. Not all of Orbax's interfaces mark its items.
+    marked = [(at / COMMITTED).is_file() for at in (location.home, location.index)]
+    if not any(marked) and checkpoint.record is None:
         notes.append(f"no {COMMITTED}: Orbax before 0.12.3 wrote none, later ones may remove it as a leftover")
-    else:
-        yield from (f"{marker}: missing" for marker in absent)
+    elif not marked[0]:
+        yield f"{location.home / COMMITTED}: missing"
+    elif not marked[1] and checkpoint.record is not None:
+        yield f"{location.index / COMMITTED}: missing"
     writers: list[Place] = sorted(location.index.glob("ocdbt.process_*"), key=str)
     for process in writers:
         if not (process / MANIFEST).is_file():

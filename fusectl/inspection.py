@@ -81,6 +81,10 @@ class Inspection:
                 "norm_groups": list(record.norm_groups),
                 "fill": {"kind": record.fill.kind, "noise_scale": record.fill.noise_scale, "seed": record.fill.seed},
             },
+            "nodes": [
+                {"name": node.name, "type": node.value_type, **({"text": node.text} if node.text is not None else {})}
+                for node in checkpoint.nodes
+            ],
             "missing_chunks": list(self.missing),
             "tensors": [
                 {

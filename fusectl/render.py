@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
-from fusectl.errors import FusectlError, NotEnoughSpace, StorageError, UsageError
+from fusectl.errors import FusectlError, NotEnoughSpace, StorageError, UsageError, shorten
 from fusectl.memory import peak_rss_bytes
 
 
@@ -409,7 +409,11 @@ def _print_report(console: Console, report: Report) -> None:
             trace.add_row(*cells)
         console.print(trace)
     precision = f", {report.precision}, {report.passes}" if report.precision else ""
-    console.print(f"{'passed' if report.passed else 'FAILED'}: {report.path}{precision}", soft_wrap=True)
+    if report.verdict in {"passed", "FAILED"}:
+        console.print(f"{report.verdict}: {report.path}{precision}", soft_wrap=True)
+    else:
+        console.print(f"{report.path}{precision}", soft_wrap=True)
+        console.print(report.verdict, soft_wrap=True)
 
 
 def _print_diff(console: Console, found: Diff) -> None:
@@ -543,6 +547,9 @@ def _print_inspection(console: Console, seen: Inspection, *, tree: bool, rows: b
         ]
     slots = f", {len(seen.state.names):,} slots" if seen.state.names else ""
     facts += [("optimizer", seen.state.kind + slots), ("tensors", f"{len(checkpoint.leaves):,}, {human(seen.nbytes)}")]
+    others = [f"{node.name} ({node.value_type})" for node in checkpoint.nodes if not node.is_empty]
+    if others:
+        facts.append(("other leaves", ", ".join(shorten(others, 4))))
     record = checkpoint.record
     if record is not None:
         sources = record.sources or record.made_from

@@ -131,10 +131,10 @@ def verify(
                 draw(found.trace, plot)
         except FusectlError as error:
             # The verdict is the more important news.
-            if found.passed:
+            if found.passed is not False:
                 raise
             screen.note(error.message)
-        if not found.passed:
+        if found.passed is False:
             raise VerificationFailed(f"{found.path}: verification failed", details=found.failures())
 
 

@@ -14,7 +14,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from fusectl.errors import Corrupt, FusectlError, UsageError
+from fusectl.errors import Corrupt, FusectlError, NotFound, UsageError
 from fusectl.formats.locate import (
     COMMITTED,
     ORBAX_INDEX,
@@ -106,12 +106,15 @@ def open_location(location: Location, fault: Callable[[FusectlError], None] | No
     with told(fault):
         _require_index(location, record)
     try:
-        return (open_t5x if location.kind == "t5x" else open_orbax)(location, record, fault)
+        opened = (open_t5x if location.kind == "t5x" else open_orbax)(location, record, fault)
     except _MALFORMED as error:
         # Whatever an index may hold in place of what it should.
         raise Corrupt(
             f"{location.index}: an index that makes no sense", details=(f"{type(error).__name__}: {error}",)
         ) from error
+    if fault is None and not opened.leaves:
+        raise NotFound(f"{location.path}: no tensors", details=("its index names none, or only empty nodes",))
+    return opened
 
 
 def _require_index(location: Location, record: Record | None) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from fusectl.errors import Corrupt, FusectlError, NotFound, StorageError, UsageError
 from fusectl.formats.foreign import refuse_directory, refuse_file, refuse_files_in
 from fusectl.formats.objects import ObjectPath, Place, head, read_small
+from fusectl.formats.store import MANIFEST, Files, ocdbt
 from fusectl.formats.tree import Location
 from fusectl.jsontree import parsed
 
@@ -105,12 +106,21 @@ def _at_directory(at: Place, *, or_root: bool = True) -> Location:
     if items:
         return _step_directory(at, items)
     refuse_directory(at, names)
+    _refuse_bare_array(at, names)
     if STEP_METADATA in names or _half_written(at, names):
         raise Corrupt(f"{at}: a checkpoint without its index", details=(_what_lacks(at, names),))
     if or_root and _steps(at, names):
         return _newest(at)
     refuse_files_in(at, names)
     raise NotFound(f"{at}: no checkpoint", hint=_checkpoint_above(at) or _checkpoints_below(at))
+
+
+def _refuse_bare_array(at: Place, names: set[str]) -> None:
+    """Raises Incompatible for a database of one array, which Orbax's ArrayCheckpointHandler calls `checkpoint`."""
+    if MANIFEST in names:
+        keys = Files(ocdbt(str(at)), str(at)).names
+        if keys and all(key.startswith("checkpoint/") for key in keys):
+            refuse_directory(at, {"checkpoint"})
 
 
 def _refuse_uncommitted(at: Place, names: set[str]) -> None:

@@ -16,6 +16,7 @@ _src/serialization/type_handlers.py; utils.py (`leaf_placeholder`) of 0.2.7.
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ HANDLER = "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckp
 NUMPY = "np.ndarray"
 _RANDOM_KEY = "random_key_impl"
 # What stands in the file `checkpoint` for a leaf with an array of its own, before that one's directory.
-_PLACEHOLDER = "PLACEHOLDER://"
+_PLACEHOLDER = re.compile("PLACEHOLDER://|AGGREGATED://")
 _ARRAYS = frozenset({NUMPY, "jax.Array", "scalar", "int", "float"})
 
 
@@ -64,7 +65,8 @@ def open_orbax(
     arrays: dict[str, tuple[tuple[Key, ...], str]] = {}
     nodes: list[Node] = []
     seen: dict[str, None] = {}
-    for keys, found in _entries(tree) if meta is None else _listed(meta, tree, location.index, where):
+    listed = _entries(tree, location.index, files) if meta is None else _listed(meta, tree, location.index, where)
+    for keys, found in listed:
         name = "/".join(key.name for key in keys)
         with told(fault):
             if isinstance(found, Lost):
@@ -149,21 +151,47 @@ def _aggregated(keys: tuple[Key, ...], value_type: str, packed: Any) -> Found:
             return node
         return Lost(f"kept in the file `{PACKED_INDEX}`, which has no such leaf")
     found = _leaf(keys, packed)
-    # Its index knows its kind better: in Orbax before 0.5.23 a named tuple without fields is None there.
+    if isinstance(found, str):
+        # From 0.5.20 on empty nodes have placeholders, too.
+        return node if node.is_empty else Lost(f"in the file `{PACKED_INDEX}` it is said to lie elsewhere")
+    # The index knows kinds better: an empty tuple is None in that file.
     return node if isinstance(found, Node) and found.is_empty and node.is_empty else found
 
 
-def _entries(packed: Any) -> Iterator[tuple[tuple[Key, ...], Found]]:
-    """The leaves of the tree in a file `checkpoint`, as Orbax before 0.4.3 has it, which wrote no `_METADATA`."""
+def _entries(packed: Any, index: Place, files: Files) -> Iterator[tuple[tuple[Key, ...], Found]]:
+    """The leaves of the tree in a file `checkpoint`, as Orbax before 0.4.3 has it, which wrote no `_METADATA`.
+
+    Raises Incompatible for arrays in databases of their own.
+    """
+    # Wherever the first of them should be, and not next to the index.
+    texts = [_texts(index / name) for name in files.names if name.rpartition("/")[2] == STRINGS]
     for keys, value in leaves_of(packed, is_spec):
-        spec = isinstance(value, Mapping) and value
-        yield keys, Lost("an array's spec of T5X's, in an index without its version") if spec else _leaf(keys, value)
+        if isinstance(value, Mapping) and value:
+            yield keys, Lost("an array's spec of T5X's, in an index without its version")
+            continue
+        found = _leaf(keys, value)
+        if isinstance(found, str):
+            text = next((text for each in texts if isinstance(text := _at_pointer(each, found), str)), None)
+            _require_one_database(index, found)
+            found = found if text is None else Node(keys, STRING, text)
+        yield keys, found
+
+
+def _require_one_database(index: Place, base: str) -> None:
+    """Raises Incompatible for an array whose name has slashes and which has a database of its own for them."""
+    parent = base.rpartition("/")[0]
+    if parent and (index / parent / MANIFEST).is_file():
+        raise Incompatible(
+            f"{index}: {base} lies in a database of its own, {parent}",
+            details=("Orbax before 0.4 with OCDBT made one for every name with a slash",),
+            hint="save it again with a newer Orbax, which restores it",
+        )
 
 
 def _leaf(keys: tuple[Key, ...], value: Any) -> Found:
     """What a leaf in the file `checkpoint` stands for."""
-    if isinstance(value, str) and value.startswith(_PLACEHOLDER):
-        return value.removeprefix(_PLACEHOLDER)
+    if isinstance(value, str) and (placeholder := _PLACEHOLDER.match(value)):
+        return value[placeholder.end() :]
     array = as_array(value)
     return array if array is not None else node_of(keys, value)
 

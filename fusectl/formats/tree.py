@@ -107,7 +107,7 @@ class Leaf:
     @property
     def chunks(self) -> tuple[int, ...]:
         """The shape of the unit that is decoded at once."""
-        return self.stored.chunks if self.stored else self.shape
+        return self.stored.chunks if self.stored else tuple(max(1, n) for n in self.shape)
 
     @property
     def reading_bytes(self) -> int:

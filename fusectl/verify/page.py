@@ -19,7 +19,8 @@ def _lines(report: Report) -> Iterator[str]:
     record = report.record
     yield f"# Verification of `{report.path}`"
     yield ""
-    yield f"**{'Passed' if report.passed else 'FAILED'}.** {_what_was_run(report)}"
+    verdict = report.verdict if report.verdict.isupper() else report.verdict[0].upper() + report.verdict[1:]
+    yield f"**{verdict}.** {_what_was_run(report)}"
     yield ""
     yield "| level | result | what was checked |"
     yield "|---|---|---|"

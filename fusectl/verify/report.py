@@ -135,9 +135,33 @@ class Report:
     versions: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def passed(self) -> bool:
-        """Whether no level that ran failed."""
-        return all(result is None or result.passed is not False for result in self.levels().values())
+    def judged(self) -> tuple[str, ...]:
+        """The levels that ran and held against something; others only report numbers."""
+        return tuple(name for name, result in self.levels().items() if result is not None and result.passed is not None)
+
+    @property
+    def passed(self) -> bool | None:
+        """Whether every level that was judged holds; None where none was, which proves nothing."""
+        results = [result.passed for result in self.levels().values() if result is not None]
+        return False if False in results else True if True in results else None
+
+    @property
+    def function_checked(self) -> bool:
+        """Whether a forward pass was held against what the sources compute."""
+        return not {"algebra", "native"}.isdisjoint(self.judged)
+
+    @property
+    def verdict(self) -> str:
+        """The outcome in words, with what was not checked."""
+        if self.passed is False:
+            return "FAILED"
+        if self.passed is None:
+            return "nothing was judged: the numbers are a distance to report, not a claim to hold"
+        if self.function_checked:
+            return "passed"
+        found = " and ".join(self.judged)
+        unchecked = "the function was" if self.weights is not None else "weights and the function were"
+        return f"passed: {found}; {unchecked} not checked"
 
     def levels(self) -> dict[str, FilesResult | WeightsResult | FunctionResult | None]:
         """Every level's result by its name, None for those that were not run."""
@@ -159,6 +183,8 @@ class Report:
             "schema": SCHEMA,
             "path": self.path,
             "passed": self.passed,
+            "function_checked": self.function_checked,
+            "verdict": self.verdict,
             "precision": self.precision,
             "passes": self.passes,
             "tokens": self.tokens,
