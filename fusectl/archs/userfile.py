@@ -12,7 +12,7 @@
 
 What a row leaves out follows from the others:
 
-    tied_head    the final_norm's, where no row writes vocab
+    tied_head    those of the roles final_norm and final_norm_bias, where no row writes vocab
     writes       what is added to the residual stream: all that writes embed, but for out and down where norms stand
                  behind them, which do, and biases
 
@@ -33,14 +33,16 @@ from typing import Any
 
 from fusectl.archs.network import ACTIVATIONS, QUERY_SCALES, ROPE_TYPES, Attending, Network
 from fusectl.archs.roles import GROWN, ROLES, STEM, TWIN, lacking
-from fusectl.archs.table import Family, Row
+from fusectl.archs.table import Family, Row, stack_of
 from fusectl.axes import STACKED, PatternError, expand, parse_axes
 from fusectl.errors import NotFound, StorageError, UsageError, shorten
 from fusectl.record import LARGEST_TABLE
 
 
-# A bias that is none of the attention's.
+# A bias that is none of the attention's; and the last norm's, which carries a tied head's factor as its scale does.
 BIAS = "bias"
+FINAL_BIAS = "final_norm_bias"
+_ROLES = (*ROLES, BIAS, FINAL_BIAS)
 # Roles that rows read nothing for and that are added to the stream all the same.
 _ADDED = frozenset({"post_attention_norm", "post_mlp_norm", BIAS})
 # By the norm that stands behind a block the projection that is then not what writes the stream.
@@ -192,6 +194,8 @@ class _Draft:
         self._whole = range(len(self._lines))
         self._rows = self._below(r"\[\[\s*row\s*\]\]")
         self._network = next(iter(self._below(r"\[\s*network\s*\]")), self._whole)
+        # Of the rows that say whether the factor of a tied head is theirs, the paths.
+        self._says_of_head: set[str] = set()
 
     def family(self, where: str, taken: Collection[str]) -> Family | None:
         """The Family, or None if there is any mistake."""
@@ -276,8 +280,8 @@ class _Draft:
                 self._wrong(f"a row without {key}", at)
         roles = values.get("role", "").split()
         for role in roles:
-            if role not in {*ROLES, BIAS}:
-                self._wrong(f"there is no role {role!r}; {_near(role, (*ROLES, BIAS))}", at, "role", role)
+            if role not in _ROLES:
+                self._wrong(f"there is no role {role!r}; {_near(role, _ROLES)}", at, "role", role)
         names = self._parsed(expand, values, "path", at)
         spec = self._parsed(parse_axes, values, "axes", at)
         if names is None or spec is None:
@@ -294,6 +298,8 @@ class _Draft:
             self._wrong("an axis stack, and no roles of the kernels along it", at, "axes", axes, "stack")
         others = {key: value for key, value in values.items() if key not in {"path", "axes", "role"}}
         row = Row(path, axes, " ".join(roles), **others)
+        if "tied_head" in values:
+            self._says_of_head |= set(names)
         if "stack" in spec.axes or len(roles) < 2:
             return [row]
         if len(roles) != len(names):
@@ -314,10 +320,12 @@ class _Draft:
         if not (tied or heads or "final_norm" in roles):
             says = 'no head: a row `embed -> vocab`, or one with role = "final_norm" or tied_head = true, whose norm'
             self._wrong(f"{says} stands before a head that is the embedding; classes are a vocab, too", None)
+        if not heads:
+            self._check_tied(rows)
         normed = {projection for norm, projection in _NORMED.items() if norm in roles}
 
         def settled(row: Row) -> Row:
-            if row.role == "final_norm" and not heads and not tied:
+            if row.role in {"final_norm", FINAL_BIAS} and not heads:
                 row = replace(row, tied_head=True)
             if row.writes is not None or "embed" not in row.spec.outputs:
                 return row
@@ -326,6 +334,33 @@ class _Draft:
             return replace(row, writes=True) if row.role in _ADDED else row
 
         return [(settled(row), at) for row, at in rows]
+
+    def _check_tied(self, rows: Sequence[tuple[Row, range]]) -> None:
+        """That the factor of a tied head is carried by the scale of one norm, and by all that this norm adds.
+
+        What adds to the stream once, and not in each layer, may stand before the head or elsewhere: no path tells.
+        """
+        tied = [(row, at) for row, at in rows if row.tied_head or row.role in {"final_norm", FINAL_BIAS}]
+        scales = [(row, at) for row, at in tied if row.is_norm]
+        for row, at in scales[1:]:
+            says = f'tied_head: of one norm, and another row has it; of that norm\'s bias with role = "{FINAL_BIAS}"'
+            self._wrong(says, at, "path", row.pattern)
+        if tied and not scales:
+            row, at = tied[0]
+            says = 'tied_head: of no norm; its scale needs it, too, or the role "final_norm"'
+            self._wrong(says, at, "path", row.pattern)
+        stacks = {stack_of(name) for row, _ in tied for name in row.alternatives}
+        for row, at in rows:
+            of_layers = "layers" in row.spec.axes or "#" in row.pattern
+            if row.spec.inputs or row.spec.outputs != {"embed"} or of_layers or row.role not in {"", BIAS}:
+                continue
+            told = (row, at) in tied or self._says_of_head >= set(row.alternatives)
+            if not told and stacks & set(map(stack_of, row.alternatives)):
+                says = (
+                    f'added before the tied head or elsewhere? role = "{FINAL_BIAS}" if it is the last norm\'s, '
+                    "tied_head = false if not"
+                )
+                self._wrong(says, at, "path", row.pattern)
 
     def _read_grown(self, given: Sequence[Any] | None, rows: Sequence[tuple[Row, range]]) -> frozenset[str]:
         """The axes whose sizes add up."""
@@ -385,9 +420,6 @@ class _Draft:
 
     def _check_flow(self, rows: Sequence[tuple[Row, range]], grown: Collection[str]) -> None:
         """That streams of several sources meet in the head alone."""
-        tied = [(row, at) for row, at in rows if row.tied_head]
-        for row, at in tied[1:]:
-            self._wrong("tied_head: may be there once, and another row has it", at, "path", row.pattern)
         for row, at in rows:
             spec = row.spec
             if row.tied_head and (spec.inputs or spec.outputs != {"embed"}):

@@ -14,6 +14,7 @@ from fusectl.archs.roles import ROLES
 from fusectl.archs.table import Row
 from fusectl.archs.userfile import ATTENDING, BIAS, NETWORK, ROW, TWIN, parse_family
 from fusectl.errors import UsageError
+from fusectl.formats import open_checkpoint
 from fusectl.formats.sink import save
 
 
@@ -592,3 +593,95 @@ def test_rows_in_one_list_are_told_by_their_lines():
     (detail,) = mistakes(text)
 
     assert detail.splitlines()[0].startswith("line 4: no arrow")
+
+
+GPT = """
+name = "tiny-gpt"
+[[row]]
+path = "wte/embedding"
+axes = "vocab -> embed"
+role = "embedding"
+[[row]]
+path = "h_#/mlp/c_fc/kernel"
+axes = "embed -> mlp"
+[[row]]
+path = "h_#/mlp/c_proj/kernel"
+axes = "mlp -> embed"
+[[row]]
+path = "ln_f/scale"
+axes = "-> embed"
+SCALE
+[[row]]
+path = "ln_f/bias"
+axes = "-> embed"
+BIAS
+"""
+
+
+def gpt(scale, bias):
+    return GPT.replace("SCALE", scale).replace("BIAS", bias)
+
+
+def gpt_logits(path):
+    """Of a network with one LayerNorm, which has a bias, before a head that is the embedding; in float64."""
+    opened = open_checkpoint(str(path))
+    names = ("wte/embedding", "h_0/mlp/c_fc/kernel", "h_0/mlp/c_proj/kernel", "ln_f/scale", "ln_f/bias")
+    embedding, up, down, scale, bias = (opened.read(f"params/{name}").astype(float) for name in names)
+    x = embedding + np.maximum(embedding @ up, 0) @ down
+    return ((x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True) * scale + bias) @ embedding.T
+
+
+@pytest.fixture
+def small_gpt(tmp_path):
+    rng = np.random.default_rng(0)
+    shapes = {"wte/embedding": (9, 4), "h_0/mlp/c_fc/kernel": (4, 6), "h_0/mlp/c_proj/kernel": (6, 4)}
+    shapes |= {"ln_f/scale": (4,), "ln_f/bias": (4,)}
+    save(tmp_path / "small/1", {f"params/{name}": rng.normal(size=shape) for name, shape in shapes.items()}, "orbax")
+    return tmp_path / "small/1"
+
+
+@pytest.mark.parametrize(
+    ("scale", "bias"),
+    [
+        ('role = "final_norm"', 'role = "final_norm_bias"'),
+        ("tied_head = true", 'role = "final_norm_bias"'),
+        ("tied_head = true", 'role = "bias"\ntied_head = true\nwrites = false'),
+    ],
+)
+def test_the_bias_of_the_norm_before_a_tied_head_carries_the_factor(small_gpt, tmp_path, fusectl, scale, bias):
+    (tmp_path / "gpt.toml").write_text(gpt(scale, bias))
+
+    done = fusectl("self-fuse", small_gpt, "--arch", tmp_path / "gpt.toml", "-o", tmp_path / "wide/1", "--verify")
+
+    assert done.code == 0, done.err
+    assert np.abs(gpt_logits(tmp_path / "wide/1") - gpt_logits(small_gpt)).max() < 1e-13
+    checked = fusectl("verify", tmp_path / "wide/1")
+    assert checked.out.endswith("passed: files and weights; the function was not checked\n")
+    report = fusectl("verify", tmp_path / "wide/1", "--json").json["result"]
+    assert (report["passed"], report["function_checked"]) == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("scale", "bias", "says"),
+    [
+        # Fused with the first two of these, the logits were off by 3.15, and verify had nothing to say.
+        ('role = "final_norm"', 'role = "bias"\nwrites = false', "added before the tied head or elsewhere?"),
+        ("", 'role = "bias"\ntied_head = true', "tied_head: of no norm"),
+        ('role = "final_norm"', "", "added before the tied head or elsewhere?"),
+        # Without a role it may be another norm's scale.
+        ('role = "final_norm"', "tied_head = true", "of one norm, and another row has it"),
+        ("tied_head = true", 'role = "final_norm"', "of one norm, and another row has it"),
+    ],
+)
+def test_tables_that_would_split_the_factor_of_a_tied_head_are_refused(scale, bias, says):
+    found = mistakes(gpt(scale, bias))
+
+    assert any(says in each for each in found), found
+
+
+def test_a_bias_that_is_elsewhere_says_so(small_gpt, tmp_path, fusectl):
+    table = gpt('role = "final_norm"', 'role = "final_norm_bias"')
+    elsewhere = '[[row]]\npath = "ln_e/bias"\naxes = "-> embed"\nrole = "bias"\n'
+
+    assert "added before the tied head or elsewhere?" in mistakes(table + elsewhere)[0]
+    assert parse_family(table + elsewhere + "tied_head = false", "gpt.toml").tied
