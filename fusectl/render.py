@@ -161,7 +161,9 @@ class Screen:
 
     def restart_lines(self, found: Restart) -> None:
         """Tells what a trainer has to be told, beside the result."""
-        more = f"{found.trainer_name} goes on with (more: fusectl restart-config {found.path}):"
+        for note in found.before:
+            self.note(note)
+        more = f"{found.trainer_name} goes on with{found.place} (more: fusectl restart-config {found.path}):"
         self._say("\n".join([more, *found.settings]))
 
     def fsck(self, found: Fsck) -> None:

@@ -163,7 +163,9 @@ def _linear(tree: Recognized, grown: Recognized, deeper: Mapping[str, int]) -> I
         if axis in tree.family.grown and tree.sizes.get(axis) != grown.sizes.get(axis)
     }
     options: dict[str, int | str] = {**sizes, **_depth_options(deeper)}
-    lossless = "the function, exactly; copies of a unit stay equal until dropout or noise tells them apart; no state"
+    lossless = (
+        "the function, exactly; copies of a unit stay equal until dropout, noise or rounding tells them apart; no state"
+    )
     yield Route("duplicate", lossless, (("ligo", {**options, "steps": 0}),))
     learned = "neither function nor state; it starts from the small model's loss and learns from there"
     yield Route("ligo", learned, (("ligo", {**options, "data": "FILE"}),))

@@ -1,10 +1,14 @@
 """T5 as a Flax network whose norms may be taken over groups: it trains, and verifies, with the fusion property.
 
-A drop-in for T5X's networks. In gin, where `network.T5Config` and `network.Transformer` stood:
+A drop-in for T5X's networks. In gin, behind the files that bind `network.T5Config`:
 
+    from t5x import models
+    from t5x.examples.t5 import network
     from fusectl.archs import t5_flax
-    t5_flax.T5Config.norm_groups = (512, 512)          # the rest of the config as before
-    t5_flax.Transformer.config = @t5_flax.T5Config()
+    models.EncoderDecoderModel.module = @t5_flax.Transformer()
+    t5_flax.Transformer.config = @t5_flax.with_norm_groups()
+    t5_flax.with_norm_groups.config = @network.T5Config()       # the config as before
+    t5_flax.with_norm_groups.norm_groups = (512, 512)
 
 T5Config is that of t5x/examples/t5 (minimal T5), ScalableT5Config that of t5x/examples/scalable_t5; parameter trees,
 logical axes, caches and the computation are theirs, too. `norm_groups` is the addition: with the widths of the
@@ -103,6 +107,18 @@ class ScalableT5Config(T5Config):
     param_scan_axis: int = 1
 
     scalable = True
+
+
+def with_norm_groups(config: Any, norm_groups: Sequence[int]) -> T5Config:
+    """The config of this network, of the same settings as a config of T5X's own and with these groups.
+
+    `config` is a T5Config of t5x/examples/t5 or of t5x/examples/scalable_t5, which alone has scan_layers; groups are
+    widths. Raises ValueError for groups that do not sum up to its emb_dim, and TypeError for a config with a setting
+    that this network does not have, such as that of a fork.
+    """
+    settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    kind = ScalableT5Config if "scan_layers" in settings else T5Config
+    return kind(**{**settings, "norm_groups": norm_groups})
 
 
 class RMSNorm(nn.Module):

@@ -128,6 +128,12 @@ def restart_config(
         int,
         typer.Option(help="Steps by which T5X's schedule is ahead; negative ones hold the maximal rate for longer."),
     ] = 0,
+    gin: Annotated[
+        list[str],
+        typer.Option(
+            "--gin", metavar="FILE", help="A gin file of T5X's small model, to repeat its settings; may be given again."
+        ),
+    ] = [],  # noqa: B006
     arch: Arch = None,
     json: Json = False,
     quiet: Quiet = False,
@@ -138,4 +144,4 @@ def restart_config(
     with screen.errors():
         from fusectl.restart import restart
 
-        screen.restart(restart(path_of(source), arch, trainer=trainer, lr_offset=lr_offset))
+        screen.restart(restart(path_of(source), arch, trainer=trainer, lr_offset=lr_offset, gin=gin))

@@ -103,9 +103,20 @@ def write(screen: Screen, plan: Plan, opened: Sequence[Any], how: Writing) -> No
     if table is not None:
         write_table(plan, table)
     screen.written(plan, final)
-    if plan.record.copy is None and not screen.is_silent:
-        from fusectl.restart import restart
+    if not screen.is_silent:
+        _say_how_to_go_on(screen, plan, final)
 
-        # The command after it in a pipe may have moved it.
-        with suppress(FusectlError):
-            screen.restart_lines(restart(str(final), plan.record.family))
+
+def _say_how_to_go_on(screen: Screen, plan: Plan, final: Place) -> None:
+    """Prints what the trainer has to be told; of a copy only if it does not restore it."""
+    from fusectl.restart import NotRead, restart
+
+    # The command after it in a pipe may have moved it.
+    with suppress(FusectlError):
+        try:
+            found = restart(str(final), plan.record.family)
+        except NotRead as error:
+            screen.note(f"{error.message}; {error.hint}")
+            return
+        if plan.record.copy is None:
+            screen.restart_lines(found)

@@ -53,6 +53,13 @@ class Format:
         """Whether all of its readers take a chunk that was left out for zeros: Orbax's newest API does not."""
         return self.name == "t5x"
 
+    def is_read_by(self, trainer: str) -> bool:
+        """Whether a trainer (fusectl.restart.TRAINERS) restores it: T5X opens zarr 2 only, others Orbax's layouts only.
+
+        Measured with T5X of 2026-04 on Orbax 0.12.8, which stops at the missing `.zarray` of zarr 3.
+        """
+        return self.zarr == 2 if trainer == "t5x" else self.name != "t5x"
+
 
 _MALFORMED = (AttributeError, TypeError, ValueError, LookupError, RecursionError)
 
@@ -86,6 +93,11 @@ def format_named(name: str, orbax_zarr: int = 3) -> Format:
     if name not in FORMATS:
         raise UsageError(f"no format is called {name!r}", hint=f"formats: {', '.join([ORBAX, *FORMATS])}")
     return FORMATS[name]
+
+
+def orbax_for(trainer: str) -> Format:
+    """The Orbax layout that a trainer (fusectl.restart.TRAINERS) writes and restores."""
+    return next(each for each in FORMATS.values() if each.ocdbt and each.is_read_by(trainer))
 
 
 def open_checkpoint(path: str) -> Checkpoint:

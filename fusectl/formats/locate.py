@@ -41,6 +41,9 @@ LEASE = "fusectl-lease.json"
 # It may hold a user's metrics.
 LARGEST_STEP_BYTES = 16 << 20
 
+# The names of directories that T5X restores from (t5x/checkpoints_utils.py, get_step_from_checkpoint_dir).
+T5X_STEP = re.compile(r"checkpoint_\d+")
+
 _TEMPORARY = re.compile(rf"\.orbax-checkpoint-tmp|\.tmp-\d+$|{re.escape(TEMPORARY_SUFFIX)}$")
 _STEP = re.compile(r"(?:checkpoint_)?(\d+)$")
 # With the `step_prefix` of a manager of Orbax's.

@@ -9,33 +9,51 @@ t5x.py    gin bindings                                         gemma.py     a Tr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from fusectl.archs import Recognized
 from fusectl.errors import Incompatible, UsageError
 from fusectl.formats import open_checkpoint
 from fusectl.formats.tree import Checkpoint
 from fusectl.packed import unpacked
 from fusectl.restart import gemma, maxtext, t5x
-from fusectl.restart.base import TRAINERS, Restart
+from fusectl.restart.base import TRAINERS, NotRead, Restart
 from fusectl.sources import recognized
 
 
-__all__ = ["TRAINERS", "Restart", "restart", "restart_of"]
+__all__ = ["TRAINERS", "NotRead", "Restart", "restart", "restart_of"]
 
 
-def restart(path: str, arch: str | None = None, *, trainer: str | None = None, lr_offset: int = 0) -> Restart:
+def restart(
+    path: str,
+    arch: str | None = None,
+    *,
+    trainer: str | None = None,
+    lr_offset: int = 0,
+    gin: Sequence[str] = (),
+) -> Restart:
     """The Restart of a checkpoint, for its family's trainer, which `trainer` may name.
 
     With `lr_offset` T5X's schedule goes on as if so many more steps had been made; fewer if it is negative, which holds
-    the maximal rate for longer (Deep Fusion, section 5.4). Raises Incompatible for a tree of no known family, for
-    another trainer than the family's, and for a format that the trainer does not read; UsageError for an offset that
-    leads to before the schedule's first step, or for another trainer.
+    the maximal rate for longer (Deep Fusion, section 5.4). `gin` are the files that T5X trained the small model with,
+    whose settings are repeated where its network is replaced. Raises Incompatible for a tree of no known family, for
+    another trainer than the family's, and for gin files of another model; NotRead, one of its kind, for what the
+    trainer does not restore; UsageError for an offset that leads to before the schedule's first step, and for either
+    with another trainer.
     """
     checkpoint = open_checkpoint(path)
     tree = recognized(unpacked(checkpoint), arch)
-    return restart_of(checkpoint, tree, trainer=trainer, lr_offset=lr_offset)
+    return restart_of(checkpoint, tree, trainer=trainer, lr_offset=lr_offset, gin=gin)
 
 
-def restart_of(checkpoint: Checkpoint, tree: Recognized, *, trainer: str | None = None, lr_offset: int = 0) -> Restart:
+def restart_of(
+    checkpoint: Checkpoint,
+    tree: Recognized,
+    *,
+    trainer: str | None = None,
+    lr_offset: int = 0,
+    gin: Sequence[str] = (),
+) -> Restart:
     """The Restart of an opened checkpoint whose tree is recognised, as `restart` has it."""
     own = tree.family.trainer
     if own not in TRAINERS:
@@ -49,9 +67,11 @@ def restart_of(checkpoint: Checkpoint, tree: Recognized, *, trainer: str | None 
             hint=f"--trainer {own}, or none",
         )
     if own == "t5x":
-        return t5x.restart_of(checkpoint, tree, lr_offset)
+        return t5x.restart_of(checkpoint, tree, lr_offset, gin)
     if lr_offset:
         raise UsageError(f"--lr-offset {lr_offset}: {TRAINERS[own]}'s schedules have none", hint="it is for T5X")
+    if gin:
+        raise UsageError(f"--gin {gin[0]}: {TRAINERS[own]} has no gin files", hint="it is for T5X")
     if own == "maxtext":
         return maxtext.restart_of(checkpoint, tree)
     return gemma.restart_of(checkpoint, tree)

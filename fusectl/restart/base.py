@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from fusectl.errors import Incompatible
+from fusectl.formats import format_named, orbax_for
 from fusectl.formats.tree import Checkpoint
 from fusectl.record import Record
 
@@ -15,6 +17,10 @@ from fusectl.record import Record
 TRAINERS = {"t5x": "T5X", "maxtext": "MaxText", "gemma": "Gemma"}
 # What the text for each is; JSON has it under this key.
 _LANGUAGES = {"t5x": "gin", "maxtext": "shell", "gemma": "python"}
+
+
+class NotRead(Incompatible):
+    """A checkpoint that the trainer of its family cannot restore as it lies on disk."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,9 @@ class Restart:
     lines: tuple[str, ...]
     # The same for programs, by what it is about.
     values: Mapping[str, Any]
+    # Where the lines go, if they are not to be added to something; and what is to be done before they work.
+    place: str = ""
+    before: tuple[str, ...] = ()
 
     @property
     def trainer_name(self) -> str:
@@ -41,7 +50,8 @@ class Restart:
 
     def text(self) -> str:
         """The notes as comments, and the lines."""
-        return "\n".join([f"# {self.path}", *(f"# {note}" for note in self.notes), *self.lines]) + "\n"
+        notes = (self.path, *self.before, *self.notes)
+        return "\n".join([*(f"# {note}" for note in notes), *self.lines]) + "\n"
 
     def as_json(self) -> Mapping[str, Any]:
         """The settings as JSON, and the text."""
@@ -49,7 +59,7 @@ class Restart:
             "path": self.path,
             "trainer": self.trainer,
             **self.values,
-            "notes": list(self.notes),
+            "notes": [*self.before, *self.notes],
             _LANGUAGES[self.trainer]: self.text(),
         }
 
@@ -72,10 +82,14 @@ def notes_on_norm(record: Record | None, trainer: str) -> Iterator[str]:
         )
 
 
-def require_orbax(checkpoint: Checkpoint, trainer: str) -> None:
-    """Raises Incompatible for a checkpoint in T5X's format, which none of the other trainers reads."""
-    if checkpoint.format == "t5x":
-        raise Incompatible(
-            f"{checkpoint.path}: in T5X's format, which {TRAINERS[trainer]} does not read",
-            hint=f"fusectl convert {checkpoint.path} --format orbax",
-        )
+def require_read(checkpoint: Checkpoint, trainer: str) -> None:
+    """Raises NotRead for a checkpoint in a layout that the trainer does not restore."""
+    layout = format_named(checkpoint.format)
+    if not layout.is_read_by(trainer):
+        raise not_read(checkpoint, trainer, f"{layout.name} ({layout.says})", orbax_for(trainer).name)
+
+
+def not_read(checkpoint: Checkpoint, trainer: str, what: str, instead: str) -> NotRead:
+    """The NotRead of what a checkpoint is, with the command that makes it what the trainer restores."""
+    mended = f"fusectl convert {shlex.quote(checkpoint.path)} --format {instead}"
+    return NotRead(f"{checkpoint.path}: {TRAINERS[trainer]} does not read {what}", hint=mended)

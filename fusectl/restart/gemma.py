@@ -12,7 +12,7 @@ from fusectl.archs import Recognized
 from fusectl.archs.config import GEMMA_QUERY_SCALES, GEMMA_SIZES, counted_sizes
 from fusectl.archs.network import Attending, Network
 from fusectl.formats.tree import Checkpoint
-from fusectl.restart.base import Restart, notes_on_history, notes_on_norm, require_orbax
+from fusectl.restart.base import Restart, notes_on_history, notes_on_norm, require_read
 
 
 # The fields that no tree tells, by the setting that they follow from.
@@ -27,8 +27,8 @@ _SCALES = "gm.nn.config.QueryPreAttentionNormalisation"
 
 
 def restart_of(checkpoint: Checkpoint, tree: Recognized) -> Restart:
-    """The module for a checkpoint of one of Gemma's families; raises Incompatible for one in T5X's format."""
-    require_orbax(checkpoint, "gemma")
+    """The module for a checkpoint of one of Gemma's families; raises NotRead for one in T5X's format."""
+    require_read(checkpoint, "gemma")
     config, path = dict(_config(tree)), str(checkpoint.location.index)
     network = tree.network
     name = "Gemma3_4B" if any("query_norm" in row.roles for row in tree.rows.values()) else "Gemma2_9B"

@@ -17,7 +17,7 @@ from fusectl.formats.locate import names_in
 from fusectl.formats.objects import Place
 from fusectl.formats.tree import Checkpoint, Location
 from fusectl.packed import PACKED
-from fusectl.restart.base import Restart, notes_on_history, notes_on_norm, require_orbax
+from fusectl.restart.base import Restart, notes_on_history, notes_on_norm, require_read
 from fusectl.transforms.optimizer import is_state
 
 
@@ -30,8 +30,8 @@ Pairs = Iterator[tuple[str, Any]]
 
 
 def restart_of(checkpoint: Checkpoint, tree: Recognized) -> Restart:
-    """The overrides for a checkpoint of one of MaxText's families; raises Incompatible for one in T5X's format."""
-    require_orbax(checkpoint, "maxtext")
+    """The overrides for a checkpoint of one of MaxText's families; raises NotRead for one in T5X's format."""
+    require_read(checkpoint, "maxtext")
     run = _run(checkpoint.location)
     path, has_state = str(checkpoint.location.index), any(map(is_state, checkpoint.leaves))
     overrides = {**dict(_network(tree)), **dict(_told(tree)), **dict(_layout(checkpoint))}

@@ -1,8 +1,10 @@
 """How far the copies in a self-fused model are from being exchangeable: |P theta - theta| / |theta|.
 
 P moves every copy to the next one's place, on all grown axes at once. It is an exact symmetry of the loss, and of every
-update rule that treats all coordinates alike: a model whose defect is zero stays at zero, and learns what the small one
-would. The Lie bracket respects it, too, and so cannot tell how much of the new capacity is used; the defect can.
+update rule that treats all coordinates alike: in exact arithmetic a model of defect zero stays at zero, and learns
+what the small one would. Dropout breaks it, and so does rounding, which T5X's Adafactor amplifies: in float32, without
+dropout, a defect of 0 was 2e-8 at step 2, 1.9e-3 at 13 and 3e-2 at 60; where sums are accumulated in float64 it stays.
+The Lie bracket respects the symmetry, too, and so cannot tell how much of the new capacity is used; the defect can.
 """
 
 from __future__ import annotations

@@ -143,7 +143,7 @@ def _against_smaller(fused: Checkpoint, path: str, settings: Settings, progress:
 
 def _against_sources(claim: Claim, settings: Settings, progress: Progress, report: Report) -> Report:
     """The report with the levels that need the sources."""
-    report = replace(report, record=claim.record, notes=(*report.notes, *claim.changed))
+    report = replace(report, record=claim.record, notes=(*report.notes, *claim.notes))
     if report.files is not None and not report.files.passed:
         # Damaged bytes would only be reported a second time, less clearly.
         return replace(report, notes=(*report.notes, "the other levels were not run on damaged files"))

@@ -51,6 +51,15 @@ class Claim:
         """The norm groups of each source, as its own record has them."""
         return tuple(s.norm_groups for s in self.record.sources)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What speaks against the claim before a value has been compared."""
+        step, then = self.fused.step, self.sources[0].step
+        if self.record.command or step == then:
+            return self.changed
+        trained = f"step {step}, and {then} of its first source: what was trained on since cannot be verified"
+        return (*self.changed, f"no fusectl.json, {trained}")
+
     @cached_property
     def distinct(self) -> tuple[int, ...]:
         """The places at which each source stands first: one of K for a model that was fused with itself."""
@@ -68,7 +77,11 @@ def make_claim(fused: Checkpoint, declared: Declared) -> Claim:
     """
     fused, record = unpacked(fused), fused.record
     if record is None and not declared.sources:
-        raise UsageError(f"{fused.path}: no fusectl.json that names its sources", hint="--sources A B")
+        raise UsageError(
+            f"{fused.path}: no fusectl.json that names its sources",
+            details=("what was trained on after it was fused cannot be verified: no block is its source's any more",),
+            hint="--sources A B if it is as it was fused; else compare: theory --symmetry --copies K, or diff",
+        )
     if record is not None and not record.sources and not declared.sources:
         raise UsageError(f"{fused.path}: its fusectl.json names no sources", hint="--sources A B")
     paths = declared.sources or tuple(s.path for s in (record.sources if record else ()))
