@@ -13,7 +13,7 @@ import fusectl
 from fusectl.archs import Recognized
 from fusectl.chunks import CODECS, Storing
 from fusectl.errors import Incompatible, UsageError, shorten
-from fusectl.formats import Format, fingerprint, format_named
+from fusectl.formats import ORBAX, Format, fingerprint, format_named, orbax_for
 from fusectl.formats.flaxpack import CHUNKED
 from fusectl.formats.t5x import kept_in_index
 from fusectl.formats.tree import (
@@ -295,7 +295,11 @@ def _gaps(keys: Iterable[tuple[Key, ...]]) -> Iterator[str]:
 def target_of(first: Opened, options: Options) -> tuple[Format, str | None, str]:
     """The format of the output, the item that its tree goes into, and the prefix of its parameters."""
     own = format_named(first.checkpoint.format)
-    out_format = format_named(options.format or own.name, first.tree.family.orbax_zarr or own.zarr)
+    # Of a tree without a trainer the arrays stay in the version of zarr that they are in.
+    orbax = (
+        orbax_for(trainer) if (trainer := first.tree.family.trainer) else format_named(f"orbax-ocdbt-zarr{own.zarr}")
+    )
+    out_format = orbax if options.format == ORBAX else format_named(options.format or own.name)
     if out_format.name == "t5x":
         return out_format, None, "target/"
     item = "state" if first.checkpoint.format == "t5x" else first.checkpoint.location.item

@@ -126,12 +126,9 @@ class Family:
     table: str | None = field(default=None, repr=False)
 
     @property
-    def orbax_zarr(self) -> int | None:
-        """The version of zarr in which its trainer reads Orbax's databases: T5X's restore knows version 2 only.
-
-        None where there is no trainer.
-        """
-        return {"t5x": 2, "maxtext": 3, "gemma": 3}.get(self.trainer)
+    def norms_in_groups(self) -> bool:
+        """Whether its trainer can train it with a norm per source: T5X takes fusectl's network for its own."""
+        return self.trainer == "t5x"
 
     def require_twin(self) -> str:
         """The name of its twin's module; raises Incompatible where its networks cannot be run."""

@@ -79,17 +79,16 @@ FORMATS = {
         Format("orbax-zarr3", "Orbax: zarr v3 in plain directories", 3, ocdbt=False, reserved=_BESIDE_ARRAYS),
     )
 }
-# Not a layout but a choice of one: the database with the version of zarr that the family's trainer reads.
+# Not a layout but a choice of one: that of the database which the family's trainer reads, as `orbax_for` has it.
 ORBAX = "orbax"
 
 
-def format_named(name: str, orbax_zarr: int = 3) -> Format:
-    """The Format of this name; `orbax` is that of a database with this version of zarr.
-
-    Raises UsageError with the known names.
+def format_named(name: str) -> Format:
+    """The Format of this name, `orbax` being Orbax's own default for trees of no trainer; raises UsageError with the
+    known names.
     """
     if name == ORBAX:
-        return FORMATS[f"orbax-ocdbt-zarr{orbax_zarr}"]
+        return FORMATS["orbax-ocdbt-zarr3"]
     if name not in FORMATS:
         raise UsageError(f"no format is called {name!r}", hint=f"formats: {', '.join([ORBAX, *FORMATS])}")
     return FORMATS[name]
