@@ -29,6 +29,7 @@ from fusectl.formats.tree import (
 )
 from fusectl.formats.zarr import np_dtype
 from fusectl.layout import Block, Layout, Product, Term, whole
+from fusectl.lineage import Lineage
 from fusectl.mesh import Mesh
 from fusectl.packed import PARTS, joined, packed_name, packs_of
 from fusectl.parallel import default_max_memory_bytes
@@ -71,8 +72,11 @@ class Options:
     passthrough: bool = True
     # The devices that are going to restore it; chunks then fit their shards.
     mesh: Mesh | None = None
-    # Which norm the fused model is going to be trained with: the fusion rule's, or the fusion property's.
-    norm: str = "rule"
+    # Which norm the fused model is going to be trained with: the fusion rule's, or the fusion property's; None for the
+    # sources' own, the rule's if they have one norm each.
+    norm: str | None = None
+    # What sources were trained on from: one for all of them, or one for each.
+    lineages: tuple[Lineage | None, ...] = ()
     # The training step to be written; None for the first source's.
     step: int | None = None
     # Files that tell what the sources' networks compute: one for all of them, or one for each.
@@ -83,7 +87,7 @@ class Options:
     mean_shared: bool = False
 
     def __post_init__(self) -> None:
-        known = self.optimizer in OPTIMIZERS and self.norm in NORMS and self.codec in CODECS
+        known = self.optimizer in OPTIMIZERS and self.norm in {None, *NORMS} and self.codec in CODECS
         if self.step is not None and not 0 <= self.step <= LARGEST_STEP:
             raise UsageError(f"--step {self.step}: a training step is from 0 to {LARGEST_STEP:,}")
         if not known or self.max_memory_bytes < 1:

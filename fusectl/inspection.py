@@ -11,6 +11,7 @@ from fusectl.archs.table import Family, Row
 from fusectl.errors import Corrupt, Incompatible, counted, shorten
 from fusectl.formats import FORMATS, open_checkpoint
 from fusectl.formats.tree import Checkpoint
+from fusectl.lineage import Lineage, remembered
 from fusectl.packed import unpacked
 from fusectl.sources import recognized
 from fusectl.transforms.optimizer import OptimizerState, find_state
@@ -107,12 +108,14 @@ class Inspection:
         return row.spec.axes if row else None
 
 
-def inspect(path: str, arch: str | None = None) -> Inspection:
+def inspect(path: str, arch: str | None = None, lineage: Lineage | None = None) -> Inspection:
     """The Inspection of a checkpoint; a tree of no known family, or not of that of `arch`, is described all the same.
+
+    `lineage` says what it was trained on from.
 
     Raises Incompatible where no family is called `arch`.
     """
-    checkpoint = open_checkpoint(path)
+    checkpoint = remembered(open_checkpoint(path), lineage)
     apart = unpacked(checkpoint)
     family = family_named(arch) if arch else None
     missing = tuple(chunk for name in checkpoint.leaves for chunk in checkpoint.missing_chunks(name))

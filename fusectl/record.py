@@ -209,6 +209,11 @@ class Record:
         return len(self.weights) > 1
 
     @property
+    def tells_norms(self) -> bool:
+        """Whether it says over which widths norms are taken; the record of a mere copy repeats what was assumed."""
+        return self.fused or self.norm == "property"
+
+    @property
     def made_from(self) -> tuple[SourceRecord, ...]:
         """The checkpoints that it was fused, grown or converted from."""
         if self.copy is not None:

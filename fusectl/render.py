@@ -553,12 +553,14 @@ def _print_inspection(console: Console, seen: Inspection, *, tree: bool, rows: b
     if others:
         facts.append(("other leaves", ", ".join(shorten(others, 4))))
     record = checkpoint.record
+    if record is None and found and found.family.norms_in_groups:
+        facts.append(("norm groups", f"{found.sizes['embed']} (assumed: no fusectl.json)"))
     if record is not None:
         sources = record.sources or record.made_from
         paths = ", ".join(dict.fromkeys(source.path for source in sources)) or "unknown"
         facts += [
             ("made by", f"fusectl {record.version} {record.command} of {len(sources) or len(record.weights)}: {paths}"),
-            ("norm groups", " + ".join(map(str, record.norm_groups))),
+            ("norm groups", " + ".join(map(str, record.norm_groups)) + ("" if record.tells_norms else " (assumed)")),
             ("fill", _fill(record.fill)),
         ]
     _print_facts(console, facts)

@@ -17,6 +17,7 @@ from fusectl.errors import Corrupt, Incompatible, UsageError, counted, shorten
 from fusectl.formats import open_checkpoint
 from fusectl.formats.tree import Checkpoint, is_dropped, kept_shapes
 from fusectl.formats.zarr import is_float, nonfinite_at
+from fusectl.lineage import Lineage, remembered, require_groups
 from fusectl.packed import unpacked
 from fusectl.record import FILE_NAME, norm_groups
 from fusectl.transforms.grow import require_widths
@@ -33,6 +34,11 @@ class Opened:
     @property
     def label(self) -> str:
         return self.checkpoint.path
+
+    @property
+    def trains_in_groups(self) -> bool:
+        """Whether its network has a norm per group."""
+        return self.checkpoint.record is not None and self.checkpoint.record.norm == "property"
 
     @property
     def norm_groups(self) -> tuple[int, ...]:
@@ -73,6 +79,7 @@ def recognized(
     shapes = kept_shapes(checkpoint.shapes, drop)
     before = checkpoint.record.family if checkpoint.record is not None else None
     tree = with_record(recognize(shapes, checkpoint.path, arch or own_family(checkpoint), before=before), checkpoint)
+    require_groups(checkpoint, tree.sizes["embed"])
     if config is None:
         return tree
     own = configured(tree, config, checkpoint.path)
@@ -87,9 +94,15 @@ def recognized(
     return own
 
 
-def open_source(path: str, arch: str | None = None, drop: tuple[str, ...] = (), config: Config | None = None) -> Opened:
-    """The source at a path, ready for planning, as `ready` has it."""
-    return ready(open_checkpoint(path), arch, drop, config)
+def open_source(
+    path: str,
+    arch: str | None = None,
+    drop: tuple[str, ...] = (),
+    config: Config | None = None,
+    lineage: Lineage | None = None,
+) -> Opened:
+    """The source at a path, ready for planning, as `ready` has it, with what `lineage` says that it was fused from."""
+    return ready(remembered(open_checkpoint(path), lineage), arch, drop, config)
 
 
 def ready(

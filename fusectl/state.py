@@ -155,7 +155,7 @@ def _notes_on_state(carry: Carry, opened: Sequence[Opened]) -> list[str]:
     return notes
 
 
-def _effect(carry: Carry, norm: str) -> str:
+def _effect(carry: Carry, norm: str | None) -> str:
     """What carrying the state does to the first update, in words."""
     if carry.only_first:
         return "kept for the first copy, zero elsewhere: large first updates there, which set the copies apart"

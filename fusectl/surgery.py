@@ -38,6 +38,7 @@ from fusectl.formats.tree import Checkpoint
 from fusectl.formats.upload import require_free
 from fusectl.formats.zarr import epsilon, np_dtype
 from fusectl.journal import Journal, digest_of, require_same_plan, require_untouched, stamps_of
+from fusectl.lineage import for_each, is_told
 from fusectl.matrices import Matrices
 from fusectl.packed import packed_name
 from fusectl.parallel import Progress, Silent, default_jobs
@@ -69,12 +70,14 @@ def plan_fusion(
     The same path K times is self-fusion. `weights` are those of the mean of the logits, 1/K each by default. `equalize`
     measures the sources' residual streams, which reads them, and has all but the first one rescaled.
     """
-    if equalize is not None and options.norm != "rule":
-        raise UsageError("--equalize: for one norm over all sources; with a norm each there is nothing to equalize")
     if len(paths) < 2:
         raise UsageError("fusing takes two checkpoints or more", hint="fusectl self-fuse CKPT --copies 2 for one")
     shares = mean_weights(weights, len(paths))
     opened = open_sources(paths, options)
+    norm = norm_of(opened, options)
+    options = replace(options, norm=norm)
+    if equalize is not None and norm != "rule":
+        raise UsageError("--equalize: for one norm over all sources; with a norm each there is nothing to equalize")
     kv_repeats = repeats([o.tree for o in opened]) if options.expand_kv else (1,) * len(opened)
     by_place = {(o, times): expanded(o, times) for o, times in zip(opened, kv_repeats, strict=True)}
     opened = [by_place[o, times] for o, times in zip(opened, kv_repeats, strict=True)]
@@ -109,7 +112,7 @@ def plan_fusion(
         fill=options.fill,
         optimizer=optimizer,
         drop=options.drop,
-        norm=options.norm,
+        norm=norm,
         residual_scales=fusion.residual_scales,
         step=options.step,
         network=first.tree.network,
@@ -362,9 +365,17 @@ def open_sources(paths: Sequence[str], options: Options) -> list[Opened]:
             f"{len(configs)} configs for {len(paths)} sources", hint="one for all of them, or one for each"
         )
     each = [*configs, *[configs[0] if configs else None] * (len(paths) - len(configs))]
-    keys = list(zip(paths, each, strict=True))
-    found = {key: open_source(key[0], options.arch, options.drop, key[1]) for key in dict.fromkeys(keys)}
+    keys = list(zip(paths, each, for_each(options.lineages, len(paths)), strict=True))
+    found = {
+        (path, config, lineage): open_source(path, options.arch, options.drop, config, lineage)
+        for path, config, lineage in dict.fromkeys(keys)
+    }
     return [found[key] for key in keys]
+
+
+def norm_of(opened: Sequence[Opened], options: Options) -> str:
+    """The norm that the fusion is to be trained with: as the options say, else a norm per source if a source has it."""
+    return options.norm or ("property" if any(o.trains_in_groups for o in opened) else "rule")
 
 
 def _require_state_to_carry(opened: Sequence[Opened], kv_repeats: Sequence[int], options: Options) -> None:
@@ -455,6 +466,10 @@ def _notes_on(opened: Sequence[Opened], options: Options, record: Record) -> lis
             "zeros keep the copies equal until dropout parts them, or float32's rounding after some ten steps "
             "(Adafactor: defect 2e-8 at step 2, 1.9e-3 at 13, 3e-2 at 60); --fill antisymmetric parts them at once"
         )
+    if any(o.tree.family.norms_in_groups and not is_told(o.checkpoint.record) for o in opened):
+        notes.append("sources without a fusion's fusectl.json are taken for models with one norm (--fused-from)")
+    if record.norm == "rule" and any(o.trains_in_groups for o in opened):
+        notes.append("a source has a norm per source of its own: with one norm the result computes another function")
     if not record.self_fused and options.fill.kind == "antisymmetric":
         notes.append("antisymmetric noise cancels between equal copies only; these sources' function changes")
     if record.norm == "property":

@@ -15,9 +15,11 @@ from fusectl.cli.options import (
     Drop,
     FillKind,
     Force,
+    FusedFrom,
     Json,
     NoiseScale,
     Norm,
+    NormGroups,
     Quiet,
     fill_of,
     parse_bytes,
@@ -57,6 +59,8 @@ def theory(
         int | None, typer.Option(help="With --data: the first span's token. [default: the vocabulary's]")
     ] = None,
     norm: Norm = "property",
+    fused_from: FusedFrom = [],  # noqa: B006
+    norm_groups: NormGroups = [],  # noqa: B006
     fill: FillKind = "zeros",
     noise_scale: NoiseScale = None,
     seed: Annotated[
@@ -90,6 +94,7 @@ def theory(
     with screen.errors():
         stay_on_the_cpu()
         from fusectl.builder import Options
+        from fusectl.lineage import lineages
         from fusectl.theory.fusion import Batch, is_fusion, paths_of
         from fusectl.theory.fusion import symmetry as run_symmetry
         from fusectl.theory.fusion import theory as run_theory
@@ -100,8 +105,8 @@ def theory(
             require_picture(plot, "--plot")
         paths = sources or [path_of(None)]
         options = Options(fill=fill_of(fill, noise_scale, seed), arch=arch, drop=tuple(drop), norm=norm)
-        options = replace(options, configs=tuple(config))
-        if symmetry or (len(paths) == 1 and copies is None and is_fusion(paths[0])):
+        options = replace(options, configs=tuple(config), lineages=lineages(fused_from, norm_groups))
+        if symmetry or (len(paths) == 1 and copies is None and is_fusion(paths[0], options)):
             if len(paths) > 1 or plot is not None or data is not None:
                 raise UsageError("--symmetry: of one checkpoint, without --data and --plot")
             with screen.progress() as progress:

@@ -10,9 +10,11 @@ from fusectl.cli.options import (
     Arch,
     Debug,
     Force,
+    FusedFrom,
     Jobs,
     Json,
     MaxMemory,
+    NormGroups,
     Quiet,
     Source,
     TrainerName,
@@ -32,6 +34,8 @@ commands = typer.Typer()
 def inspect(
     source: Source = None,
     arch: Arch = None,
+    fused_from: FusedFrom = [],  # noqa: B006
+    norm_groups: NormGroups = [],  # noqa: B006
     tree: Annotated[bool, typer.Option("--tree/--no-tree", help="List the tensors.")] = True,
     fsck: Annotated[
         bool, typer.Option("--fsck", help="Read all of it instead, and list everything that is wrong with it.")
@@ -52,8 +56,10 @@ def inspect(
             _fsck(screen, path_of(source), arch, max_memory, jobs)
             return
         from fusectl.inspection import inspect as run_inspect
+        from fusectl.lineage import for_each, lineages
 
-        seen = run_inspect(path_of(source), arch)
+        (lineage,) = for_each(lineages(fused_from, norm_groups), 1)
+        seen = run_inspect(path_of(source), arch, lineage)
         screen.inspection(seen, tree=tree, rows=arch is not None)
         seen.require_recognized()
         seen.require_complete()
@@ -134,6 +140,8 @@ def restart_config(
             "--gin", metavar="FILE", help="A gin file of T5X's small model, to repeat its settings; may be given again."
         ),
     ] = [],  # noqa: B006
+    fused_from: FusedFrom = [],  # noqa: B006
+    norm_groups: NormGroups = [],  # noqa: B006
     arch: Arch = None,
     json: Json = False,
     quiet: Quiet = False,
@@ -142,6 +150,9 @@ def restart_config(
     """Print what T5X (gin), MaxText (overrides) or Gemma (Python) goes on with: sizes, path, what is to be restored."""
     screen = Screen("restart-config", json=json, quiet=quiet, debug=debug)
     with screen.errors():
+        from fusectl.lineage import for_each, lineages
         from fusectl.restart import restart
 
-        screen.restart(restart(path_of(source), arch, trainer=trainer, lr_offset=lr_offset, gin=gin))
+        (lineage,) = for_each(lineages(fused_from, norm_groups), 1)
+        path = path_of(source)
+        screen.restart(restart(path, arch, trainer=trainer, lr_offset=lr_offset, gin=gin, lineage=lineage))

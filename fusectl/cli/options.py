@@ -19,6 +19,22 @@ if TYPE_CHECKING:
 
 
 Source = Annotated[str | None, typer.Argument(metavar="[CKPT]", help="The checkpoint; read from a pipe if left out.")]
+FusedFrom = Annotated[
+    list[str],
+    typer.Option(
+        "--fused-from",
+        metavar="CKPT",
+        help="The fusion that a source was trained on from: for all sources, or repeated for each.",
+    ),
+]
+NormGroups = Annotated[
+    list[str],
+    typer.Option(
+        "--norm-groups",
+        metavar="N,N,...",
+        help="The widths that a source's norms are taken over: for all sources, or repeated for each.",
+    ),
+]
 Output = Annotated[
     str | None, typer.Option("-o", "--output", help="The checkpoint to write. [default: a sibling of the source]")
 ]
@@ -36,8 +52,11 @@ Optimizer = Annotated[
     typer.Option(help="The optimizer's state: carried over, zeros, none, or kept for the first copy only."),
 ]
 Norm = Annotated[
-    Literal["rule", "property"],
-    typer.Option(help="What it will train with: the trainer's one norm, or a norm per source (fusectl.archs)."),
+    Literal["rule", "property"] | None,
+    typer.Option(
+        help="What it will train with: the trainer's one norm, or a norm per source (fusectl.archs). "
+        "[default: rule; property if a source has it]"
+    ),
 ]
 EqualizeBy = Annotated[
     Literal["trace", "weights"],
@@ -250,7 +269,7 @@ def options_of(
     stored: Stored,
     max_memory: str | None,
     step: int | None,
-    norm: str = "rule",
+    norm: str | None = None,
 ) -> Options:
     """What the library is to be told: the options that say what is written."""
     from fusectl.builder import Options

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,9 +11,11 @@ import typer
 from fusectl.cli.options import (
     Arch,
     Debug,
+    FusedFrom,
     Jobs,
     Json,
     MaxMemory,
+    NormGroups,
     Quiet,
     Source,
     numbers_of,
@@ -73,6 +76,8 @@ def verify(
         float | None, typer.Option(help="The noise's scale. [default: as in fusectl.json; 0.1 for another --fill]")
     ] = None,
     arch: Arch = None,
+    fused_from: FusedFrom = [],  # noqa: B006
+    norm_groups: NormGroups = [],  # noqa: B006
     config: Annotated[
         str | None, typer.Option(metavar="FILE", help="A decoder's config. [default: as in fusectl.json]")
     ] = None,
@@ -96,6 +101,7 @@ def verify(
     with screen.errors():
         stay_on_the_cpu()
         from fusectl.formats import open_checkpoint
+        from fusectl.lineage import lineages
         from fusectl.verify import Declared, Settings, verify_checkpoint, write_report
 
         if plot is not None:
@@ -105,6 +111,7 @@ def verify(
         if noise_scale is not None:
             require_scale(noise_scale)
         declared = Declared(tuple(sources), numbers_of(weights, "--weights"), fill, noise_scale, arch, config)
+        declared = replace(declared, lineages=lineages(fused_from, norm_groups))
         settings = Settings(
             levels=None if levels is None else tuple(level.strip() for level in levels.split(",")),
             x64=x64,

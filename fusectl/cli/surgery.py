@@ -22,6 +22,7 @@ from fusectl.cli.options import (
     FillKind,
     Force,
     FormatName,
+    FusedFrom,
     Jobs,
     Json,
     Link,
@@ -30,6 +31,7 @@ from fusectl.cli.options import (
     MeshSizes,
     NoiseScale,
     Norm,
+    NormGroups,
     Optimizer,
     Output,
     Quiet,
@@ -66,7 +68,9 @@ def fuse(
     sources: Annotated[list[str], typer.Argument(metavar="A B [C ...]", help="The checkpoints to fuse.")],
     output: Output = None,
     weights: Annotated[str | None, typer.Option(help="Weights of the mean, such as 0.7,0.3. [default: equal]")] = None,
-    norm: Norm = "rule",
+    norm: Norm = None,
+    fused_from: FusedFrom = [],  # noqa: B006
+    norm_groups: NormGroups = [],  # noqa: B006
     equalize: Annotated[
         bool, typer.Option("--equalize", help="Make the sources' residual streams equally large for the one norm.")
     ] = False,
@@ -118,6 +122,7 @@ def fuse(
     with screen.errors():
         stay_on_the_cpu()
         from fusectl.equalize import Equalize
+        from fusectl.lineage import lineages
         from fusectl.surgery import plan_fusion
 
         if not equalize and (equalize_by != "trace" or tokens is not None):
@@ -127,6 +132,7 @@ def fuse(
             fill_of(fill, noise_scale, seed), optimizer, format, arch, drop, dtype, stored, max_memory, step, norm
         )
         options = replace(options, configs=tuple(config), expand_kv=expand_kv, mean_shared=mean_shared)
+        options = replace(options, lineages=lineages(fused_from, norm_groups))
         shares = numbers_of(weights, "--weights")
         with screen.progress() as progress:
             budget_bytes = parse_bytes(max_memory, "--max-memory")
@@ -143,6 +149,8 @@ def fuse(
 def self_fuse(
     source: Source = None,
     copies: Annotated[int, typer.Option("--copies", "-k", help="How many copies stand side by side.")] = 2,
+    fused_from: FusedFrom = [],  # noqa: B006
+    norm_groups: NormGroups = [],  # noqa: B006
     output: Output = None,
     fill: FillKind = "zeros",
     noise_scale: NoiseScale = None,
@@ -177,6 +185,7 @@ def self_fuse(
     """Fuse a checkpoint with itself: K times as wide, the same function."""
     screen = Screen("self-fuse", json=json, quiet=quiet, debug=debug)
     with screen.errors():
+        from fusectl.lineage import lineages
         from fusectl.surgery import plan_fusion
 
         if copies < 2:
@@ -185,7 +194,7 @@ def self_fuse(
         options = options_of(
             fill_of(fill, noise_scale, seed), optimizer, format, arch, drop, dtype, stored, max_memory, step
         )
-        options = replace(options, configs=tuple(config))
+        options = replace(options, configs=tuple(config), lineages=lineages(fused_from, norm_groups))
         plan, opened = plan_fusion([path_of(source)] * copies, options, command="self-fuse")
         writing = Writing(output, force, jobs, dry_run, allow_nonfinite, verify, report, max_memory, sync, resume)
         write(screen, plan, opened, writing._replace(lr_table=lr_table))

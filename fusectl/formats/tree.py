@@ -8,6 +8,7 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -241,6 +242,12 @@ class Checkpoint:
         self._zeros: dict[str, frozenset[str]] = {}
         self._context = new_context()
         self._lock = threading.Lock()
+
+    def with_record(self, record: Record) -> Checkpoint:
+        """The same checkpoint with another record."""
+        other = copy(self)
+        other.record = record
+        return other
 
     @property
     def path(self) -> str:

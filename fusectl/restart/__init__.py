@@ -15,6 +15,7 @@ from fusectl.archs import Recognized
 from fusectl.errors import Incompatible, UsageError
 from fusectl.formats import open_checkpoint
 from fusectl.formats.tree import Checkpoint
+from fusectl.lineage import Lineage, remembered
 from fusectl.packed import unpacked
 from fusectl.restart import gemma, maxtext, t5x
 from fusectl.restart.base import TRAINERS, NotRead, Restart
@@ -31,17 +32,19 @@ def restart(
     trainer: str | None = None,
     lr_offset: int = 0,
     gin: Sequence[str] = (),
+    lineage: Lineage | None = None,
 ) -> Restart:
     """The Restart of a checkpoint, for its family's trainer, which `trainer` may name.
 
     With `lr_offset` T5X's schedule goes on as if so many more steps had been made; fewer if it is negative, which holds
     the maximal rate for longer (Deep Fusion, section 5.4). `gin` are the files that T5X trained the small model with,
-    whose settings are repeated where its network is replaced. Raises Incompatible for a tree of no known family, for
-    another trainer than the family's, and for gin files of another model; NotRead, one of its kind, for what the
-    trainer does not restore; UsageError for an offset that leads to before the schedule's first step, and for either
-    with another trainer.
+    whose settings are repeated where its network is replaced; `lineage` says what it was trained on from.
+
+    Raises Incompatible for a tree of no known family, for another trainer than the family's, and for gin files of
+    another model; NotRead, one of its kind, for what the trainer does not restore; UsageError for an offset that leads
+    to before the schedule's first step, and for either with another trainer.
     """
-    checkpoint = open_checkpoint(path)
+    checkpoint = remembered(open_checkpoint(path), lineage)
     tree = recognized(unpacked(checkpoint), arch)
     return restart_of(checkpoint, tree, trainer=trainer, lr_offset=lr_offset, gin=gin)
 

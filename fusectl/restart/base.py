@@ -10,6 +10,7 @@ from typing import Any
 from fusectl.errors import Incompatible
 from fusectl.formats import format_named, orbax_for
 from fusectl.formats.tree import Checkpoint
+from fusectl.lineage import is_told
 from fusectl.record import Record
 
 
@@ -70,6 +71,15 @@ def notes_on_history(record: Record | None) -> Iterator[str]:
         yield "optimizer state that starts from zeros, in part at least: its first updates need a warm-up"
     if record is not None and record.self_fused:
         yield "learning rates as before move it faster: fusectl self-fuse --lr-table says by how much"
+
+
+def notes_on_lineage(record: Record | None) -> Iterator[str]:
+    """That one norm is assumed where nothing says otherwise: trainers keep no fusectl.json."""
+    if not is_told(record):
+        yield (
+            "no fusectl.json of a fusion: one norm over the whole width is assumed; if it was trained on from a fusion "
+            "with a norm per source, --fused-from or --norm-groups says so"
+        )
 
 
 def notes_on_norm(record: Record | None, trainer: str) -> Iterator[str]:

@@ -20,7 +20,7 @@ from fusectl.errors import Incompatible, UsageError
 from fusectl.formats.locate import T5X_STEP
 from fusectl.formats.tree import Checkpoint
 from fusectl.formats.zarr import np_dtype
-from fusectl.restart.base import Restart, not_read, notes_on_history, require_read
+from fusectl.restart.base import Restart, not_read, notes_on_history, notes_on_lineage, require_read
 from fusectl.transforms.optimizer import is_state
 
 
@@ -79,6 +79,7 @@ def restart_of(checkpoint: Checkpoint, tree: Recognized, lr_offset: int, gin: Se
         *(_notes_on_settings(files, network, tree) if groups else _note_on_unused(files)),
         *_notes_on_restore(restore),
         *notes_on_history(checkpoint.record),
+        *notes_on_lineage(checkpoint.record),
         *_note_on_schedule(checkpoint, lr_offset),
     )
     values = {

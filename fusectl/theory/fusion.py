@@ -26,6 +26,7 @@ from fusectl.formats import open_checkpoint
 from fusectl.layout import slices
 from fusectl.ligo.learn import examples_of
 from fusectl.ligo.lesson import Data
+from fusectl.lineage import for_each, remembered
 from fusectl.memory import available_bytes
 from fusectl.parallel import Progress, Silent
 from fusectl.sources import Opened
@@ -210,9 +211,9 @@ def paths_of(sources: Sequence[str], copies: int | None) -> list[str]:
     return [*sources] * copies
 
 
-def is_fusion(path: str) -> bool:
-    """Whether a checkpoint has a record that says that it is a fusion."""
-    record = open_checkpoint(path).record
+def is_fusion(path: str, options: Options) -> bool:
+    """Whether a checkpoint's record, or what it was trained on from, says that it is a fusion."""
+    record = remembered(open_checkpoint(path), for_each(options.lineages, 1)[0]).record
     return record is not None and record.fused
 
 
@@ -238,7 +239,7 @@ def theory(
     check_fill(fusion, options.fill)
     tokens = batch.tokens(opened[0])
     precision = "float64" if x64 else "float32"
-    space = Space(fusion, opened, options.norm, precision)
+    space = Space(fusion, opened, options.norm or "rule", precision)
     with jax.enable_x64(x64):
         losses = space.losses(batch_of(tokens))
         note(f"compiling the losses of {space.size:,} parameters and their derivatives")

@@ -14,6 +14,7 @@ from fusectl.errors import Incompatible, NotFound, UsageError
 from fusectl.expand import expanded
 from fusectl.formats import fingerprint, open_checkpoint
 from fusectl.formats.tree import Checkpoint
+from fusectl.lineage import Lineage, for_each, remembered
 from fusectl.packed import unpacked
 from fusectl.record import DEFAULT_NOISE_SCALE, Fill, Record, SourceRecord, mean_weights, norm_groups
 from fusectl.sources import Opened, own_family, recognized
@@ -32,6 +33,8 @@ class Declared:
     arch: str | None = None
     # A file that tells what the networks compute.
     config: str | None = None
+    # What the sources were trained on from, one for all or one for each.
+    lineages: tuple[Lineage | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -86,10 +89,10 @@ def make_claim(fused: Checkpoint, declared: Declared) -> Claim:
         raise UsageError(f"{fused.path}: its fusectl.json names no sources", hint="--sources A B")
     paths = declared.sources or tuple(s.path for s in (record.sources if record else ()))
     by_path: dict[str, Checkpoint] = {}
-    for path in paths:
+    for path, lineage in zip(paths, for_each(declared.lineages, len(paths)), strict=True):
         if path not in by_path:
             try:
-                by_path[path] = unpacked(open_checkpoint(path))
+                by_path[path] = unpacked(remembered(open_checkpoint(path), lineage))
             except NotFound as error:
                 raise NotFound(
                     f"source {path} is not there any more", hint="--sources A B names where it is now"
