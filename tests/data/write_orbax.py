@@ -11,22 +11,48 @@ the tree joined by "/". A leaf is one of
     ["string", value]
     ["None"], ["Dict"], ["List"], ["Tuple"], ["NamedTuple"]     an empty node
 
-T5.npz holds the tree of `tests/models.py: state("t5-1.1", seed=0)`, from the project's own environment:
+T5.npz holds the tree of `tests/models.py: state("t5-1.1", seed=0)`, from the project's own environment, in tests/:
 
     python -c 'import numpy, models; numpy.savez("T5.npz", **models.state("t5-1.1", seed=0))'
 
-The layouts t5* have no truth of their own: it is that tree.
+The layouts t5* have no truth of their own: it is that tree. Orbax 0.12 writes OUT into its
+markers: best a path that says nothing.
+
+An environment for each version, with the libraries of its time:
+
+    uv venv -p PYTHON VERSION
+    uv pip install --python VERSION/bin/python --exclude-newer DATE --exclude-newer-package jaxlib=2026-11-01 \\
+        orbax-checkpoint==VERSION jax==JAX jaxlib==JAX flax==FLAX
+
+    VERSION  PYTHON  DATE        JAX     FLAX    and so numpy, optax, tensorstore
+    0.2.7    3.9     2023-07-10  0.4.13  0.7.0   1.25.1  0.1.5  0.1.40
+    0.3.5    3.9     2023-09-05  0.4.13  0.7.2   1.25.2  0.1.7  0.1.41
+    0.4.3    3.10    2023-12-05  0.4.21  0.7.5   1.26.2  0.1.7  0.1.51
+    0.4.8    3.10    2024-01-31  0.4.23  0.8.0   1.26.3  0.1.8  0.1.52
+    0.5.3    3.10    2024-02-20  0.4.24  0.8.1   1.26.4  0.1.9  0.1.53
+    0.5.20   3.10    2024-07-01  0.4.30  0.8.5   2.0.0   0.2.2  0.1.63
+    0.5.23   3.10    2024-08-01  0.4.31  0.8.5   2.0.1   0.2.3  0.1.64
+    0.6.4    3.10    2024-10-10  0.4.34  0.9.0   2.1.2   0.2.3  0.1.66
+    0.7.0    3.10    2024-10-25  0.4.35  0.10.0  2.1.2   0.2.3  0.1.67
+    0.11.30  3.12    2026-01-01  0.8.2   0.12.2  2.3.5   0.2.6  0.1.80
+    0.12.8   3.12    -           0.10.2  0.12.8  2.5.5   0.2.8  0.1.86
+
+(old wheels of jaxlib have been published anew since then). The archive, from OUT:
+
+    tar -c --sort=name --owner=0 --group=0 --numeric-owner --mtime=@0 --mode=u+rwX,go+rX,go-w --format=ustar */ |
+        xz -9e --lzma2=preset=9e,dict=64MiB > orbax-written.tar.xz
 """
 
 from __future__ import annotations
 
-import collections
 import functools
 import os
 import shutil
 import sys
 import traceback
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any, NamedTuple
 
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
@@ -47,14 +73,17 @@ from flax.training.train_state import TrainState
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
-VERSION = tuple(int(part) for part in ocp.__version__.split(".")) if hasattr(ocp, "__version__") else ()
-if not VERSION:
-    from importlib.metadata import version
+VERSION = tuple(int(part) for part in version("orbax-checkpoint").split("."))
 
-    VERSION = tuple(int(part) for part in version("orbax-checkpoint").split("."))
 
-Pair = collections.namedtuple("Pair", ["left", "right"])
-Nothing = collections.namedtuple("Nothing", [])
+class Pair(NamedTuple):
+    left: Any
+    right: Any
+
+
+class Nothing(NamedTuple):
+    pass
+
 
 LAYOUTS = {}
 
@@ -95,7 +124,13 @@ def rich():
         "nested": [[jnp.asarray(values(3, seed=3))], (jnp.asarray(values(2, seed=4)),)],
         "array": values(2, 3),
         "none": None,
-        "empty": {"dict": {}, "list": [], "tuple": (), "named": Nothing(), "in_list": [None, {}, jnp.asarray(values(2))]},
+        "empty": {
+            "dict": {},
+            "list": [],
+            "tuple": (),
+            "named": Nothing(),
+            "in_list": [None, {}, jnp.asarray(values(2))],
+        },
     }
 
 
@@ -237,12 +272,12 @@ def ocdbt_rich(at):
     return save(at, rich(), use_ocdbt=True)
 
 
-@layout(since=(0, 5))
+@layout(since=(0, 4, 8))
 def ocdbt_zarr3(at):
     return save(at, plain(), use_ocdbt=True, use_zarr3=True)
 
 
-@layout(since=(0, 5))
+@layout(since=(0, 4, 8))
 def zarr3dirs(at):
     return save(at, plain(), use_ocdbt=False, use_zarr3=True)
 
@@ -278,6 +313,12 @@ def partly_aggregate(at):
 
 
 @layout()
+def partly_aggregate_ocdbt(at):
+    tree = plain()
+    return save(at, tree, save_args=aggregated(tree, lambda name: not name.endswith("kernel")), use_ocdbt=True)
+
+
+@layout()
 def partly_aggregate_dirs(at):
     tree = rich()
     return save(at, tree, save_args=aggregated(tree, lambda name: "list" not in name), use_ocdbt=False)
@@ -302,7 +343,7 @@ def dtypes_zarr2(at):
     return save(at, dtypes(), use_ocdbt=False)
 
 
-@layout(since=(0, 5))
+@layout(since=(0, 4, 8))
 def dtypes_zarr3(at):
     return save(at, dtypes(), use_ocdbt=False, use_zarr3=True)
 
@@ -319,6 +360,11 @@ def dots_slashes(at):
 @layout()
 def dots_slashes_dirs(at):
     return save(at, dotted(), use_ocdbt=False)
+
+
+@layout()
+def dots_slashes_ocdbt(at):
+    return save(at, dotted(), use_ocdbt=True)
 
 
 @layout()
@@ -402,7 +448,7 @@ def sharded_zarr2(at):
     return save(at, sharded_tree(), use_ocdbt=False)
 
 
-@layout(since=(0, 5))
+@layout(since=(0, 4, 8))
 def sharded_zarr3(at):
     return save(at, sharded_tree(), use_ocdbt=True, use_zarr3=True)
 
@@ -413,6 +459,42 @@ def save_cast_bf16(at):
     args = jax.tree_util.tree_map(lambda _: ocp.SaveArgs(dtype=jnp.dtype(jnp.bfloat16)), tree)
     save(at, tree, save_args=args)
     return {".": jax.tree_util.tree_map(lambda x: x.astype(jnp.bfloat16), tree)}
+
+
+@layout()
+def aggregate_cast_bf16(at):
+    tree = plain()["params"]
+    args = jax.tree_util.tree_map(lambda _: ocp.SaveArgs(aggregate=True, dtype=jnp.dtype(jnp.bfloat16)), tree)
+    save(at, tree, save_args=args)
+    return {".": jax.tree_util.tree_map(lambda x: x.astype(jnp.bfloat16), tree)}
+
+
+def zero_tree():
+    """Of whose chunks tensorstore stores none or not all, where Orbax does not ask for them."""
+    mesh = Mesh(np.array(jax.devices()[:2]), ("x",))
+    halves = np.concatenate([np.zeros((2, 3), np.float32), values(2, 3)])
+    return {
+        "zeros": jnp.zeros((2, 3)),
+        "numpy": np.zeros((3,), np.int32),
+        "scalar": 0,
+        "half": jax.device_put(halves, NamedSharding(mesh, PartitionSpec("x"))),
+        "w": values(2),
+    }
+
+
+@layout()
+def zeros(at):
+    return save(at, zero_tree())
+
+
+@layout()
+def zeros_dirs(at):
+    return save(at, zero_tree(), use_ocdbt=False)
+
+
+@layout(since=(0, 4, 8))
+def zeros_zarr3(at):
+    return save(at, zero_tree(), use_ocdbt=False, use_zarr3=True)
 
 
 @layout()
