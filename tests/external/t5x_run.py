@@ -76,7 +76,7 @@ def recording(train, tokens, seen):
             state = self.train_state
             leaves = jax.tree_util.tree_flatten_with_path(state.state_dict())[0]
             seen.update({"/".join(key.key for key in path): np.asarray(value) for path, value in leaves})
-            seen["logits"] = np.asarray(self._model._compute_logits(state.params, batch))  # noqa: SLF001
+            seen["logits"] = np.asarray(self._model._compute_logits(state.params, batch))
             seen["losses"] = np.zeros(0)
         summary = train(self, batches, steps, start_step)
         loss = summary.result()["cross_ent_loss_per_all_target_tokens"].value
