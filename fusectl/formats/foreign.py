@@ -61,6 +61,11 @@ KINDS = (
         file=lambda _, head: re.match(rb"\x80[\x02-\x05]", head) is not None,
     ),
     Kind(
+        "an HDF5 file",
+        _SAVE.format("h5py"),
+        file=lambda _, head: head.startswith(b"\x89HDF"),
+    ),
+    Kind(
         "a stream of EasyLM's",
         _SAVE.format("EasyLM's StreamingCheckpointer"),
         file=lambda _, head: _STREAMED.match(head) is not None,
@@ -70,11 +75,6 @@ KINDS = (
         _SAVE.format("flax.serialization.msgpack_restore"),
         file=lambda name, head: _MSGPACK.match(head) is not None and name != "checkpoint",
         directory=lambda names: _ends(names, ".msgpack"),
-    ),
-    Kind(
-        "an HDF5 file",
-        _SAVE.format("h5py"),
-        file=lambda _, head: head.startswith(b"\x89HDF"),
     ),
     Kind(
         "a TensorFlow checkpoint",
@@ -113,6 +113,6 @@ def refuse_directory(at: Place, names: Iterable[str]) -> None:
 
 def refuse_files_in(at: Place, names: Iterable[str]) -> None:
     """Raises Incompatible for a directory of steps which are files of another library's, such as `checkpoint_7`."""
-    for name in names:
+    for name in sorted(names):
         if re.fullmatch(r"[a-z_]*\d+", name) and (at / name).is_file():
             refuse_file(at / name)

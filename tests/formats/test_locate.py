@@ -3,12 +3,17 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 from models import checkpoint
 
 from fusectl.errors import Corrupt, NotFound, UsageError
 from fusectl.formats import open_checkpoint
 from fusectl.formats.locate import locate
+from fusectl.formats.sink import save
+
+
+VALUES = {"w": np.ones(2, np.float32)}
 
 
 @pytest.fixture
@@ -129,3 +134,66 @@ def test_several_unknown_items_are_listed(tmp_path):
 
     with pytest.raises(NotFound, match="several items: left, right"):
         locate(str(tmp_path / "3"))
+
+
+# ---- what stands side by side
+
+
+def test_checkpoints_side_by_side_are_no_uncommitted_step(tmp_path):
+    """Each by itself as Orbax 0.12.8 saves it: there is no step whose marker could be missing."""
+    for path in ("models/teacher", "models/student", "base/params"):
+        save(tmp_path / path, VALUES, "orbax", item=None)
+    (tmp_path / "base/assets").mkdir()
+
+    with pytest.raises(NotFound, match="several items: student, teacher") as error:
+        locate(str(tmp_path / "models"))
+    assert "name one, such as" in error.value.hint
+    assert locate(str(tmp_path / "models/teacher")).home == tmp_path / "models/teacher"
+    assert locate(str(tmp_path / "base")).path == tmp_path / "base/params"
+
+
+def test_an_item_saved_straight_into_a_step_is_of_that_step(tmp_path):
+    """As PyTreeCheckpointer().save("DIR/0/items") leaves it, which MaxText does."""
+    save(tmp_path / "0/items", VALUES, "orbax", item=None)
+
+    for path in ("0", "0/items", ""):
+        location = locate(str(tmp_path / path))
+        assert (location.path, location.step) == (tmp_path / "0/items", 0)
+    # A step that has begun, and whose items are complete, is not.
+    save(tmp_path / "1", VALUES, "orbax")
+    (tmp_path / "1/commit_success.txt").unlink()
+    with pytest.raises(Corrupt, match="never committed"):
+        locate(str(tmp_path / "1"))
+
+
+def test_hints_never_lead_to_an_unrelated_sibling(tmp_path):
+    save(tmp_path / "other", VALUES, "orbax", item=None)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("text")
+
+    for name in ("empty", "notes.txt"):
+        with pytest.raises(NotFound) as error:
+            locate(str(tmp_path / name))
+        assert "one level too deep" not in (error.value.hint or "")
+
+
+def test_steps_may_have_a_prefix(tmp_path):
+    for step in (5, 10):
+        save(tmp_path / f"run/my_net_{step:08}", VALUES, "orbax", item="default")
+    for path in ("run", "run/latest", "run/my_net_00000010", "run/my_net_00000010/default"):
+        assert locate(str(tmp_path / path)).step == 10
+    # One uncommitted is skipped, another prefix is another series: which one is meant?
+    (tmp_path / "run/my_net_00000010/commit_success.txt").unlink()
+    assert locate(str(tmp_path / "run")).step == 5
+    save(tmp_path / "run/other_7", VALUES, "orbax", item="default")
+    with pytest.raises(NotFound):
+        locate(str(tmp_path / "run"))
+
+
+def test_models_with_numbers_in_their_names_are_no_steps(tmp_path):
+    """What has an index itself was saved without a manager: nobody says that the larger number is newer."""
+    for i in (1, 2):
+        save(tmp_path / f"zoo/model_{i}", VALUES, "orbax", item=None)
+
+    with pytest.raises(NotFound, match="several items: model_1, model_2"):
+        locate(str(tmp_path / "zoo"))
