@@ -543,7 +543,6 @@ def test_keys_that_lead_out_of_the_checkpoint_are_refused(tmp_path, fusectl, key
         ({"_METADATA/x": 1.0}, "orbax-zarr3", (), "a name of the format's own"),
         ({"fusectl-verify.json": 1.0}, "t5x", (), "a name of the format's own"),
         ({"x": [1.0, 2.0, 3.0]}, "orbax", ("x/1",), "without some of its elements"),
-        ({"x": {"y": 1.0}, "x.y": 2.0}, "t5x", (), "the directory of two tensors"),
         ({"x/y": 1.0, "x": {"z": 2.0, "z/0": 2.0}}, "orbax-zarr2", (), "inside the array"),
         ({"x": None, "x/y": 1.0}, "t5x", (), "a leaf and a node"),
         ({"x": {}, "x/y": 1.0}, "t5x", (), "a leaf and a node"),

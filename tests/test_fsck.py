@@ -320,7 +320,7 @@ def test_json_that_unfolds_in_memory_is_refused(tmp_path, fusectl, entry):
 
 def test_what_is_no_checkpoint_is_not_one(tmp_path, fusectl):
     assert fusectl("inspect", tmp_path / "nothing", "--fsck").code == 4
-    (tmp_path / "checkpoint").write_bytes(msgpack.packb({"version": 3, "optimizer": {"target": 5}}))
+    (tmp_path / "checkpoint").write_bytes(msgpack.packb({"version": 3, "optimizer": {"target": b"bytes"}}))
     assert fusectl("inspect", tmp_path, "--fsck").code == 5
 
 

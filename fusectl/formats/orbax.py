@@ -131,7 +131,7 @@ def _listed(meta: Mapping[str, Any], packed: Any, index: Place, where: str) -> I
         if skipped:
             yield keys, _aggregated(keys, value_type, packed)
         elif value_type in _ARRAYS:
-            yield keys, array_directory(keys, where)
+            yield keys, array_directory(keys, where) if keys else ""
         elif value_type == STRING:
             texts = _texts(index / STRINGS) if texts is None else texts
             text = _at_pointer(texts, ".".join(key.name for key in keys))
