@@ -629,14 +629,14 @@ def manager_prefix_fixed(at):
 def array_handler(at):
     array = jnp.asarray(values(2, 3))
     ocp.Checkpointer(ocp.ArrayCheckpointHandler()).save(at, array)
-    return {".": {"": array}}
+    return {".": {"checkpoint": array}}
 
 
 @layout()
 def array_handler_aggregated(at):
     array = values(2, 3)
     ocp.Checkpointer(ocp.ArrayCheckpointHandler()).save(at, array, ocp.SaveArgs(aggregate=True))
-    return {".": {"": array}}
+    return {".": {"checkpoint": array}}
 
 
 @layout()
