@@ -45,7 +45,7 @@ _SETTINGS: Mapping[str, Mapping[str, Any]] = {
 }
 # What widening leaves as it is, so that the small model's gin file has it, too.
 _KEPT = ("vocab_size", "head_dim", "logits_via_embedding")
-# Of T5X's Orbax: the item, and what parameters begin with. Of both of its formats: the only names that it takes.
+# The item that T5X looks for in what Orbax wrote, and what the names of parameters begin with.
 _ITEM, _PREFIX = "state", "target/"
 
 
