@@ -93,6 +93,8 @@ RUNS = {
     "finetune.gin": "INITIAL_CHECKPOINT_PATH = %gin.REQUIRED\n"
     "utils.CheckpointConfig.restore = @utils.RestoreCheckpointConfig()\n"
     "utils.RestoreCheckpointConfig:\n  path = %INITIAL_CHECKPOINT_PATH\n  mode = 'specific'\n  dtype = 'float32'\n",
+    "eval.gin": "CHECKPOINT_PATH = %gin.REQUIRED\n"
+    "utils.RestoreCheckpointConfig:\n  path = %CHECKPOINT_PATH\n  mode = 'specific'\n",
     "local_tiny.gin": "utils.CheckpointConfig.restore = None\n",
 }
 
@@ -176,8 +178,8 @@ def test_t5x_restores_whatever_the_run(t5x, tmp_path, run):
     assert (found.fallback_to_scratch, found.assignment_map) == (False, None)
     # The control: what the run itself restores.
     gin.clear_config()
-    if run == "finetune.gin":
-        with pytest.raises(ValueError, match="INITIAL_CHECKPOINT_PATH"):
+    if "REQUIRED" in RUNS[run]:
+        with pytest.raises(ValueError, match="CHECKPOINT_PATH"):
             parsed("", run=run)
     else:
         parsed("", run=run)
