@@ -150,6 +150,7 @@ def test_the_learning_rates_that_go_on_are_written_as_labels_and_factors(models,
 
     # The source's optimizer is Adafactor.
     assert (done.code, "adafactor goes on as before with kernel x 0.7071 (" in done.err) == (0, True), done.err
+    assert "not so where gradients are clipped by a global norm" in done.err
     assert fusectl(*words[:4], "-o", tmp_path / "other", *words[-2:]).code == 7
     table = json.loads((tmp_path / "rates.json").read_text())
     assert table["labels"]["encoder/layers_0/mlp/wo/kernel"] == "kernel"
@@ -175,6 +176,7 @@ def test_the_rates_come_as_optimizers_whose_state_is_the_one_without_them(models
     monkeypatch.syspath_prepend(tmp_path)
     import grown_rates
 
+    assert "unless gradients are clipped by a global norm" in grown_rates.__doc__.replace("\n", " ")
     opened = open_checkpoint(str(tmp_path / "out"))
     values = {n.removeprefix("target/"): opened.read(n) for n in opened.leaves if n.startswith("target/")}
     parameters = {"params": unflatten_dict(values, sep="/")}
@@ -283,9 +285,10 @@ def test_force_replaces_and_without_it_nothing_is_touched(models, fusectl):
     assert sorted(p.name for p in models[0].parent.iterdir()) == ["a.ckpt", "a.fused-2x.ckpt", "b.ckpt"]
 
 
-def test_self_fusing_with_zeros_says_that_the_copies_stay_equal(models, fusectl):
-    assert "nothing separates them" in fusectl("self-fuse", models[0]).err
-    assert "nothing separates them" not in fusectl("self-fuse", models[0], "--fill", "antisymmetric").err
+def test_self_fusing_with_zeros_says_what_parts_the_copies(models, fusectl):
+    said = "zeros keep the copies equal until dropout parts them, or float32's rounding"
+    assert said in fusectl("self-fuse", models[0]).err
+    assert said not in fusectl("self-fuse", models[0], "--fill", "antisymmetric").err
 
 
 def test_progress_is_shown_on_a_terminal_and_not_in_a_log(models):

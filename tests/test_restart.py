@@ -10,11 +10,12 @@ from dataclasses import replace
 import gin
 import pytest
 import yaml
-from models import LAYERS, SIZES, checkpoint
+from models import LAYERS, SIZES, checkpoint, state
 
 from fusectl.archs import family_named, recognize, t5_flax
 from fusectl.errors import Incompatible
-from fusectl.formats import open_checkpoint
+from fusectl.formats import FORMATS, open_checkpoint
+from fusectl.formats.sink import save
 from fusectl.formats.tree import Checkpoint, Leaf, Location
 from fusectl.restart import restart, restart_of
 
@@ -25,9 +26,12 @@ T5X = {
     "t5x/examples/t5/__init__.py": "",
     "t5x/examples/scalable_t5/__init__.py": "",
     "t5x/utils.py": """
+class CheckpointConfig:
+    def __init__(self, restore=None):
+        self.restore = restore
 class RestoreCheckpointConfig:
-    def __init__(self, fallback_to_scratch=False, assignment_map=None):
-        self.fallback_to_scratch, self.assignment_map = fallback_to_scratch, assignment_map
+    def __init__(self, path, mode='latest', dtype=None, fallback_to_scratch=False, assignment_map=None):
+        self.__dict__.update(locals())
 def create_learning_rate_scheduler(factors='constant * rsqrt_decay', warmup_steps=100, step_offset=0):
     return lambda step: max(max(0, step - step_offset), warmup_steps) ** -0.5
 """,
@@ -37,14 +41,33 @@ class EncoderDecoderModel:
         self.module = module
 """,
 }
+# T5X's own, by their fields.
 NETWORK = """
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+@dataclasses.dataclass
 class T5Config:
-    def __init__(self, mlp_activations=None, **fields):
-        self.fields, self.mlp_activations = fields, mlp_activations
+    vocab_size: int
+    dtype: Any = 'float32'
+    emb_dim: int = 512
+    num_heads: int = 8
+    num_encoder_layers: int = 6
+    num_decoder_layers: int = 6
+    head_dim: int = 64
+    mlp_dim: int = 2048
+    mlp_activations: Sequence[str] = ('relu',)
+    dropout_rate: float = 0.1
+    logits_via_embedding: bool = False
+    {}
 class Transformer:
     def __init__(self, config):
         self.config = config
 """
+FIELDS = {
+    "t5": "float32_attention_logits: bool = False",
+    "scalable_t5": "remat_policy: str = 'none'; scan_layers: bool = True; param_scan_axis: int = 1",
+}
 # What the small model was trained with.
 BASE = """
 from __gin__ import dynamic_registration
@@ -53,16 +76,34 @@ from t5x.examples.{} import network
 DROPOUT_RATE = 0.1
 models.EncoderDecoderModel.module = @network.Transformer()
 network.Transformer.config = @network.T5Config()
-network.T5Config.mlp_activations = ('gelu', 'linear')
-network.T5Config.emb_dim = 12
+network.T5Config:
+  vocab_size = 41
+  emb_dim = 12
+  dtype = 'bfloat16'
+  dropout_rate = %DROPOUT_RATE
 """
+# By the activations, as in T5X's base.gin files, and for scanned layers.
+GATED = "  mlp_activations = ('gelu', 'linear')\n"
+REMAT = "  remat_policy = 'minimal'\n"
+# What T5X's run files say of restoring (t5x/configs/runs, and examples/t5/local_tiny.gin).
+IMPORT = "from __gin__ import dynamic_registration\nfrom t5x import utils\n"
+RUNS = {
+    "pretrain.gin": "utils.CheckpointConfig.restore = @utils.RestoreCheckpointConfig()\n"
+    "utils.RestoreCheckpointConfig.path = []\n",
+    "finetune.gin": "INITIAL_CHECKPOINT_PATH = %gin.REQUIRED\n"
+    "utils.CheckpointConfig.restore = @utils.RestoreCheckpointConfig()\n"
+    "utils.RestoreCheckpointConfig:\n  path = %INITIAL_CHECKPOINT_PATH\n  mode = 'specific'\n  dtype = 'float32'\n",
+    "eval.gin": "CHECKPOINT_PATH = %gin.REQUIRED\n"
+    "utils.RestoreCheckpointConfig:\n  path = %CHECKPOINT_PATH\n  mode = 'specific'\n",
+    "local_tiny.gin": "utils.CheckpointConfig.restore = None\n",
+}
 
 
 @pytest.fixture(scope="module")
 def modules(tmp_path_factory):
     """Modules with the names of T5X's, which take any config."""
     at = tmp_path_factory.mktemp("modules")
-    files = {**T5X, **{f"t5x/examples/{which}/network.py": NETWORK for which in ("t5", "scalable_t5")}}
+    files = {**T5X, **{f"t5x/examples/{which}/network.py": NETWORK.format(FIELDS[which]) for which in FIELDS}}
     for name, text in files.items():
         path = at / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,26 +119,37 @@ def t5x(modules):
     gin.clear_config()
 
 
-def parsed(text, which):
-    """The model that gin makes of the small model's file and the bindings behind it."""
-    gin.parse_config(BASE.format(which))
-    gin.parse_config(text)
+def base(family):
+    """The gin file that a small model of a family was trained with."""
+    which = "t5" if family.startswith("t5") else "scalable_t5"
+    return BASE.format(which) + GATED * ("1.1" in family) + REMAT * (which == "scalable_t5")
+
+
+def parsed(text, family="t5-1.1", run="pretrain.gin"):
+    """The model that gin makes of the small model's file, the run's and the one that is printed, as T5X reads them."""
+    for each in (base(family), IMPORT + RUNS[run], text):
+        gin.parse_config(each)
+    gin.finalize()
     return gin.get_configurable("t5x.models.EncoderDecoderModel")()
 
 
-FAMILIES = [("t5-1.1", "t5"), ("t5-1.0", "t5"), ("scalable-t5-1.1-scanned", "scalable_t5")]
+def restored():
+    """What T5X restores then."""
+    return gin.get_configurable("t5x.utils.CheckpointConfig")().restore
 
 
-@pytest.mark.parametrize(("family", "which"), FAMILIES)
-def test_gin_takes_the_sizes_of_the_fused_model(t5x, tmp_path, fusectl, family, which):
-    out = tmp_path / "out"
+FAMILIES = ["t5-1.1", "t5-1.0", "scalable-t5-1.1-scanned"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gin_takes_the_sizes_of_the_fused_model(t5x, tmp_path, fusectl, family):
+    out = tmp_path / "out/checkpoint_1000"
     assert fusectl("self-fuse", checkpoint(tmp_path / "a", family), "-o", out).code == 0
 
     done = fusectl("restart-config", out)
 
     assert done.code == 0, done.err
-    config = parsed(done.out, which).module.config
-    assert config.mlp_activations == ("gelu", "linear")
+    found = vars(parsed(done.out, family).module.config)
     wanted = {
         "vocab_size": SIZES["vocab"],
         "emb_dim": 2 * SIZES["embed"],
@@ -108,34 +160,209 @@ def test_gin_takes_the_sizes_of_the_fused_model(t5x, tmp_path, fusectl, family, 
         "num_decoder_layers": LAYERS["decoder"],
         "logits_via_embedding": family == "t5-1.0",
     }
-    if which == "scalable_t5":
-        wanted["scan_layers"] = True
-    assert config.fields == wanted
-    assert gin.query_parameter("%INITIAL_CHECKPOINT_PATH") == str(out)
+    settings = {"dtype": "bfloat16", "mlp_activations": ("gelu", "linear") if "1.1" in family else ("relu",)}
+    settings |= {"scan_layers": True, "remat_policy": "minimal"} if "scalable" in family else {}
+    assert found == {**found, **wanted, **settings}
     assert f"# EMBED_DIM = {2 * SIZES['embed']}" in done.out
     assert fusectl("restart-config", out, "--json").json["result"]["gin"] == done.out
 
 
+@pytest.mark.parametrize("run", RUNS)
+def test_t5x_restores_whatever_the_run(t5x, tmp_path, run):
+    path = checkpoint(tmp_path / "checkpoint_1000")
+
+    parsed(restart(path).text(), run=run)
+
+    found = restored()
+    assert (found.path, found.mode) == (path, "specific")
+    assert (found.fallback_to_scratch, found.assignment_map) == (False, None)
+    # The control: what the run itself restores.
+    gin.clear_config()
+    if "REQUIRED" in RUNS[run]:
+        with pytest.raises(ValueError, match="CHECKPOINT_PATH"):
+            parsed("", run=run)
+    else:
+        parsed("", run=run)
+        assert restored() is None or restored().path == []
+
+
+def test_the_file_is_one_of_its_own(t5x, tmp_path):
+    """gin takes the lines behind no others: F6, and why the notes say so."""
+    found = restart(checkpoint(tmp_path / "checkpoint_1000"))
+
+    assert "a gin file of its own, the last --gin_file" in found.text()
+    with pytest.raises(SyntaxError, match="Dynamic registration"):
+        gin.parse_config(base("t5-1.1") + found.text())
+
+
 def test_without_optimizer_state_t5x_is_told_to_begin_one(t5x, tmp_path, fusectl):
-    fusectl("self-fuse", checkpoint(tmp_path / "a"), "-o", tmp_path / "out", "--optimizer", "drop")
+    out = tmp_path / "out/checkpoint_1000"
+    fusectl("self-fuse", checkpoint(tmp_path / "a"), "-o", out, "--optimizer", "drop")
 
-    parsed(fusectl("restart-config", tmp_path / "out").out, "t5")
+    text = fusectl("restart-config", out).out
 
-    found = gin.get_configurable("t5x.utils.RestoreCheckpointConfig")()
+    parsed(text)
+    found = restored()
     assert (found.fallback_to_scratch, found.assignment_map) == (True, (("state/param_states.*", None),))
+    assert "MODEL_DIR: empty at first, without this checkpoint, too" in text
+    assert "MODEL_DIR: empty at first, or with this checkpoint" in restart(checkpoint(tmp_path / "b")).text()
 
 
+def test_parameters_in_bfloat16_are_restored_in_float32(t5x, tmp_path, fusectl):
+    for dtype in ("bfloat16", "float32"):
+        out = tmp_path / dtype / "checkpoint_1000"
+        assert fusectl("self-fuse", checkpoint(tmp_path / "a" / dtype), "-o", out, "--dtype", dtype).code == 0
+        parsed(fusectl("restart-config", out).out)
+        assert restored().dtype == ("float32" if dtype == "bfloat16" else None)
+        gin.clear_config()
+
+
+@pytest.mark.parametrize("trailing", ["", "\nIgnored = 1\n"])
 @pytest.mark.parametrize("family", ["t5-1.1", "scalable-t5-1.1-scanned"])
-def test_a_norm_per_source_takes_fusectls_network(t5x, tmp_path, fusectl, family):
-    pair = [checkpoint(tmp_path / name, family, seed=i) for i, name in enumerate("ab")]
-    fusectl("fuse", *pair, "-o", tmp_path / "out", "--norm", "property")
+def test_a_norm_per_source_keeps_the_settings_of_the_small_model(
+    t5x, property_fusion, tmp_path, fusectl, family, trailing
+):
+    """Those that its gin file binds, whether fusectl has been given it or not."""
+    own = tmp_path / "small.gin"
+    own.write_text(base(family) + "  # the end\n" + trailing)
+    given = ("--gin", own) if trailing else ()
 
-    text = fusectl("restart-config", tmp_path / "out").out
+    text = fusectl("restart-config", property_fusion(family), *given).out
 
-    config = parsed(text, "t5").module.config
+    config = parsed(text, family).module.config
     assert type(config) is (t5_flax.T5Config if family == "t5-1.1" else t5_flax.ScalableT5Config)
     assert (config.norm_groups, config.emb_dim) == ((12, 12), 24)
-    assert (config.mlp_activations, config.dropout_rate) == (("gelu", "linear"), 0.1)
+    assert (config.mlp_activations, config.dropout_rate, config.dtype) == (("gelu", "linear"), 0.1, "bfloat16")
+    if family != "t5-1.1":
+        assert (config.remat_policy, config.scan_layers) == ("minimal", True)
+    assert ("  dtype = 'bfloat16'\n" in text) is ("  dropout_rate = %DROPOUT_RATE\n" in text) is bool(trailing)
+    assert "T5X's defaults" in text
+    assert ("assumed for what it does not bind, T5X's defaults: dtype = 'float32'" in text) is not bool(trailing)
+
+
+@pytest.fixture
+def property_fusion(tmp_path, fusectl):
+    """Fuses two small models with a norm per source."""
+
+    def fuse(family="t5-1.1"):
+        pair = [checkpoint(tmp_path / family / name, family, seed=i) for i, name in enumerate("ab")]
+        out = tmp_path / family / "checkpoint_1000"
+        assert fusectl("fuse", *pair, "-o", out, "--norm", "property").code == 0
+        return out
+
+    return fuse
+
+
+FORK = """
+from mine import layers
+from mine import network
+import math as m
+WIDTH = 12
+network.Transformer.config = @wide/network.Config()
+network.Config:
+  vocab_size = 41
+  emb_dim = %WIDTH
+  mlp_activations = (
+      @layers.swish,   # gated
+      'linear',
+  )
+  use_bias = True
+  dropout_rate = 0.2
+wide/network.Config.dtype = 'float32'
+network.Config.dtype = 'bfloat16'
+narrow/network.Config.float32_attention_logits = True
+other.Config.dtype = 'float16'
+"""
+
+
+def test_the_settings_of_another_class_are_repeated(t5x, property_fusion, tmp_path, fusectl, monkeypatch):
+    """A fork's, whose config binds nothing of T5X's."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/__init__.py").touch()
+    (tmp_path / "mine/layers.py").write_text("def swish(x):\n    return x\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    own = tmp_path / "fork.gin"
+    own.write_text(FORK)
+
+    text = fusectl("restart-config", property_fusion(), "--gin", own).out
+
+    config = parsed(text).module.config
+    assert (config.dtype, config.dropout_rate, config.float32_attention_logits) == ("float32", 0.2, False)
+    assert (config.mlp_activations[0].__name__, config.mlp_activations[1]) == ("swish", "linear")
+    assert "from mine import layers\n" in text
+    assert "not repeated, since this network does not have them: use_bias\n" in text
+    assert f"as {own} binds them: dtype, mlp_activations, dropout_rate\n" in text
+    assert "T5X's defaults: float32_attention_logits = False\n" in text
+
+
+def test_gin_files_are_held_against_the_checkpoint(property_fusion, tmp_path, fusectl, trained):
+    own = tmp_path / "small.gin"
+    own.write_text("network.T5Config:\n  vocab_size = 40\n  head_dim = 5\n  mlp_activations = ('relu',)\n")
+
+    done = fusectl("restart-config", property_fusion(), "--gin", own)
+
+    assert (done.code, done.out) == (6, "")
+    assert f"vocab_size: 40 in {own}, 41 in the checkpoint" in done.err
+    assert "mlp_activations: ('relu',)" in done.err
+    assert "head_dim" not in done.err
+    own.write_text(base("t5-1.1"))
+    assert "stays in force" in fusectl("restart-config", checkpoint(tmp_path / "checkpoint_3"), "--gin", own).out
+    done = fusectl("restart-config", trained("llama2_unscan"), "--gin", own)
+    assert (done.code, "MaxText has no gin files" in done.err) == (2, True)
+
+
+@pytest.mark.parametrize("layout", [each for each in FORMATS.values() if each.zarr == 3], ids=lambda each: each.name)
+def test_what_t5x_cannot_open_is_refused_with_the_command_that_mends_it(tmp_path, fusectl, layout):
+    out = tmp_path / "checkpoint_1000"
+    written = fusectl("self-fuse", checkpoint(tmp_path / "a"), "-o", out, "--format", layout.name)
+
+    done = fusectl("restart-config", out)
+
+    assert (done.code, done.out, written.code) == (6, "", 0)
+    assert f"T5X does not read {layout.name}" in done.err
+    # The end of the command that wrote it says so, too, and not how to go on.
+    command = f"fusectl convert {out} --format orbax-ocdbt-zarr2"
+    assert command in done.err
+    assert command in written.err
+    assert "T5X goes on" not in written.err
+    mended = fusectl(*command.split()[1:]).out.strip()
+    assert mended.endswith("/checkpoint_1000")
+    done = fusectl("restart-config", mended)
+    assert (done.code, f"INITIAL_CHECKPOINT_PATH = '{mended}'" in done.out) == (0, True)
+    # So does that of a copy.
+    copied = fusectl("convert", mended, "-o", tmp_path / "checkpoint_2000", "--format", layout.name)
+    assert f"fusectl convert {tmp_path / 'checkpoint_2000'} --format orbax-ocdbt-zarr2" in copied.err
+
+
+@pytest.mark.parametrize("rearranged", ["item", "prefix"])
+def test_a_tree_that_t5x_would_not_look_at_is_refused(tmp_path, fusectl, rearranged):
+    """Its Orbax knows the item `state` and parameters below `target/`, and nothing else."""
+    out = tmp_path / "checkpoint_7"
+    if rearranged == "item":
+        save(out, state("t5-1.1", 0), "orbax-ocdbt-zarr2", item="default")
+    else:
+        parameters = {f"params/{n[7:]}": v for n, v in state("t5-1.1", 0).items() if n.startswith("target/")}
+        save(out, parameters, "orbax-ocdbt-zarr2", item="state")
+
+    done = fusectl("restart-config", out)
+
+    assert (done.code, done.out) == (6, "")
+    assert f"fusectl convert {out} --format t5x" in done.err
+    mended = fusectl("convert", out, "--format", "t5x").out.strip()
+    assert fusectl("restart-config", mended).code == 0
+
+
+def test_a_name_that_t5x_does_not_take_is_noted(tmp_path, fusectl):
+    said = "T5X restores only from directories named checkpoint_STEP: move it to a new one as checkpoint_1000"
+    source = checkpoint(tmp_path / "a")
+
+    assert said in fusectl("restart-config", source).out
+    assert said in fusectl("self-fuse", source, "-o", tmp_path / "out").err
+    assert said not in fusectl("self-fuse", source, "-o", tmp_path / "out/checkpoint_1000").err
+    # Nor is an output without a name called so.
+    beside = fusectl("self-fuse", checkpoint(tmp_path / "checkpoint_1000")).out.strip()
+    assert beside == f"{tmp_path}/checkpoint_1000.self-fused-2x/checkpoint_1000"
+    assert said not in fusectl("restart-config", beside).out
 
 
 @pytest.mark.parametrize(("offset", "at"), [(-700, 300), (500, 1500), (-1000, 0)])
@@ -145,7 +372,7 @@ def test_the_schedule_goes_on_with_an_offset(t5x, tmp_path, fusectl, offset, at)
 
     done = fusectl("restart-config", path, "--lr-offset", str(offset))
 
-    parsed(done.out, "t5")
+    parsed(done.out)
     rate = gin.get_configurable("t5x.utils.create_learning_rate_scheduler")()
     assert rate(1000) == max(at, 100) ** -0.5
     notes = [line for line in done.out.splitlines() if "schedule goes on" in line or "schedules" in line]

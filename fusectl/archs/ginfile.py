@@ -137,6 +137,8 @@ def _statements(path: Path) -> Iterator[tuple[bool, list[tokenize.TokenInfo]]]:
     depth, tokens = 0, list[tokenize.TokenInfo]()
     try:
         for token in tokenize.generate_tokens(io.StringIO(path.read_text()).readline):
+            if token.type == tokenize.ERRORTOKEN and not token.string.isspace():
+                raise SyntaxError(f"line {token.start[0]}: {token.string!r}")
             depth += (token.type == tokenize.INDENT) - (token.type == tokenize.DEDENT)
             if token.type == tokenize.NEWLINE:
                 yield depth > 0, tokens

@@ -2,7 +2,7 @@
 
 Sources: t5x/examples/{t5,scalable_t5}/network.py for the config; t5x/{train,utils,checkpoints,checkpoints_utils}.py for
 the restore, which looks into MODEL_DIR first; t5x/configs/runs/*.gin for what a run binds of it: pretrain.gin nothing,
-finetune.gin the macro INITIAL_CHECKPOINT_PATH, others `restore = None`.
+finetune.gin the macro INITIAL_CHECKPOINT_PATH, eval.gin and infer.gin CHECKPOINT_PATH, others `restore = None`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _SETTINGS: Mapping[str, Mapping[str, Any]] = {
 }
 # What widening leaves as it is, so that the small model's gin file has it, too.
 _KEPT = ("vocab_size", "head_dim", "logits_via_embedding")
-# Of T5X's Orbax: the item, and what parameters begin with. Of both of its formats: the only names that it takes.
+# The item that T5X looks for in what Orbax wrote, and what the names of parameters begin with.
 _ITEM, _PREFIX = "state", "target/"
 
 
@@ -188,6 +188,7 @@ def _notes_on_restore(restore: Mapping[str, Any]) -> Iterator[str]:
     if "assignment_map" in restore:
         yield "MODEL_DIR: empty at first, without this checkpoint, too: from there T5X restores whole states only"
         yield "without optimizer state: T5X begins a new one, which needs a warm-up"
+        yield "eval.gin and infer.gin need none: for them without fallback_to_scratch and assignment_map"
     else:
         yield "MODEL_DIR: empty at first, or with this checkpoint as its newest; T5X looks there before any path"
     if "dtype" in restore:
@@ -249,8 +250,9 @@ def _lines(
     """The lines of gin: what they import, and per configurable the values of its parameters."""
     yield "from __gin__ import dynamic_registration"
     yield from dict.fromkeys(imports)
-    # finetune.gin requires the macro, too.
+    # The macros that finetune.gin requires, and eval.gin and infer.gin.
     yield f"INITIAL_CHECKPOINT_PATH = {path!r}"
+    yield "CHECKPOINT_PATH = %INITIAL_CHECKPOINT_PATH"
     for configurable, values in bound.items():
         if values:
             yield f"{configurable}:"

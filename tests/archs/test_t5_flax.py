@@ -1,5 +1,6 @@
 """The drop-in network: T5X's parameter trees, axes, logits and caches, and norms over groups."""
 
+from dataclasses import make_dataclass
 from functools import partial
 
 import jax
@@ -10,7 +11,7 @@ from cases import first_soon
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from fusectl.archs import recognize
-from fusectl.archs.t5_flax import ScalableT5Config, T5Config, Transformer, relative_position_buckets
+from fusectl.archs.t5_flax import ScalableT5Config, T5Config, Transformer, relative_position_buckets, with_norm_groups
 from fusectl.formats import open_checkpoint
 
 
@@ -185,6 +186,31 @@ def test_it_trains_with_dropout_in_every_dtype_and_rematerialised(changes):
 def test_groups_that_do_not_sum_up_are_refused():
     with pytest.raises(ValueError, match=r"norm groups \[4, 8\] do not sum up to emb_dim 16"):
         network("t5_1_1", norm_groups=(4, 8))
+
+
+# Configs such as T5X's own, which are not fusectl's classes.
+MINIMAL = [("vocab_size", int), ("emb_dim", int), ("dtype", str), ("float32_attention_logits", bool)]
+SCALABLE = [*MINIMAL[:3], ("scan_layers", bool), ("remat_policy", str)]
+FORK = [*MINIMAL, ("use_bias", bool)]
+
+
+@pytest.mark.parametrize(("fields", "kind"), [(MINIMAL, T5Config), (SCALABLE, ScalableT5Config), (FORK, TypeError)])
+def test_norms_per_source_leave_the_other_settings_as_they_are(fields, kind):
+    values = {"vocab_size": 50, "emb_dim": 12, "dtype": "bfloat16", "scan_layers": False, "remat_policy": "minimal"}
+    values |= {"float32_attention_logits": True, "use_bias": True}
+    config = make_dataclass("T5Config", fields)(**{name: values[name] for name, _ in fields})
+
+    if kind is TypeError:
+        with pytest.raises(TypeError, match="use_bias"):
+            with_norm_groups(config, [4, 8])
+        return
+    found = with_norm_groups(config, [4, 8])
+
+    assert type(found) is kind
+    assert found.norm_groups == (4, 8)
+    assert {name: getattr(found, name) for name, _ in fields} == vars(config)
+    with pytest.raises(ValueError, match="do not sum up to emb_dim 12"):
+        with_norm_groups(config, [4, 4])
 
 
 def test_configs_are_changed_and_checked_as_t5xs_are():

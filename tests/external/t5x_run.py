@@ -1,9 +1,9 @@
-"""A run of T5X on a batch of tokens that is always the same, in T5X's own environment: see test_t5x.py.
+"""A run of T5X on one batch of tokens over and over, in T5X's own environment: see test_t5x.py.
 
 python t5x_run.py TOKENS.npz SEEN.npz --run_mode=train --gin_file=small.gin ...
 
-What follows the two files is T5X's own command line. SEEN.npz gets the training state as it is before the first step, by
-its names in a checkpoint, the logits of that state on the tokens, and the loss of every step.
+What follows the two files is T5X's own command line. SEEN.npz gets the training state as it is before the first step,
+by its names in a checkpoint, the logits of that state on the tokens, and the loss of every step.
 """
 
 import functools
@@ -27,32 +27,25 @@ def stand_in(name, **members):
         setattr(sys.modules[package], last, module)
 
 
-# Neither is on PyPI as T5X wants it: kinds of datasets that are asked for by isinstance, and an optimizer.
-stand_in("airio")
-stand_in(
-    "airio.core",
-    **{name: type(name, (), {}) for name in ("Task", "Mixture", "DatasetProviderBase", "AirIODatasetIterator")},
-)
-stand_in("jestimator")
-stand_in("jestimator.amos", amos=None, ScaleByAmosState=type("ScaleByAmosState", (), {}))
-stand_in("jestimator.amos_helper", state_partition_rule=None)
-
-import jax
-import numpy as np
-import seqio
-import tensorflow as tf
-from t5x import trainer
+def stand_in_for_what_is_not_installed():
+    """Kinds of datasets that T5X asks for by isinstance, and an optimizer: neither is on PyPI as T5X wants it."""
+    stand_in("airio")
+    kinds = ("Task", "Mixture", "DatasetProviderBase", "AirIODatasetIterator")
+    stand_in("airio.core", **{kind: type(kind, (), {}) for kind in kinds})
+    stand_in("jestimator")
+    stand_in("jestimator.amos", amos=None, ScaleByAmosState=type("ScaleByAmosState", (), {}))
+    stand_in("jestimator.amos_helper", state_partition_rule=None)
 
 
 def register(tokens):
-    """The task `tokens`: rows of a .npz, over and over."""
-    vocabulary = seqio.PassThroughVocabulary(int(tokens["vocab"]))
-    rows = {"inputs": tokens["enc"], "targets": tokens["tgt"]}
+    """Registers the task `tokens`, whose rows come over and over."""
+    import seqio
+    import tensorflow as tf
 
     def source(split, shuffle_files=False, seed=None):
-        return tf.data.Dataset.from_tensor_slices(rows).repeat()
+        return tf.data.Dataset.from_tensor_slices({"inputs": tokens["enc"], "targets": tokens["tgt"]}).repeat()
 
-    feature = seqio.Feature(vocabulary, add_eos=False)
+    feature = seqio.Feature(seqio.PassThroughVocabulary(int(tokens["vocab"])), add_eos=False)
     seqio.TaskRegistry.add(
         "tokens",
         source=seqio.FunctionDataSource(source, splits=("train", "validation")),
@@ -63,12 +56,12 @@ def register(tokens):
 
 
 def recording(train, tokens, seen):
-    """Trainer.train, which also notes what it begins with, and what comes out."""
-    batch = {
-        "encoder_input_tokens": tokens["enc"],
-        "decoder_input_tokens": tokens["dec"],
-        "decoder_target_tokens": tokens["tgt"],
-    }
+    """Trainer.train, which also notes in `seen` what it begins with, and what comes out."""
+    import jax
+    import numpy as np
+
+    names = {"enc": "encoder_input_tokens", "dec": "decoder_input_tokens", "tgt": "decoder_target_tokens"}
+    batch = {long: tokens[short] for short, long in names.items()}
 
     @functools.wraps(train)
     def wrapper(self, batches, steps, start_step=None):
@@ -86,17 +79,22 @@ def recording(train, tokens, seen):
     return wrapper
 
 
-def main(tokens, seen, *flags):
+def main(tokens, to, *flags):
     """Runs T5X with these flags."""
-    tokens, found = dict(np.load(tokens)), {}
+    stand_in_for_what_is_not_installed()
+    import jax
+    import numpy as np
+    from t5x import trainer
+
+    tokens, seen = dict(np.load(tokens)), {}
     register(tokens)
-    trainer.Trainer.train = recording(trainer.Trainer.train, tokens, found)
+    trainer.Trainer.train = recording(trainer.Trainer.train, tokens, seen)
     sys.argv = ["t5x.main", *flags]
     try:
         with jax.default_matmul_precision("highest"):
             runpy.run_module("t5x.main", run_name="__main__", alter_sys=True)
     finally:
-        np.savez(seen, **found)
+        np.savez(to, **seen)
 
 
 if __name__ == "__main__":

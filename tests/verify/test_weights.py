@@ -8,6 +8,7 @@ import pytest
 from models import checkpoint
 
 from fusectl.builder import Options
+from fusectl.errors import UsageError
 from fusectl.formats import open_checkpoint
 from fusectl.formats.sink import save
 from fusectl.record import FILE_NAME, Fill
@@ -307,6 +308,29 @@ def test_a_source_that_changed_since_is_said(tmp_path):
 
     assert any("has changed since it was fused" in note for note in report.notes)
     assert "has changed since it was fused" in report.weights.problems[0]
+
+
+def test_what_was_trained_on_cannot_be_verified(tmp_path):
+    """A trainer's save has no fusectl.json, and another step; the control is the fusion without its record."""
+    from fusectl.verify import Declared
+
+    declared = Declared(sources=(str(tmp_path / "a"), str(tmp_path / "b")))
+    path = fused(tmp_path, "t5-1.1")
+    (path / FILE_NAME).unlink()
+    saved = tmp_path / "saved"
+    opened = open_checkpoint(str(path))
+    save(saved, {name: opened.read(name) + (name == "state/step") for name in opened.leaves}, "t5x")
+
+    with pytest.raises(UsageError, match="no fusectl.json") as caught:
+        verify(str(saved), settings=Settings(("weights",)))
+    assert "trained on after it was fused cannot be verified" in caught.value.details[0]
+    assert "theory --symmetry --copies K, or diff" in caught.value.hint
+    trained, same = (verify(str(at), declared, Settings(("weights",))) for at in (saved, path))
+
+    assert trained.notes == (
+        "no fusectl.json, step 1001, and 1000 of its first source: what was trained on since cannot be verified",
+    )
+    assert same.notes == ()
 
 
 def test_a_source_that_was_copied_elsewhere_is_the_same_source(tmp_path):
