@@ -255,10 +255,10 @@ Place = Path | ObjectPath
 
 def head(file: Place, nbytes: int) -> bytes:
     """The first bytes of a file; none of what is no regular one."""
-    if isinstance(file, ObjectPath):
-        return file.head(nbytes)
     if not file.is_file():
         return b""
+    if isinstance(file, ObjectPath):
+        return file.head(nbytes)
     with file.open("rb") as opened:
         return opened.read(nbytes)
 
