@@ -15,9 +15,9 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fusectl.errors import FusectlError, NotEnoughSpace, OutputExists, StorageError
@@ -57,9 +57,9 @@ def staged(
 
     There `force` and `sync` mean nothing: what exists is never replaced, what is written is stored.
 
-    When the body fails it is removed, unless it has a journal and the failure is one that may pass: an interrupt, a
-    full disk, storage that refuses; then `kept` is called. With `resume` it begins with what such a run has left. With
-    `sync` all of it is on the disk before it appears.
+    When the body fails it is removed, with the directories that were made for it, unless it has a journal and the
+    failure is one that may pass: an interrupt, a full disk, storage that refuses; then `kept` is called. With `resume`
+    it begins with what such a run has left. With `sync` all of it is on the disk before it appears.
 
     Raises OutputExists when `final` exists and `force` is not given, or when another process is writing it.
     """
@@ -72,6 +72,8 @@ def staged(
     temporary = final.with_name(final.name + TEMPORARY_SUFFIX)
     if temporary.is_symlink():
         raise OutputExists(f"{temporary}: a symbolic link, where the checkpoint would be written first")
+    # The directories that hold it, the nearest first.
+    new = [parent for parent in final.parents if not parent.exists()]
     with storage_errors(final):
         final.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir(exist_ok=True)
@@ -98,6 +100,7 @@ def staged(
             else:
                 with undisturbed():
                     _remove(temporary)
+                    _remove_empty(new)
             raise
     finally:
         os.close(lock)
@@ -167,6 +170,13 @@ def _remove(at: Path) -> None:
         if not at.exists():
             return
         time.sleep(0.01)
+
+
+def _remove_empty(directories: Sequence[Path]) -> None:
+    """Removes directories, the inner ones first, up to one that something else is in."""
+    with suppress(OSError):
+        for each in directories:
+            each.rmdir()
 
 
 @contextmanager
