@@ -39,7 +39,7 @@ LARGEST_STEP_BYTES = 16 << 20
 _TEMPORARY = re.compile(rf"\.orbax-checkpoint-tmp|\.tmp-\d+$|{re.escape(TEMPORARY_SUFFIX)}$")
 _STEP = re.compile(r"(?:checkpoint_)?(\d+)$")
 # Of several items in a step, the ones that hold the model, best first.
-_ITEMS = ("state", "default", "items", "params")
+_ITEMS = ("state", "default", "items", "params", "model_params")
 
 
 def place(path: str) -> Place:

@@ -59,7 +59,7 @@ def restart_of(checkpoint: Checkpoint, tree: Recognized) -> Restart:
     if not has_state:
         notes.append("without optimizer state: MaxText begins a new one, at step 0, which needs a warm-up")
     notes += notes_on_history(checkpoint.record)
-    if tree.prefix != _PREFIX or checkpoint.location.index.name in _WITHOUT_PREFIX:
+    if tree.naming.prefix != _PREFIX or checkpoint.location.index.name in _WITHOUT_PREFIX:
         named = " and ".join(_WITHOUT_PREFIX)
         notes.append(f"MaxText looks for {_PREFIX}…, in directories of any name but {named}: here it finds none")
     lines = tuple(f"{key}={_value(value)}" for key, value in overrides.items())

@@ -134,6 +134,8 @@ def Adafactor(*args, **kwargs):
 
 def in_words(found: Mapping[str, Rate], optimizer: str) -> str | None:
     """The factors for an optimizer in a line; None where there are none, or nothing changes."""
-    by_kind = {rate.kind: float(factor) for rate in found.values() if (factor := getattr(rate, optimizer)) is not None}
+    by_kind = {
+        rate.kind: float(factor) for rate in found.values() if (factor := getattr(rate, optimizer, None)) is not None
+    }
     changed = [f"{kind} x {factor:.4g}" for kind, factor in by_kind.items() if not math.isclose(factor, 1.0)]
     return ", ".join(changed) or None
