@@ -142,7 +142,7 @@ class Builder:
         beside: str | None = None,
         source: int = 0,
     ) -> None:
-        """A tensor of the output; `like` names the tensor of a source, the first one, whose keys and chunks it inherits.
+        """A tensor of the output; `like` names that of a source, the first one, whose keys and chunks it inherits.
 
         It is worked on side by side with those of equal shape that have the same `beside`.
         What that one packs with others is packed with them again, as soon as all of them are there.
