@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,6 +10,7 @@ import numpy as np
 
 import fusectl
 from fusectl.archs import Recognized
+from fusectl.archs.naming import T5X, Naming, is_stream
 from fusectl.chunks import CODECS, Storing
 from fusectl.errors import Incompatible, UsageError, shorten
 from fusectl.formats import ORBAX, Format, fingerprint, format_named, orbax_for
@@ -20,6 +20,7 @@ from fusectl.formats.tree import (
     SEQUENCE,
     STEPS,
     T5X_STEP,
+    Checkpoint,
     Key,
     Node,
     array_directory,
@@ -41,7 +42,6 @@ from fusectl.transforms.optimizer import STATES, is_state, unnamed
 
 
 OPTIMIZERS = ("carry", "reset", "drop", "asymmetric")
-_AUXILIARY = re.compile(r"nnx_aux/(.+/)?rngs/")
 # Of a file, in bytes, on every usual file system.
 LONGEST_NAME = 255
 LARGEST_COMMIT_BYTES = 16 << 20
@@ -139,13 +139,14 @@ class Builder:
         noise_name: str | None = None,
         keys: tuple[Key, ...] | None = None,
         beside: str | None = None,
+        source: int = 0,
     ) -> None:
-        """A tensor of the output; `like` names the tensor of the first source whose keys and chunks it inherits.
+        """A tensor of the output; `like` names that of a source, the first one, whose keys and chunks it inherits.
 
         It is worked on side by side with those of equal shape that have the same `beside`.
         What that one packs with others is packed with them again, as soon as all of them are there.
         """
-        leaf = self._sources[0].checkpoint.leaves[like] if like else None
+        leaf = self._sources[source].checkpoint.leaves[like] if like else None
         if like is not None and like in self._packs:
             pack, part = self._packs[like]
             name, noise_name, leaf = packed_name(name), packed_name(noise_name or name), pack.leaf
@@ -189,12 +190,13 @@ class Builder:
         *,
         axes: tuple[str, ...] | None = None,
         keys: tuple[Key, ...] | None = None,
+        source: int = 0,
     ) -> None:
-        """A tensor of the first source as it is, under the name `to`."""
-        leaf = self._sources[0].checkpoint.leaves[name]
-        block = Block(whole(leaf.shape), (Term(0, name, whole(leaf.shape)),))
+        """A tensor of a source, the first one, as it is, under the name `to`."""
+        leaf = self._sources[source].checkpoint.leaves[name]
+        block = Block(whole(leaf.shape), (Term(source, name, whole(leaf.shape)),))
         layout = Layout(axes or unnamed(leaf.shape), leaf.shape, leaf.dtype, (block,))
-        self.add(to or name, layout, like=name, keys=keys)
+        self.add(to or name, layout, like=name, keys=keys, source=source)
 
     def nodes(self) -> tuple[Node, ...]:
         """The nodes without tensors that the output keeps: a list's place must not outlive its dropped neighbours."""
@@ -296,8 +298,8 @@ def _gaps(keys: Iterable[tuple[Key, ...]]) -> Iterator[str]:
             yield f"{'/'.join(key.name for key in node)}: a list or tuple without some of its elements"
 
 
-def target_of(first: Opened, options: Options) -> tuple[Format, str | None, str]:
-    """The format of the output, the item that its tree goes into, and the prefix of its parameters."""
+def target_of(first: Opened, options: Options) -> tuple[Format, str | None, Naming]:
+    """The format of the output, the item that its tree goes into, and how its parameters are named there."""
     own = format_named(first.checkpoint.format)
     # Of a tree without a trainer the arrays stay in the version of zarr that they are in.
     orbax = (
@@ -305,9 +307,9 @@ def target_of(first: Opened, options: Options) -> tuple[Format, str | None, str]
     )
     out_format = orbax if options.format == ORBAX else format_named(options.format or own.name)
     if out_format.name == "t5x":
-        return out_format, None, "target/"
+        return out_format, None, T5X
     item = "state" if first.checkpoint.format == "t5x" else first.checkpoint.location.item
-    return out_format, item, first.tree.prefix
+    return out_format, item, first.tree.naming
 
 
 def plan_step(
@@ -315,7 +317,7 @@ def plan_step(
 ) -> None:
     """Plans the step with these keys, or under the name that the format's readers look for; T5X must have one."""
     stored = step_of(first)
-    of_t5x = out_format.name == "t5x" or (stored is None and first.tree.prefix == "target/")
+    of_t5x = out_format.name == "t5x" or (stored is None and first.tree.naming == T5X)
     name = "/".join(key.name for key in keys) if keys else T5X_STEP if of_t5x else stored or "step"
     step = options.step
     if step is None and stored is not None:
@@ -342,15 +344,22 @@ def plan_step(
     builder.used |= {stored} if stored else set()
 
 
-def plan_auxiliary(builder: Builder, first: Opened) -> None:
-    """Plans copies of the streams of random numbers in MaxText's training states, which no width changes."""
-    for name in auxiliary(first):
-        builder.copy(name)
+def plan_auxiliary(builder: Builder, opened: Sequence[Opened]) -> None:
+    """Plans copies of the streams of random numbers, which no width changes: each of the first source that has it."""
+    planned: set[str] = set()
+    for place, each in enumerate(opened):
+        added = [name for name in auxiliary(each) if name not in planned]
+        for name in added:
+            builder.copy(name, source=place)
+        if added and place:
+            builder.notes.append(f"{each.label}: {len(added)} tensors of random streams, which no source before it has")
+        planned.update(added)
 
 
 def auxiliary(opened: Opened) -> list[str]:
-    """The streams of random numbers in a training state of MaxText's."""
-    return [name for name in opened.checkpoint.leaves if _AUXILIARY.match(name) and name not in opened.dropped]
+    """The streams of random numbers that MaxText keeps with a model of NNX."""
+    leaves, dropped = opened.checkpoint.leaves, opened.dropped
+    return [name for name in leaves if is_stream(name) and not is_state(name) and name not in dropped]
 
 
 def step_of(first: Opened) -> str | None:
@@ -371,6 +380,16 @@ def notes_on_mesh(mesh: Mesh | None, tree: Recognized, shapes: Mapping[str, tupl
     if share % head == 0:
         return []
     return [f"mesh {mesh}: a device's {share} of joined_kv are no whole heads of {head}: JAX allows it"]
+
+
+def notes_on_items(source: Checkpoint) -> list[str]:
+    """What else is in the step that an item was taken from, and stays behind."""
+    home, item = source.location.home, source.location.item
+    if item is None:
+        return []
+    others = sorted(child.name for child in home.iterdir() if child.is_dir() and child.name != item)
+    left = f"of the step's items only {item!r} is read; a trainer begins anew what is in {', '.join(others)}"
+    return [left] if others else []
 
 
 def own_record(opened: Opened, command: str) -> Record:

@@ -11,7 +11,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from fusectl.archs import UNKNOWN, Recognized
-from fusectl.builder import Builder, Options, notes_on_mesh, own_record, plan_step, source_record, step_of, target_of
+from fusectl.archs.naming import Naming
+from fusectl.builder import (
+    Builder,
+    Options,
+    notes_on_items,
+    notes_on_mesh,
+    own_record,
+    plan_step,
+    source_record,
+    step_of,
+    target_of,
+)
 from fusectl.errors import Incompatible, UsageError
 from fusectl.formats import open_checkpoint
 from fusectl.formats.tree import DICT, T5X_STEP, Checkpoint, Key, Node, dict_keys, is_dropped, kept_shapes
@@ -47,10 +58,10 @@ def plan_conversion(path: str, options: Options, layers: str | None = None) -> t
         seen = restacked(source, layers, options.arch, options.drop, cache_bytes=cache_bytes)
     opened = _opened(seen, options)
     on_mesh = notes_on_mesh(options.mesh, opened.tree, opened.tree.shapes)
-    out_format, item, prefix = target_of(opened, options)
+    out_format, item, naming = target_of(opened, options)
     to_t5x = out_format.name == "t5x"
     origin = source.record.origin if source.record is not None else None
-    places = _places(opened, None if to_t5x else origin, prefix if to_t5x else None)
+    places = _places(opened, None if to_t5x else origin, naming if to_t5x else None)
     builder = Builder([opened], options, out_format, reserved_bytes=cache_bytes)
     _plan_tensors(builder, opened, places, options)
     stored = step_of(opened)
@@ -84,8 +95,8 @@ def _plan_tensors(builder: Builder, opened: Opened, places: Mapping[str, Keys], 
     tree, step = opened.tree, step_of(opened)
     for name, keys in places.items():
         leaf, to = opened.checkpoint.leaves[name], "/".join(key.name for key in keys)
-        parameter = name.removeprefix(tree.prefix)
-        if parameter in tree.shapes:
+        parameter = tree.parameter_of(name)
+        if parameter is not None:
             block = Block(whole(leaf.shape), (Term(0, name, whole(leaf.shape)),))
             layout = Layout(tree.rows[parameter].spec.axes, leaf.shape, options.dtype or leaf.dtype, (block,))
             builder.add(to, layout, like=name, keys=keys)
@@ -104,16 +115,7 @@ def _notes(source: Checkpoint, opened: Opened, options: Options, layers: str | N
         yield "antisymmetric noise that is cast cancels only up to rounding"
     if to_t5x and opened.tree is UNKNOWN:
         yield "no tree that fusectl knows: T5X reads what is below target/ and state/"
-    yield from _other_items(source)
-
-
-def _other_items(source: Checkpoint) -> list[str]:
-    """What else is in the step that the item was taken from."""
-    home, item = source.location.home, source.location.item
-    if item is None:
-        return []
-    others = sorted(child.name for child in home.iterdir() if child.is_dir() and child.name != item)
-    return [f"of the step's items only {item!r} is converted, not {', '.join(others)}"] if others else []
+    yield from notes_on_items(source)
 
 
 def _opened(checkpoint: Checkpoint, options: Options) -> Opened:
@@ -129,10 +131,10 @@ def _opened(checkpoint: Checkpoint, options: Options) -> Opened:
     return ready(checkpoint, options.arch, options.drop)
 
 
-def _places(opened: Opened, origin: Origin | None, prefix: str | None) -> Mapping[str, Keys]:
+def _places(opened: Opened, origin: Origin | None, naming: Naming | None) -> Mapping[str, Keys]:
     """The keys in the output of every tensor that goes there.
 
-    `prefix` is that of the parameters in T5X's trees, None for other formats; `origin` is the tree to be restored.
+    `naming` is that of parameters in T5X's trees, None for other formats; `origin` is the tree to be restored.
     """
     tree, leaves, step = opened.tree, opened.checkpoint.leaves, step_of(opened)
     places: dict[str, Keys] = {}
@@ -140,31 +142,32 @@ def _places(opened: Opened, origin: Origin | None, prefix: str | None) -> Mappin
     for name, leaf in leaves.items():
         if name in opened.dropped:
             continue
-        parameter = name.removeprefix(tree.prefix)
-        inside = dict_keys(parameter)
-        if prefix is not None:
-            to = prefix + parameter if parameter in tree.shapes else T5X_STEP if name == step else name
+        parameter = tree.parameter_of(name)
+        if naming is not None:
+            to = naming.full(parameter) if parameter is not None else T5X_STEP if name == step else name
             places[name] = dict_keys(to)
         elif origin is None:
             places[name] = leaf.keys
         elif (keys := _keys(origin, name)) is not None:
             places[name] = keys
-        elif parameter in tree.shapes and home is not None:
-            places[name] = (*home, *inside)
+        elif parameter is not None and home is not None:
+            before, behind = home
+            places[name] = (*before, *dict_keys(parameter), *behind)
         elif name != T5X_STEP:
             places[name] = leaf.keys
     return places
 
 
-def _home(tree: Recognized, origin: Origin | None) -> Keys | None:
-    """The keys before those of every parameter in the tree that is to be restored.
+def _home(tree: Recognized, origin: Origin | None) -> tuple[Keys, Keys] | None:
+    """The keys before those of every parameter, and behind them, in the tree that is to be restored.
 
     Parameters whose layers were stacked or not since are not in it by name; they lie where the others do.
     """
     for name in tree.shapes:
         keys = _keys(origin, tree.full(name))
         if keys is not None:
-            return keys[: len(keys) - len(dict_keys(name))]
+            end = len(keys) if keys[-1].name == name.rsplit("/", 1)[-1] else len(keys) - 1
+            return keys[: end - len(dict_keys(name))], keys[end:]
     return None
 
 
@@ -217,7 +220,7 @@ def _nodes(origin: Origin, options: Options) -> tuple[Node, ...]:
 def _prefix(places: Mapping[str, Keys], tree: Recognized) -> str:
     """The prefix that the parameters have in the output."""
     name = next(iter(tree.shapes), None)
-    return "" if name is None else "/".join(key.name for key in places[tree.full(name)]).removesuffix(name)
+    return "" if name is None else "/".join(key.name for key in places[tree.full(name)]).rpartition(name)[0]
 
 
 def _record(opened: Opened, options: Options, layers: str | None) -> Record:

@@ -33,8 +33,8 @@ class Expanded(View):
     def __init__(self, source: Checkpoint, tree: Recognized, times: int) -> None:
         places = {}
         for name, leaf in source.leaves.items():
-            inside = name.removeprefix(tree.prefix)
-            of_parameter = tree.rows[inside].spec.axes if inside in tree.rows and name == tree.full(inside) else None
+            parameter = tree.parameter_of(name)
+            of_parameter = None if parameter is None else tree.rows[parameter].spec.axes
             axes = of_parameter or slot_axes(name, leaf.shape, tree, tree.shapes)
             if KV_HEADS in axes:
                 places[name] = axes.index(KV_HEADS)

@@ -299,6 +299,6 @@ def _slot_problems(checkpoint: Checkpoint, arch: str | None, notes: list[str]) -
         notes.append(f"the optimizer's slots were not compared with their parameters: {error.message}")
         return
     try:
-        find_state(checkpoint.shapes, tree, checkpoint.path)
+        find_state(checkpoint.shapes, tree, checkpoint.path).require_known(checkpoint.path, "")
     except Incompatible as error:
         yield from error.details

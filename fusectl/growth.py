@@ -11,6 +11,7 @@ from fusectl.builder import (
     Builder,
     Options,
     auxiliary,
+    notes_on_items,
     notes_on_mesh,
     own_record,
     plan_step,
@@ -55,12 +56,12 @@ def plan_stack(
         now = ", ".join(f"{n} in the {stack}" for stack, n in tree.depths.items())
         raise UsageError(f"{opened.label}: it has that many layers already ({now})", hint="--layers N for more")
     on_mesh = notes_on_mesh(options.mesh, grown, grown.shapes)
-    out_format, item, prefix = target_of(opened, options)
+    out_format, item, naming = target_of(opened, options)
     builder = Builder([opened], options, out_format)
     for parameter in grown.shapes:
         like = tree.full(next(deepening.pieces(parameter)).parameter)
         layout = deepening.layout(parameter, options.dtype or opened.checkpoint.leaves[like].dtype)
-        builder.add(prefix + parameter, layout, like=like)
+        builder.add(naming.full(parameter), layout, like=like)
     optimizer = plan_deeper_state(builder, opened, deepening, options)
     plan_step(builder, opened, options, out_format)
     leaves = opened.checkpoint.leaves
@@ -68,7 +69,8 @@ def plan_stack(
         builder.add(name, Layout(unnamed(shape), shape, leaves[like].dtype, blocks), like=like)
     record = _record(opened, builder, options, _growth(opened, deepening, how), optimizer)
     again = [] if how == "identity" else [Exactness(APPROXIMATE, (f"layers that come again ({how})",))]
-    notes = [*opened.checkpoint.location.notes, *builder.notes, *_notes(deepening, how), *on_mesh]
+    of_source = [*opened.checkpoint.location.notes, *notes_on_items(opened.checkpoint)]
+    notes = [*of_source, *builder.notes, *_notes(deepening, how), *on_mesh]
     exactness = least([*again, *_rounding(opened, options)])
     return replace(builder.plan(record, item, notes), exactness=exactness), [opened.checkpoint]
 
@@ -120,7 +122,7 @@ def plan_with_operator(path: str, operator: Kept, options: Options) -> tuple[Pla
     growing = operator.growing(opened.tree, opened.label)
     grown, application = growing.grown, Application(growing, operator.depth)
     on_mesh = notes_on_mesh(options.mesh, grown, grown.shapes)
-    out_format, item, prefix = target_of(opened, options)
+    out_format, item, naming = target_of(opened, options)
     # For the matrices of a layer, both as they are and inverted.
     matrix_bytes = min(options.max_memory_bytes // 4, 8 * MATRICES * _largest(growing))
     mapped_bytes = options.max_memory_bytes // 4
@@ -128,7 +130,7 @@ def plan_with_operator(path: str, operator: Kept, options: Options) -> tuple[Pla
     for parameter in grown.shapes:
         like = application.like(parameter)
         layout = application.layout(parameter, options.dtype or opened.checkpoint.leaves[opened.full(like)].dtype)
-        builder.add(prefix + parameter, layout, like=opened.full(like), beside=like)
+        builder.add(naming.full(parameter), layout, like=opened.full(like), beside=like)
     with_state = any(is_state(name) and name not in opened.dropped for name in opened.checkpoint.leaves)
     builder.notes += [DROPPED] * with_state
     plan_step(builder, opened, options, out_format)
@@ -158,7 +160,7 @@ def plan_with_operator(path: str, operator: Kept, options: Options) -> tuple[Pla
     )
     because = f"a linear operator has made it ({operator.how}): its loss is for verify to tell"
     exactness = Exactness() if operator.keeps_function else Exactness(APPROXIMATE, (because,))
-    notes = [*opened.checkpoint.location.notes, *builder.notes, *on_mesh]
+    notes = [*opened.checkpoint.location.notes, *notes_on_items(opened.checkpoint), *builder.notes, *on_mesh]
     plan = replace(builder.plan(record, item, notes), exactness=exactness)
     plan = replace(plan, matrix_bytes=matrix_bytes, mapped_bytes=mapped_bytes)
     return plan, [opened.checkpoint, *([] if own is None else [own])]
@@ -174,10 +176,10 @@ def _largest(growing: Growing) -> int:
 def _record(opened: Opened, builder: Builder, options: Options, growth: Growth, optimizer: str) -> Record:
     """The record of a model that was grown from a source: what that one's own says, but for what it was made from."""
     own = own_record(opened, "stack" if growth.layers else "ligo")
-    out_format, _, prefix = target_of(opened, options)
+    out_format, _, naming = target_of(opened, options)
     return replace(
         own,
-        parameters=prefix,
+        parameters=naming.prefix,
         # What stands there now is another field of noise, and another model than the sources' mean.
         fill=replace(own.fill, seed=None) if own.fill.kind != "zeros" else own.fill,
         sources=(),

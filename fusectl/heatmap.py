@@ -269,11 +269,11 @@ def _leaf(opened: Opened, parameter: str) -> Leaf:
 
 
 def _parameter(opened: Opened, tensor: str) -> str:
-    """The parameter that is meant, with or without the tree's prefix."""
+    """The parameter that is meant, with or without what the tree puts around its name."""
     shapes, name = opened.tree.shapes, tensor.strip("/")
     if name in shapes:
         return name
-    bare = name.removeprefix(opened.tree.prefix)
+    bare = opened.tree.naming.bare(name)
     if bare in shapes:
         return bare
     if name in opened.checkpoint.leaves:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from fusectl.archs import Recognized, family_named, match, nearest_row, parameters_of
+from fusectl.archs import Recognized, family_named, match, nearest_row
+from fusectl.archs.naming import namings_of
 from fusectl.archs.table import Family, Row
 from fusectl.errors import Corrupt, Incompatible, counted, shorten
 from fusectl.formats import FORMATS, open_checkpoint
@@ -134,7 +135,8 @@ def inspect(path: str, arch: str | None = None, lineage: Lineage | None = None) 
 
 def _matched(seen: Inspection, family: Family, refused: Incompatible) -> Inspection:
     """An inspection with the rows of a family's table that its tensors fall under, though not all do."""
-    prefix, inside = parameters_of(seen.checkpoint.shapes)
-    rows, _ = match(family, inside)
-    nearest = {prefix + name: nearest_row(family, name) for name in inside if name not in rows}
-    return replace(seen, rows={prefix + name: row for name, row in rows.items()}, nearest=nearest, refused=refused)
+    shapes = seen.checkpoint.shapes
+    matched = [(naming, *match(family, naming.parameters(shapes))) for naming in namings_of(shapes)]
+    naming, rows, _ = max(matched, key=lambda each: len(each[1]))
+    nearest = {naming.full(n): nearest_row(family, n) for n in naming.parameters(shapes) if n not in rows}
+    return replace(seen, rows={naming.full(n): row for n, row in rows.items()}, nearest=nearest, refused=refused)

@@ -25,7 +25,9 @@ from fusectl.layout import Block, Layout, Noise, Region, whole
 PARTS = ("query", "key", "value")
 PACKED = "qkv_proj"
 
-_PACKED = re.compile(rf"(?P<module>.*/){PACKED}/(?P<tensor>kernel|bias)")
+# Behind the tensor may stand what a state of NNX has there.
+_PACKED = re.compile(rf"(?P<module>.*/){PACKED}/(?P<tensor>kernel|bias)(?P<end>/value)?")
+_PART = re.compile(rf"(?P<module>.*/)(?:{'|'.join(PARTS)})/(?P<tensor>(?:kernel|bias)(?:/value)?)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +77,14 @@ def unpacked(checkpoint: Checkpoint) -> Checkpoint:
     packs: dict[str, tuple[Pack, int]] = {}
     for name, leaf in checkpoint.leaves.items():
         found = _PACKED.fullmatch(name)
-        out = checkpoint.leaves.get(f"{found['module']}out/kernel") if found else None
-        if found is None or out is None or [key.name for key in leaf.keys[-2:]] != [PACKED, found["tensor"]]:
+        end = (found["end"] or "") if found else ""
+        out = checkpoint.leaves.get(f"{found['module']}out/kernel{end}") if found else None
+        if found is None or out is None or _place_of(leaf) is None:
             continue
         is_bias = found["tensor"] == "bias"
         if len(out.shape) in {3, 4} and len(leaf.shape) == len(out.shape) - is_bias:
             pack = _pack(leaf, out, is_bias=is_bias, where=checkpoint.path)
-            packs |= {f"{found['module']}{part}/{found['tensor']}": (pack, i) for i, part in enumerate(PARTS)}
+            packs |= {f"{found['module']}{part}/{found['tensor']}{end}": (pack, i) for i, part in enumerate(PARTS)}
     return Unpacked(checkpoint, packs) if packs else checkpoint
 
 
@@ -108,9 +111,9 @@ def packed_name(name: str) -> str:
     >>> packed_name("layers_0/self_attention/key/kernel")
     'layers_0/self_attention/qkv_proj/kernel'
     """
-    module, part, tensor = name.rsplit("/", 2)
-    assert part in PARTS
-    return f"{module}/{PACKED}/{tensor}"
+    found = _PART.fullmatch(name)
+    assert found is not None
+    return f"{found['module']}{PACKED}/{found['tensor']}"
 
 
 def joined(layouts: Sequence[Layout], axis: int) -> Layout:
@@ -154,10 +157,17 @@ def _behind_heads(leaf: Leaf, out: Leaf, is_bias: bool) -> bool:
     return leaf.shape[1] == out.shape[1] and (is_bias or leaf.shape[0] == out.shape[-1])
 
 
+def _place_of(leaf: Leaf) -> int | None:
+    """The place of the packed module among the keys of its tensor; None where it is part of a key."""
+    return next((i for i, key in enumerate(leaf.keys) if i >= len(leaf.keys) - 3 and key.name == PACKED), None)
+
+
 def _seen(name: str, pack: Pack, part: int) -> Leaf:
     leaf, axis = pack.leaf, pack.axis
     shape = (*leaf.shape[:axis], len(pack.span(part)), *leaf.shape[axis + 1 :])
-    keys = (*leaf.keys[:-2], replace(leaf.keys[-2], name=PARTS[part]), leaf.keys[-1])
+    place = _place_of(leaf)
+    assert place is not None
+    keys = (*leaf.keys[:place], replace(leaf.keys[place], name=PARTS[part]), *leaf.keys[place + 1 :])
     stored = leaf.stored
     if stored is not None:
         chunks = tuple(min(c, n) for c, n in zip(stored.chunks, shape, strict=True))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 
 from fusectl.builder import Builder, Options
@@ -20,6 +20,7 @@ from fusectl.transforms.optimizer import (
     fresh_slots,
     is_state,
     slot_axes,
+    unnamed,
 )
 
 
@@ -48,6 +49,8 @@ def plan_state(builder: Builder, opened: Sequence[Opened], fusion: Fusion, optio
             hint="--optimizer drop leaves it out, --optimizer reset makes zeros of that of the first source",
         )
     state = state_of(first)
+    if options.optimizer != "reset":
+        state.require_known(first.label, "--optimizer reset makes zeros of its slots, --optimizer drop leaves it out")
     fused_shapes = {name: fusion.fused_shape(name) for name in first.tree.shapes}
     slots: Iterable[tuple[str, tuple[int, ...], tuple[Block, ...]]]
     if options.optimizer == "reset":
@@ -73,10 +76,7 @@ def plan_state(builder: Builder, opened: Sequence[Opened], fusion: Fusion, optio
             )
         builder.add(name, Layout(axes, shape, dtype, blocks), like=name)
         planned.add(name)
-    if options.optimizer != "reset":
-        for name in state.names:
-            if name not in planned:
-                builder.copy(name)
+    plan_beside(builder, first, state, planned, reset=options.optimizer == "reset")
     builder.notes.append(f"optimizer: {state.kind}, {len(state.names)} slots {effect}")
     return options.optimizer, state.kind
 
@@ -84,6 +84,7 @@ def plan_state(builder: Builder, opened: Sequence[Opened], fusion: Fusion, optio
 def plan_deeper_state(builder: Builder, opened: Opened, deepening: Deepening, options: Options) -> str:
     """Plans the optimizer's slots of a deeper model: each layer's along with it, zeros, or none. What was done."""
     state = state_of(opened)
+    state.require_known(opened.label, "--optimizer drop leaves it out")
     if state.kind == "none" or options.optimizer == "drop":
         if state.kind != "none":
             builder.notes.append(DROPPED)
@@ -93,16 +94,31 @@ def plan_deeper_state(builder: Builder, opened: Opened, deepening: Deepening, op
     for name, like, shape, blocks in deepening.slots(state):
         axes = slot_axes(name, shape, grown, grown.shapes)
         builder.add(name, Layout(axes, shape, leaves[like].dtype, () if reset else blocks), like=like)
-    for name in state.names:
-        if state.names_of(name)[0] is None and reset:
-            builder.add(name, Layout((), (), leaves[name].dtype, ()), like=name)
-        elif state.names_of(name)[0] is None:
-            builder.copy(name)
+    plan_beside(builder, opened, state, {output.name for output in builder.outputs}, reset=reset)
     effect = RESET if reset else "carried along with their layers"
     if not reset and any(depth.idle for depth in deepening.depths.values()):
         effect += "; first moments of those that add nothing start from 0"
     builder.notes.append(f"optimizer: {state.kind}, {effect}")
     return options.optimizer
+
+
+def plan_beside(
+    builder: Builder, opened: Opened, state: OptimizerState, planned: Collection[str], *, reset: bool
+) -> None:
+    """Plans what of a state no parameter has, and is not planned yet: settings as they are, counts too or as zeros.
+
+    What another model begins anew is zeros in any case.
+    """
+    for name, shape in state.beside.items():
+        if name in planned:
+            continue
+        if name in state.settings or not (reset or name in state.anew):
+            builder.copy(name)
+        else:
+            dtype = opened.checkpoint.leaves[name].dtype
+            builder.add(name, Layout(unnamed(shape), shape, dtype, ()), like=name)
+    if state.anew:
+        builder.notes.append("optimizer: the window of losses and norms by which steps are skipped begins anew")
 
 
 def state_of(opened: Opened) -> OptimizerState:
@@ -142,7 +158,7 @@ def _notes_on_state(carry: Carry, opened: Sequence[Opened]) -> list[str]:
         for name in carry.fusion.tree.shapes
     ):
         notes.append("too small a source to tell whether Adafactor is factored: taken for T5X's default, factored")
-    counters = [[n for n in s.names if s.names_of(n)[0] is None] for s in carry.states]
+    counters = [[n for n in s.beside if n not in s.anew] for s in carry.states]
     counts = [[int(o.checkpoint.read(n)) for n in names] for names, o in zip(counters, opened, strict=True)]
     if any(each != counts[0] for each in counts):
         said = ", ".join(str(max(each, default=0)) for each in counts)

@@ -21,7 +21,17 @@ import numpy as np
 import fusectl
 from fusectl.archs import Recognized
 from fusectl.archs.config import read_config
-from fusectl.builder import Builder, Options, notes_on_mesh, plan_auxiliary, plan_step, source_record, target_of
+from fusectl.archs.naming import Naming
+from fusectl.builder import (
+    Builder,
+    Options,
+    notes_on_items,
+    notes_on_mesh,
+    plan_auxiliary,
+    plan_step,
+    source_record,
+    target_of,
+)
 from fusectl.cache import Cache
 from fusectl.equalize import Equalize, residual_scales
 from fusectl.errors import Corrupt, FusectlError, Incompatible, OutputExists, UsageError, counted, shorten
@@ -90,21 +100,21 @@ def plan_fusion(
     on_mesh = notes_on_mesh(options.mesh, first.tree, {name: fusion.fused_shape(name) for name in first.tree.shapes})
     if equalize is not None:
         fusion = replace(fusion, residual_scales=residual_scales(opened, equalize))
-    out_format, item, prefix = target_of(first, options)
+    out_format, item, naming = target_of(first, options)
     builder = Builder(opened, options, out_format)
     for parameter in first.tree.shapes:
         tensors = [o.full(parameter) for o in opened]
         stored = first.checkpoint.leaves[tensors[0]].dtype
         layout = fused(fusion, parameter, options.dtype or stored, options.fill, tensors)
-        builder.add(prefix + parameter, layout, like=tensors[0], noise_name=parameter)
+        builder.add(naming.full(parameter), layout, like=tensors[0], noise_name=parameter)
     optimizer, kind = plan_state(builder, opened, fusion, options)
     plan_step(builder, first, options, out_format)
-    plan_auxiliary(builder, first)
+    plan_auxiliary(builder, opened)
     record = Record(
         version=fusectl.__version__,
         command=command,
         family=first.tree.family.name,
-        parameters=prefix,
+        parameters=naming.prefix,
         sources=tuple(source_record(o) for o in opened),
         weights=shares,
         widths=fusion.widths,
@@ -127,7 +137,7 @@ def plan_fusion(
         notes.append(f"at an unchanged rate it moves faster; {kind} goes on as before with {words} (--lr-table FILE)")
         notes.append(f"not so where gradients are {CLIPPED}")
     plan = replace(builder.plan(record, item, notes), rates=found)
-    return _with_exactness(plan, fusion, opened), [o.checkpoint for o in opened]
+    return _with_exactness(plan, naming, fusion, opened), [o.checkpoint for o in opened]
 
 
 def plan_noise_fill(path: str, options: Options, *, copies: int | None = None) -> tuple[Plan, list[Checkpoint]]:
@@ -151,13 +161,13 @@ def plan_noise_fill(path: str, options: Options, *, copies: int | None = None) -
     fusion = Fusion(opened.tree, record.weights, record.widths, record.residual_scales, record.means_shared)
     check_fill(fusion, options.fill)
     on_mesh = notes_on_mesh(options.mesh, opened.tree, opened.tree.shapes)
-    out_format, item, prefix = target_of(opened, options)
+    out_format, item, naming = target_of(opened, options)
     builder = Builder([opened], options, out_format)
     for parameter in opened.tree.shapes:
         tensor = opened.full(parameter)
         stored = opened.checkpoint.leaves[tensor].dtype
         layout = filled(fusion, parameter, options.dtype or stored, options.fill, tensor)
-        builder.add(prefix + parameter, layout, like=tensor, noise_name=parameter)
+        builder.add(naming.full(parameter), layout, like=tensor, noise_name=parameter)
     plan_step(builder, opened, options, out_format)
     for name in opened.checkpoint.leaves:
         if name not in builder.used and name not in opened.dropped:
@@ -171,7 +181,7 @@ def plan_noise_fill(path: str, options: Options, *, copies: int | None = None) -
         family=opened.tree.family.name,
         table=opened.tree.family.table,
         fill=options.fill,
-        parameters=prefix,
+        parameters=naming.prefix,
         optimizer=record.optimizer if kept else "drop",
         step=record.step if options.step is None else options.step,
         copy=None,
@@ -180,16 +190,17 @@ def plan_noise_fill(path: str, options: Options, *, copies: int | None = None) -
         tensors={},
         files={},
     )
-    notes = [*opened.checkpoint.location.notes, *builder.notes, *_notes_on_fill(options.fill), *on_mesh]
-    return _with_exactness(builder.plan(record, item, notes), fusion, [opened]), [opened.checkpoint]
+    of_items = notes_on_items(opened.checkpoint)
+    notes = [*opened.checkpoint.location.notes, *of_items, *builder.notes, *_notes_on_fill(options.fill), *on_mesh]
+    return _with_exactness(builder.plan(record, item, notes), naming, fusion, [opened]), [opened.checkpoint]
 
 
-def _with_exactness(plan: Plan, fusion: Fusion, opened: Sequence[Opened]) -> Plan:
+def _with_exactness(plan: Plan, naming: Naming, fusion: Fusion, opened: Sequence[Opened]) -> Plan:
     """The plan with what each parameter, and all of them, do for the mean of the logits."""
     dtypes = {output.name: output.layout.dtype for output in plan.outputs}
     found: dict[str, Exactness] = {}
     for parameter in fusion.tree.rows:
-        name = plan.record.parameters + parameter
+        name = naming.full(parameter)
         # Of those that are packed again.
         name = name if name in dtypes else packed_name(name)
         stored = [epsilon(o.checkpoint.leaves[o.full(parameter)].dtype) for o in opened]
@@ -458,6 +469,7 @@ def _notes_on_fill(fill: Fill) -> list[str]:
 
 def _notes_on(opened: Sequence[Opened], options: Options, record: Record) -> list[str]:
     notes = [note for o in dict.fromkeys(opened) for note in o.checkpoint.location.notes]
+    notes += notes_on_items(opened[0].checkpoint)
     steps = [o.checkpoint.step for o in opened]
     if len(set(steps)) > 1:
         notes.append(f"the sources are at steps {', '.join(map(str, steps))}; the output keeps {steps[0]}")
@@ -522,7 +534,7 @@ def _record_for(opened: Opened, copies: int | None) -> Record:
         version=fusectl.__version__,
         command="noise-fill",
         family=opened.tree.family.name,
-        parameters=opened.tree.prefix,
+        parameters=opened.tree.naming.prefix,
         sources=(),
         weights=(1.0 / copies,) * copies,
         widths=widths,

@@ -57,6 +57,18 @@ def logits(tmp_path_factory) -> Path:
     return root / "decoders-more"
 
 
+@pytest.fixture(scope="session")
+def posttrained(tmp_path_factory) -> Path:
+    """Models of MaxText's that Tunix's checkpoint manager saved: that of 2026-08 sft_unscanned/7, without the item of
+    the optimizer's state, 0.1.7 rl_scanned/7, with that item's indexes alone; MaxText's tokens and logits for the
+    second in rl_scanned/forward.npz.
+    """
+    root = tmp_path_factory.mktemp("posttrained")
+    with tarfile.open(DATA / "maxtext-posttrained.tar.xz") as archive:
+        archive.extractall(root, filter="data")
+    return root / "posttrained"
+
+
 @pytest.fixture
 def sources(written) -> list[str]:
     """Two T5 1.1 models, one in each of T5X's formats."""

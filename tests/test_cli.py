@@ -181,12 +181,22 @@ def test_the_rates_come_as_optimizers_whose_state_is_the_one_without_them(models
     values = {n.removeprefix("target/"): opened.read(n) for n in opened.leaves if n.startswith("target/")}
     parameters = {"params": unflatten_dict(values, sep="/")}
     gradients = jax.tree.map(np.sin, parameters)
-    plain, grown = optax.adamw(1e-3), grown_rates.rescaled(optax.adamw(1e-3))
+    plain, grown = optax.adam(1e-3), grown_rates.rescaled(optax.adam(1e-3))
     assert jax.tree.structure(plain.init(parameters)) == jax.tree.structure(grown.init(parameters))
     one, two = (flatten_dict(o.update(gradients, o.init(parameters), parameters)[0], sep="/") for o in (plain, grown))
     table = {"kernel": 0.5, "head": 0.5, "other": 1.0}
     for name, label in grown_rates.LABELS.items():
         np.testing.assert_allclose(two[f"params/{name}"], table[label] * one[f"params/{name}"], rtol=1e-6)
+    # Weight decay takes the same share of all blocks; and what a wrapper such as MaxText's hands on is handed on.
+    decaying, seen = optax.adamw(1e-3, weight_decay=0.1), []
+    wrapper = optax.GradientTransformationExtraArgs(
+        decaying.init, lambda u, s, p=None, *, loss: (seen.append(loss), decaying.update(u, s, p))[1]
+    )
+    decayed = grown_rates.rescaled(wrapper).update(gradients, decaying.init(parameters), parameters, loss=3.0)[0]
+    for name, update in flatten_dict(decayed, sep="/").items():
+        decay = 1e-3 * 0.1 * values[name.removeprefix("params/")]
+        np.testing.assert_allclose(update, two[name] - decay, rtol=1e-5, atol=1e-9)
+    assert set(seen) == {3.0}
     with pytest.raises(KeyError, match="no parameter of the checkpoint"):
         grown.update({"w": np.ones(3)}, plain.init({"w": np.ones(3)}), {"w": np.ones(3)})
 

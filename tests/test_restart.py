@@ -5,6 +5,8 @@ wrote; and Gemma's config, parsed and compared with that of the model.
 import ast
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import gin
@@ -467,6 +469,67 @@ def test_maxtext_takes_the_sizes_of_the_fused_model(decoders, tmp_path, fusectl)
     assert ended == [line for line in printed.out.splitlines() if not line.startswith("#")]
     result = fusectl("restart-config", out, "--json").json["result"]
     assert (result["trainer"], result["overrides"], result["shell"]) == ("maxtext", found, printed.out)
+
+
+# What the printed program imports. The trainer prints what an update of its head is over that of a norm.
+TRAINER = {
+    "maxtext/__init__.py": "",
+    "maxtext/optimizers/__init__.py": "",
+    "maxtext/optimizers/optimizers.py": """
+import optax
+def get_optimizer(config, learning_rate_schedule, model=None):
+    return optax.adamw(learning_rate_schedule)
+""",
+    "maxtext/trainers/__init__.py": "",
+    "maxtext/trainers/pre_train/__init__.py": "",
+    "maxtext/trainers/pre_train/train.py": """
+import numpy as np
+from maxtext.optimizers import optimizers
+def main(argv):
+    optimizer = optimizers.get_optimizer(None, 1e-3, model=None)
+    zeros, ones = (
+        {"decoder": {"decoder_norm": {"scale": np.full(3, x)}, "logits_dense": {"kernel": np.full(3, x)}}}
+        for x in (0.0, 1.0)
+    )
+    found = optimizer.update(ones, optimizer.init(zeros), zeros)[0]["decoder"]
+    print(float(found["logits_dense"]["kernel"][0] / found["decoder_norm"]["scale"][0]))
+""",
+}
+
+
+def test_maxtext_is_told_where_its_rates_go(decoders, tmp_path, fusectl):
+    """What the shell makes of the printed line is the program; it is run on modules in place of MaxText's."""
+    source, out = decoders / "maxtext-written/llama2_scanned/seed1/2", tmp_path / "runs/grown/checkpoints/2"
+    home = tmp_path / "program"
+    for name, text in TRAINER.items():
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / name).write_text(text)
+    assert fusectl("self-fuse", source, "-o", out, "--lr-table", home / "grown_rates.py").code == 0
+    printed = fusectl("restart-config", out)
+    (line,) = (note.partition(": ")[2] for note in notes(printed) if " | sed " in note)
+
+    given, _, command = line.partition(" | ")
+    assert given == f"fusectl restart-config {out}"
+    subprocess.run(command, shell=True, input=printed.out, text=True, cwd=home, check=True)
+    done = subprocess.run([sys.executable, "train_grown.py"], cwd=home, capture_output=True, text=True, check=True)
+
+    assert float(done.stdout) == pytest.approx(0.5)
+    assert fusectl("restart-config", out, "--json").json["result"]["rates"] == (home / "train_grown.py").read_text()
+    assert any("gradient_clipping_threshold=0.0" in note for note in notes(printed))
+    # The rest is no comment.
+    assert overrides(printed)["run_name"] == "grown"
+
+
+@pytest.mark.parametrize(("words", "told"), [((), True), (("--weights", "0.7,0.3"), False), (("other",), False)])
+def test_rates_have_a_place_only_where_there_are_some(decoders, tmp_path, fusectl, words, told):
+    home = decoders / "maxtext-written/llama2_scanned"
+    pair = (home / "seed1", home / ("seed2" if "other" in words else "seed1"))
+    options = [word for word in words if word != "other"]
+    assert fusectl("fuse", *pair, *options, "-o", tmp_path / "f").code == 0
+    assert (
+        any("#> import grown_rates" in line for line in fusectl("restart-config", tmp_path / "f").out.splitlines())
+        is told
+    )
 
 
 def test_maxtext_is_told_what_a_config_told(trained, logits, tmp_path, fusectl):

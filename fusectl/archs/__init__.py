@@ -11,7 +11,7 @@ import difflib
 import itertools
 import math
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ from pathlib import Path
 from fusectl.archs.config import Config
 from fusectl.archs.gemma import GEMMA_FAMILIES
 from fusectl.archs.maxtext import MAXTEXT_FAMILIES
+from fusectl.archs.naming import Naming, namings_of
 from fusectl.archs.network import Network
 from fusectl.archs.t5 import T5_FAMILIES
 from fusectl.archs.table import Family, Row, stack_of, ways
@@ -32,9 +33,6 @@ FAMILIES: tuple[Family, ...] = (*T5_FAMILIES, *MAXTEXT_FAMILIES, *GEMMA_FAMILIES
 # That of a tree which no table explains.
 _NO_FAMILY = Family("", (), frozenset(), lambda _: "no family", trainer="")
 
-# Where trainers keep the parameters in their trees: T5X, MaxText, Flax, and a bare tree.
-PARAMETER_PREFIXES = ("target/", "params/params/", "params/", "")
-
 # Of names that no family knows, how many are compared with its rows; and of tensors that are missing, counted.
 MOST_COMPARED = 1000
 MOST_MISSING = 10_000
@@ -45,7 +43,7 @@ class Recognized:
     """A tree whose parameters are a family's: the rows they fall under, and the sizes that follow."""
 
     family: Family
-    prefix: str
+    naming: Naming
     shapes: Mapping[str, tuple[int, ...]]
     evidence: str
     rows: Mapping[str, Row] = field(repr=False)
@@ -108,7 +106,12 @@ class Recognized:
 
     def full(self, parameter: str) -> str:
         """The full name of a parameter in the whole tree."""
-        return self.prefix + parameter
+        return self.naming.full(parameter)
+
+    def parameter_of(self, name: str) -> str | None:
+        """The parameter that a full name is of; None for what is none."""
+        bare = self.naming.bare(name)
+        return bare if bare in self.shapes and self.full(bare) == name else None
 
     @property
     def parameters(self) -> int:
@@ -124,7 +127,7 @@ def _before(row: Row) -> bool:
     return "layers" in row.spec.axes and not row.behind
 
 
-UNKNOWN = Recognized(_NO_FAMILY, "", {}, "", {})
+UNKNOWN = Recognized(_NO_FAMILY, Naming(), {}, "", {})
 
 
 def family_named(name: str) -> Family:
@@ -142,7 +145,8 @@ def family_named(name: str) -> Family:
             return family
     known = [n for family in FAMILIES for n in (family.name, *family.aliases)]
     near = difflib.get_close_matches(name, known, n=3)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
+    plain = [n for n in known if not any(n != other and n.startswith(other) for other in known)]
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(plain)}, and their variants"
     raise Incompatible(f"no model family is called {name!r}", hint=hint)
 
 
@@ -163,50 +167,53 @@ def recognize(
     """
     named = family_named(arch) if isinstance(arch, str) and arch else arch or None
     candidates = [named] if named else [f for f in FAMILIES if not f.by_name_only]
-    prefix, inside = parameters_of(shapes)
+    namings = namings_of(shapes)
+    fitting = next((found for naming in namings if (found := list(_fitting(candidates, naming, shapes)))), None)
+    if fitting is None:
+        raise _unrecognized(namings[0].parameters(shapes), candidates, named, where)
+    tree = _one_of([each for each in fitting if each.family.name == before] or fitting, where)
+    return tree if config is None else configured(tree, config, where)
+
+
+def _fitting(
+    candidates: Iterable[Family], naming: Naming, shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[Recognized]:
+    """The tree as each of the families has it whose tables describe all of its parameters."""
+    inside = naming.parameters(shapes)
     # Most families do not know one of the first names.
     explaining = [family for family in candidates if all(family.row_of(name) is not None for name in inside)]
-    matched = [(family, *match(family, inside)) for family in explaining]
-    fitting = [
-        Recognized(family, prefix, inside, family.evidence(inside), rows)
-        for family, rows, problems in matched
-        if inside and not problems
-    ]
-    if fitting:
-        tree = _one_of([each for each in fitting if each.family.name == before] or fitting, where)
-        return tree if config is None else configured(tree, config, where)
-    wrong = {family: len(problems) for family, _, problems in matched}
+    for family in explaining if inside else ():
+        rows, problems = match(family, inside)
+        if not problems:
+            yield Recognized(family, naming, inside, family.evidence(inside), rows)
 
+
+def _unrecognized(
+    inside: Mapping[str, tuple[int, ...]], candidates: Sequence[Family], named: Family | None, where: str
+) -> Incompatible:
+    """What is wrong with parameters that no table describes, by that of the nearest of the families."""
     # Hundreds of thousands of names, of which none is a model's, tell no more.
     some = list(inside)[:: 1 + len(inside) // MOST_COMPARED]
 
     def off(family: Family) -> int:
         # Of families that explain the names, or as many of them, the one with fewer that are missing.
         strange = sum(family.row_of(name) is None for name in some)
-        return strange + wrong.get(family, 0) + _absent(family, some)
+        contradicted = len(match(family, inside)[1]) if strange == 0 else 0
+        return strange + contradicted + _absent(family, some)
 
     family, problems = candidates[0], ["no tensors"]
     if inside:
         family = min(candidates, key=off)
         refused = None if named else unsupported(name for name in inside if family.row_of(name) is None)
         if refused is not None:
-            raise Incompatible(f"{where}: {refused.what}", details=refused.details, hint=refused.hint)
+            return Incompatible(f"{where}: {refused.what}", details=refused.details, hint=refused.hint)
         _, problems = match(family, inside)
     title = f"does not have the tree of {named.name}" if named else "matches no model family that fusectl knows"
-    raise Incompatible(
+    return Incompatible(
         f"{where}: {title}",
         details=(*(() if named else (f"nearest: {family.name}",)), *shorten(problems)),
         hint="--arch NAME chooses a family; --drop PATTERN leaves tensors out on purpose",
     )
-
-
-def parameters_of(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, dict[str, tuple[int, ...]]]:
-    """The prefix of a tree's parameters, and the shapes of these by their names without it.
-
-    A tree with `target/` is T5X's: its optimizer state must not be mistaken for parameters.
-    """
-    prefix = next(each for each in PARAMETER_PREFIXES if not each or any(name.startswith(each) for name in shapes))
-    return prefix, {name.removeprefix(prefix): s for name, s in shapes.items() if name.startswith(prefix)}
 
 
 def _absent(family: Family, names: Collection[str]) -> int:

@@ -3,64 +3,68 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+
+_UNKNOWN = "a block that fusectl does not know yet"
+_COPY = "without --dtype, --mesh, --scan and --unscan, convert copies it as it is"
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """What a tree has that fusectl cannot fuse: why, and the way out. `pattern` is found in its tensors' names."""
+    """What a tree has that fusectl cannot fuse: why, and the way out. `pattern` is found in its tensors' names.
+
+    `unless` is found in those of a tree for which it is no reason.
+    """
 
     what: str
     pattern: str
-    why: str
-    hint: str = "--arch FILE.toml describes a tree of one's own; --drop PATTERN leaves tensors out"
+    why: str = _UNKNOWN
+    hint: str = _COPY
+    unless: str | None = None
     details: tuple[str, ...] = ()
 
+    def tensors(self, names: Sequence[str]) -> list[str]:
+        """The names that give the reason."""
+        if self.unless is not None and any(re.search(self.unless, name) for name in names):
+            return []
+        return [name for name in names if re.search(self.pattern, name)]
 
+
+_GPT3 = r"decoder_norm/bias|position_embedder|/mlp/mlp_layer_norm/"
 _REFUSALS = (
-    Refusal(
-        "a mixture of experts (MoE)",
-        r"(^|/)(Moe|moe|MoE)\w*/|/gate/kernel|experts?/|router|shared_experts?",
-        "experts of different models are not each other's counterparts, and one router over all breaks the top-k",
-    ),
-    Refusal(
-        "multi-head latent attention (MLA)",
-        r"/(wq_a|wq_b|wkv_a|wkv_b|kv_norm|q_norm)/|kv_a_proj|kv_lora",
-        "its latent norm and the rotary key that all heads share have no place in a block diagonal",
-    ),
-    Refusal(
-        "gated delta networks or state space layers",
-        r"/A_log$|dt_bias|in_proj_(qkvz|ba)|/conv1d/",
-        "their recurrences are not in fusectl's tables",
-    ),
-    Refusal("attention sinks", r"/sinks$", "they are not in fusectl's tables"),
-    Refusal(
-        "gemma 3n or gemma 4: AltUp, embeddings per layer, scaled layers",
-        r"altup|per_layer|laurel|layer_scalar",
-        "they are not in fusectl's tables",
-    ),
+    Refusal("a mixture of experts (MoE)", r"(^|/)(Moe|moe|MoE)\w*/|/gate/kernel|experts?/|router|shared_experts?"),
+    Refusal("multi-head latent attention (MLA)", r"/(wq_a|wq_b|wkv_a|wkv_b|kv_norm|q_norm)/|kv_a_proj|kv_lora"),
+    Refusal("attention to compressed or chosen tokens (DeepSeek 3.2 and 4)", r"_compressor/|/indexer/"),
+    Refusal("hyper-connections between layers (DeepSeek 4)", r"/mhc_\w+/|(^|/)hc_head/"),
+    Refusal("gated delta networks or state space layers", r"/A_log$|dt_bias|in_proj_(qkvz|ba)|/conv1d/"),
+    Refusal("attention sinks", r"/sinks$"),
+    Refusal("AltUp and Laurel (Gemma 3n)", r"altup|laurel"),
+    Refusal("embeddings per layer (Gemma 3n and 4)", r"per_layer"),
+    Refusal("layers with a scale each (Gemma 4)", r"layer_scalar"),
+    Refusal("norms with biases and learned positions (GPT-3)", _GPT3),
     Refusal(
         "queries, keys and values packed along one axis (fused_qkv)",
         r"/qkv_proj/",
-        "fuse sees them apart by the output projection beside them; here it is missing, or nothing is fused",
-        "without --dtype, --mesh, --scan and --unscan, convert copies them as they are",
-    ),
-    Refusal(
-        "norms with biases and learned positions (GPT-3)",
-        r"decoder_norm/bias|position_embedder|/mlp/mlp_layer_norm/",
-        "they are not in fusectl's tables",
+        "they are taken apart where they are fused, beside an output projection of as many axes",
+        unless=_GPT3,
     ),
     Refusal(
         "norms over all heads' queries and keys, and none before the blocks (OLMo 3)",
-        r"/attention/(query|key)_norm/",
-        "they are not in fusectl's tables",
+        r"(?<!/attention)/attention/(query|key)_norm/",
     ),
     Refusal(
         "a gemma checkpoint with stacked layers",
         r"stacked_layers/",
         "stacks of unequal depth, by kind of attention",
         "gemma.gm.ckpts loads it, and save_params writes it nested",
+    ),
+    Refusal(
+        "heads that predict several tokens ahead (MTP)",
+        r"(^|/)mtp_\w+/",
+        "only the decoder is in fusectl's tables",
+        "--drop '*mtp*' leaves them out: what remains predicts the next token as before",
     ),
     Refusal(
         "a vision or audio tower beside the decoder",
@@ -83,17 +87,16 @@ _REFUSALS = (
 def unsupported(names: Iterable[str]) -> Refusal | None:
     """All that the names of tensors give reason to refuse, in one, with the tensors that did; None for nothing."""
     everything = list(names)
-    found = [
-        (refusal, tensors)
-        for refusal in _REFUSALS
-        if (tensors := [name for name in everything if re.search(refusal.pattern, name)])
-    ]
+    found = [(refusal, tensors) for refusal in _REFUSALS if (tensors := refusal.tensors(everything))]
     if not found:
         return None
     details = []
     for refusal, tensors in found:
         more = f" and {len(tensors) - 1} more" if len(tensors) > 1 else ""
         details.append(f"{refusal.what}: {refusal.why}; {tensors[0]}{more}")
-    first, _ = found[0]
-    what = " and ".join(refusal.what for refusal, _ in found)
-    return replace(first, what=f"{what}, which fusectl does not fuse", details=tuple(details))
+    hints = dict.fromkeys(refusal.hint for refusal, _ in found)
+    *others, last = (refusal.what for refusal, _ in found)
+    what = f"{', '.join(others)} and {last}" if others else last
+    # Where one of them has no way out, those of the others lead nowhere.
+    hint = _COPY if _COPY in hints else "; ".join(hints)
+    return Refusal(f"{what}, which fusectl does not fuse", "", hint=hint, details=tuple(details))

@@ -53,7 +53,7 @@ _T5X, _T5X_BYTES = re.compile(rb"[\x81-\x8f]\xa7version"), 9
 # And what Orbax's is: a dictionary, a list or a tuple.
 _PACKED = re.compile(rb"[\x80-\x9f\xc7-\xc9\xd4-\xd8\xdc-\xdf]")
 # Of several items in a step, the ones that hold the model, best first.
-_ITEMS = ("state", "default", "items", "params")
+_ITEMS = ("state", "default", "items", "params", "model_params")
 
 
 def place(path: str) -> Place:

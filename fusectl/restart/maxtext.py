@@ -1,30 +1,47 @@
 """MaxText's overrides, as its command line takes them: `key=value`, without spaces, behind those of the run.
 
 Sources: maxtext/configs/{base.yml,types.py,pyconfig.py} for the keys, maxtext/common/checkpointing.py for the restore:
-the newest step of the run's own directory comes first, then load_parameters_path or load_full_state_path.
+the newest step of the run's own directory comes first, then load_parameters_path or load_full_state_path. Post-training
+restores by maxtext/utils/model_creation_utils.py, from_pretrained, and by Tunix's checkpoint manager.
 """
 
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator
 from typing import Any
 
 from fusectl.archs import Recognized
 from fusectl.archs.config import MAXTEXT_SIZES, counted_sizes
+from fusectl.archs.naming import MAXTEXT
 from fusectl.formats import format_named
 from fusectl.formats.locate import names_in
 from fusectl.formats.objects import Place
 from fusectl.formats.tree import Checkpoint, Location
 from fusectl.packed import PACKED
+from fusectl.record import Record
 from fusectl.restart.base import Restart, notes_on_history, notes_on_norm, require_read
 from fusectl.transforms.optimizer import is_state
 
 
 _STEPS, _ITEM = "checkpoints", "items"
-_PREFIX = "params/params/"
 # In directories of these names MaxText looks for parameters without that prefix.
 _WITHOUT_PREFIX = ("model", "model_params")
+# MaxText has no place for learning rates of single parameters: a program that starts it puts them around its optimizer
+# (optimizers.get_optimizer, which all of its trainers call by this name).
+_RATES = """
+from absl import app
+from maxtext.optimizers import optimizers
+from maxtext.trainers.pre_train import train
+
+import grown_rates
+
+own = optimizers.get_optimizer
+optimizers.get_optimizer = lambda *words, **named: grown_rates.rescaled(own(*words, **named))
+app.run(train.main)
+"""
+_MARK = "#> "
 
 Pairs = Iterator[tuple[str, Any]]
 
@@ -59,13 +76,45 @@ def restart_of(checkpoint: Checkpoint, tree: Recognized) -> Restart:
     if not has_state:
         notes.append("without optimizer state: MaxText begins a new one, at step 0, which needs a warm-up")
     notes += notes_on_history(checkpoint.record)
-    if tree.prefix != _PREFIX or checkpoint.location.index.name in _WITHOUT_PREFIX:
-        named = " and ".join(_WITHOUT_PREFIX)
-        notes.append(f"MaxText looks for {_PREFIX}…, in directories of any name but {named}: here it finds none")
+    notes += _notes_on_naming(checkpoint, tree)
     lines = tuple(f"{key}={_value(value)}" for key, value in overrides.items())
     if any(character.isspace() for line in lines for character in line):
         notes.append("a path with spaces, to be put in quotes by hand: $(…) would cut it")
-    return Restart("maxtext", checkpoint.path, tuple(notes), lines, {"overrides": overrides})
+    values: dict[str, Any] = {"overrides": overrides}
+    if _has_rates(checkpoint.record):
+        notes += _notes_on_rates(checkpoint)
+        lines += tuple(f"{_MARK}{line}".rstrip() for line in _RATES.strip().splitlines())
+        values["rates"] = _RATES.lstrip()
+    return Restart("maxtext", checkpoint.path, tuple(notes), lines, values)
+
+
+def _has_rates(record: Record | None) -> bool:
+    """Whether learning rates are known by which it moves as before: of equal copies."""
+    return record is not None and record.self_fused and len(set(record.weights)) == 1
+
+
+def _notes_on_rates(checkpoint: Checkpoint) -> Iterator[str]:
+    """How the lines for the rates get to MaxText, and what they do not survive."""
+    printed = f"fusectl restart-config {shlex.quote(checkpoint.path)} | sed -n 's/^{_MARK}*//p' > train_grown.py"
+    yield f"Adam, at rates by which it moves as before: {printed}"
+    yield (
+        "next to the grown_rates.py of self-fuse --lr-table grown_rates.py, then python train_grown.py stands for "
+        "python -m maxtext.trainers.pre_train.train"
+    )
+    yield (
+        "these are exact for gradient_clipping_threshold=0.0 only: by default gradients are clipped by their global "
+        "norm, which is another one in a wider model"
+    )
+
+
+def _notes_on_naming(checkpoint: Checkpoint, tree: Recognized) -> Iterator[str]:
+    """Who finds the parameters by the names that they have."""
+    if tree.naming.suffix:
+        yield "MaxText's post-training (train_sft, train_dpo, train_rl) finds these parameters, pre-training does not"
+        yield "or as the newest step of a post-training run, BASE/RUN/checkpoints/STEP/model_params, with no path"
+    elif tree.naming != MAXTEXT or checkpoint.location.index.name in _WITHOUT_PREFIX:
+        named = " and ".join(_WITHOUT_PREFIX)
+        yield f"MaxText looks for {MAXTEXT.prefix}…, in directories of any name but {named}: here it finds none"
 
 
 def _network(tree: Recognized) -> Pairs:

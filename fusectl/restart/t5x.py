@@ -98,7 +98,7 @@ def _require_restored(checkpoint: Checkpoint, tree: Recognized) -> None:
     item = checkpoint.location.item
     if checkpoint.format != "t5x" and item != _ITEM:
         raise not_read(checkpoint, "t5x", f"a tree that is not the item {_ITEM!r} of a step", "t5x")
-    if tree.prefix != _PREFIX:
+    if tree.naming.prefix != _PREFIX:
         raise not_read(checkpoint, "t5x", f"parameters that do not begin with {_PREFIX!r}", "t5x")
 
 

@@ -233,7 +233,9 @@ def _modules(tree: Recognized) -> Iterator[_Module]:
         heads = {each.partition("#")[0] for each in alternatives} if numbered else {posixpath.commonpath(alternatives)}
         for head in heads:
             number = r"(?P<number>\d+)" if numbered else ""
-            yield _Module(re.compile(rf"(?P<head>.*/{re.escape(head)}){number}(?P<tail>/.*)"), numbered, stack, every)
+            yield _Module(
+                re.compile(rf"(?P<head>(?:.*/)?{re.escape(head)}){number}(?P<tail>/.*)"), numbered, stack, every
+            )
 
 
 def _blocks(

@@ -3,6 +3,7 @@
     state/param_states/<parameter>/{m,v,v_row,v_col}      T5X's Adafactor: all four exist, unused ones are (1,) zeros
     state/param_states/<n>/{mu,nu}/<parameter>            optax's Adam inside T5X, with state/param_states/<n>/count
     opt_state/<n>/{mu,nu}/params/<parameter>              and in a training state of Flax or MaxText
+    opt_state/inner_states/muon/…/mu/params/<parameter>   and others of optax's, which can be reset but not carried
 
 Slot shapes are a function of the parameter's shape and axes, never of the source's slots: growing can turn `v` into
 `v_row` and `v_col`, or swap what they index. Source: t5x/adafactor.py, `HeuristicRule` and
@@ -13,8 +14,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from fusectl.archs import Recognized
@@ -41,13 +42,21 @@ Axes = tuple[int, ...]
 # Below the states of the transformations that optax chains or wraps: by their places, or by their fields' names.
 _OPTAX = re.compile(r"(?:(?:\d+|inner_state)/)*(mu|nu)/(.+)")
 _COUNT = re.compile(r"(?:(?:\d+|inner_state)/)*(count|gradient_step|mini_step)")
+# The losses and norms of gradients that MaxText's skip_step_on_spikes keeps, with a count of its own (optimizers.py).
+_WINDOW = re.compile(r"((?:(?:\d+|inner_state)/)*)(losses|grad_norms|is_skipped)")
+# Of any of optax's transformations: slots of a parameter's shape that begin as zeros, numbers that do, and settings.
+_SLOT = re.compile(r"(?:[^/]+/)*?(mu|nu|trace|acc_grads)/(.+)")
+_NUMBER = re.compile(r"(?:[^/]+/)*(count|gradient_step|mini_step)")
+_SETTING = re.compile(r"(?:[^/]+/)*(ns_coeffs)")
+_FLAX_COLLECTION = "params/"
 
 
 @dataclass(frozen=True)
 class OptimizerState:
     """The optimizer whose state a checkpoint holds, as far as its slots tell.
 
-    `kind` is adafactor, adam or none. `factored` and `momentum` are Adafactor's settings; `names` all slots' names.
+    `kind` is adafactor, adam, sgd (without moments, it only counts), unknown or none. `factored` and `momentum` are
+    Adafactor's settings; `names` all slots' names.
     """
 
     kind: str
@@ -58,11 +67,17 @@ class OptimizerState:
     may_be_either: bool = False
     # What stands before a parameter's name below mu and nu.
     inside: str = ""
+    # The shapes of what is no parameter's, and of it what another model begins anew, and what no model changes.
+    beside: Mapping[str, tuple[int, ...]] = field(default_factory=dict, compare=False, repr=False)
+    anew: frozenset[str] = frozenset()
+    settings: frozenset[str] = frozenset()
+    # Why it cannot be carried.
+    problems: tuple[str, ...] = ()
 
     @property
     def moments(self) -> tuple[str, ...]:
         """The slots that each parameter has."""
-        return ADAM if self.kind == "adam" else ADAFACTOR
+        return {"adam": ADAM, "adafactor": ADAFACTOR}.get(self.kind, ())
 
     def axes_of(self, slot: str, shape: tuple[int, ...], spec: TensorSpec) -> Axes | None:
         """The axes of a parameter of this shape that a slot has; None for one that is not in use."""
@@ -92,8 +107,14 @@ class OptimizerState:
         if self.kind == "adafactor":
             parameter, _, what = slot.removeprefix(STATE).rpartition("/")
             return parameter, what
-        found = _moment(slot, self.inside)
-        return found or (None, without_root(slot))
+        if slot in self.beside:
+            return None, without_root(slot)
+        return _moment(slot, self.inside, _SLOT if self.kind == "unknown" else _OPTAX) or (None, without_root(slot))
+
+    def require_known(self, where: str, hint: str) -> None:
+        """Raises Incompatible where it is of an optimizer that fusectl does not know, so that it cannot be carried."""
+        if self.problems:
+            raise _unknown(where, self.problems, hint)
 
     @cached_property
     def _adam(self) -> Mapping[tuple[str, str], str]:
@@ -117,58 +138,112 @@ def _shape_of(moment: tuple[str, str] | None, tree: Recognized) -> tuple[int, ..
     return None if moment is None else tree.shapes.get(moment[0])
 
 
-def _moment(slot: str, inside: str) -> tuple[str, str] | None:
-    """The parameter and the moment, mu or nu, that a slot of Adam is; None for others."""
-    found = _OPTAX.fullmatch(without_root(slot))
+def _moment(slot: str, inside: str, pattern: re.Pattern[str] = _OPTAX) -> tuple[str, str] | None:
+    """The parameter and the moment, such as mu or nu, that a slot is; None for others."""
+    found = pattern.fullmatch(without_root(slot))
     if found is None or not found.group(2).startswith(inside):
         return None
     return found.group(2).removeprefix(inside), found.group(1)
 
 
 def find_state(shapes: Mapping[str, tuple[int, ...]], tree: Recognized, where: str) -> OptimizerState:
-    """The optimizer state in a tree; raises Incompatible for slots that fusectl does not know or that do not fit."""
-    names = tuple(name for name in shapes if is_state(name))
-    slots = {name.removeprefix(STATE): shapes[name] for name in names}
-    if not slots:
+    """The optimizer state in a tree.
+
+    One of an optimizer that fusectl does not know is `unknown` if all of it can be told apart: slots of a parameter's
+    shape, numbers, settings. Raises Incompatible for what cannot, and for slots that do not fit.
+    """
+    own = {name: shape for name, shape in shapes.items() if is_state(name)}
+    if not own:
         return OptimizerState("none", ())
-    if all(_OPTAX.fullmatch(without_root(name)) or _COUNT.fullmatch(without_root(name)) for name in names):
-        # Moments are kept in trees like that of the parameters, in which Flax's collections are one level more.
-        collections = (moment[0] for name in names if (moment := _moment(name, "params/")))
-        inside = "params/" if any(parameter in tree.shapes for parameter in collections) else ""
-        moments = {name: _moment(name, inside) for name in names}
-        wrong = [
-            f"{name}: shape {list(shapes[name])}"
-            for name in names
-            if shapes[name] != (() if _COUNT.fullmatch(without_root(name)) else _shape_of(moments[name], tree))
-        ]
-        times = Counter((pair[1], pair[0]) for pair in moments.values() if pair)
-        wrong += [
-            f"{parameter}: {times[moment, parameter] or 'no'} slots {moment}, expected one"
-            for parameter in tree.shapes
-            for moment in ADAM
-            if times[moment, parameter] != 1
-        ]
-        if not wrong:
-            return OptimizerState("adam", names, inside=inside)
-        raise _unknown(where, wrong)
-    if not all(name.startswith(STATE) for name in names):
-        raise _unknown(where, [name for name in names if not _OPTAX.fullmatch(without_root(name))])
+    short = [without_root(name) for name in own]
+    if all(_OPTAX.fullmatch(name) or _COUNT.fullmatch(name) or _WINDOW.fullmatch(name) for name in short):
+        state, wrong = _adam(own, tree)
+    elif all(name.startswith(STATE) for name in own):
+        state, wrong = _adafactor(own, tree)
+    else:
+        state, wrong = OptimizerState("unknown", tuple(own)), []
+    if state.kind != "unknown" and not wrong:
+        return state
+    state, strange = _by_structure(own, tree)
+    if strange:
+        raise _unknown(where, wrong or strange, "--optimizer drop leaves it out; mu and nu are taken for Adam's")
+    return state if state.kind == "sgd" else replace(state, problems=tuple(wrong or _fields(state)))
+
+
+def _adam(own: Mapping[str, tuple[int, ...]], tree: Recognized) -> tuple[OptimizerState, list[str]]:
+    """The state of optax's Adam, and what contradicts that it is one."""
+    # Moments are kept in trees like that of the parameters, in which Flax's collections are one level more.
+    collections = (moment[0] for name in own if (moment := _moment(name, _FLAX_COLLECTION)))
+    inside = _FLAX_COLLECTION if any(parameter in tree.shapes for parameter in collections) else ""
+    moments = {name: _moment(name, inside) for name in own}
+    window = [found for name in own if (found := _WINDOW.fullmatch(without_root(name)))]
+    anew = frozenset(name for name in own if without_root(name) in _window_of(window))
+    wrong = [
+        f"{name}: shape {list(shape)}"
+        for name, shape in own.items()
+        if not _WINDOW.fullmatch(without_root(name))
+        and shape != (() if _COUNT.fullmatch(without_root(name)) else _shape_of(moments[name], tree))
+    ]
+    times = Counter((pair[1], pair[0]) for pair in moments.values() if pair)
+    wrong += [
+        f"{parameter}: {times[moment, parameter] or 'no'} slots {moment}, expected one"
+        for parameter in tree.shapes
+        for moment in ADAM
+        if times[moment, parameter] != 1
+    ]
+    beside = {name: own[name] for name, moment in moments.items() if moment is None}
+    return OptimizerState("adam", tuple(own), inside=inside, beside=beside, anew=anew), wrong
+
+
+def _window_of(found: list[re.Match[str]]) -> frozenset[str]:
+    """The names without their root of a window's parts, and of its count, which stands beside them."""
+    return frozenset(name for each in found for name in (each.group(), f"{each.group(1)}count"))
+
+
+def _adafactor(own: Mapping[str, tuple[int, ...]], tree: Recognized) -> tuple[OptimizerState, list[str]]:
+    """The state of T5X's Adafactor, and what contradicts that it is one."""
+    slots = {name.removeprefix(STATE): shape for name, shape in own.items()}
     momentum = any(name.endswith("/m") and shape != UNUSED for name, shape in slots.items())
     wrong_by = {f: _contradictions(slots, tree, factored=f, momentum=momentum) for f in (True, False)}
     fitting = [factored for factored, wrong in wrong_by.items() if not wrong]
-    if not fitting:
-        raise _unknown(where, wrong_by[False])
-    return OptimizerState("adafactor", names, fitting[0], momentum, may_be_either=len(fitting) > 1)
+    state = OptimizerState("adafactor", tuple(own), fitting[0] if fitting else False, momentum)
+    return replace(state, may_be_either=len(fitting) > 1), [] if fitting else wrong_by[False]
+
+
+def _by_structure(own: Mapping[str, tuple[int, ...]], tree: Recognized) -> tuple[OptimizerState, list[str]]:
+    """The state of any of optax's optimizers, and what of it cannot be told apart: sgd where it only counts."""
+    inside = _FLAX_COLLECTION if any(f"/{_FLAX_COLLECTION}" in name for name in own) else ""
+    moments = {name: _moment(name, inside, _SLOT) for name in own}
+    settings = frozenset(name for name in own if _SETTING.fullmatch(without_root(name)))
+    window = _window_of([found for name in own if (found := _WINDOW.fullmatch(without_root(name)))])
+    numbers = [name for name in own if own[name] == () and _NUMBER.fullmatch(without_root(name))]
+    anew = frozenset(name for name in own if without_root(name) in window)
+    known = settings | anew | frozenset(numbers)
+    strange = [
+        f"{name}: no slot of a parameter, no count and no setting that fusectl knows"
+        if moment is None or moment[0] not in tree.shapes
+        else f"{name}: shape {list(own[name])}, its parameter is {list(tree.shapes[moment[0]])}"
+        for name, moment in moments.items()
+        if name not in known and own[name] != _shape_of(moment, tree)
+    ]
+    beside = {name: own[name] for name in own if name in known}
+    kind = "sgd" if len(known) == len(own) and not settings else "unknown"
+    return OptimizerState(kind, tuple(own), inside=inside, beside=beside, anew=anew, settings=settings), strange
+
+
+def _fields(state: OptimizerState) -> list[str]:
+    """What a state of an unknown optimizer has for its parameters, in words."""
+    parts = Counter(state.names_of(name)[1] for name in state.names if name not in state.beside)
+    return [f"{n} slots {moment}, which need not be Adam's" for moment, n in parts.items()]
 
 
 def fresh_slots(
     state: OptimizerState, tree: Recognized, fused: Mapping[str, tuple[int, ...]]
 ) -> dict[str, tuple[int, ...]]:
-    """The names and shapes of the slots that the optimizer creates for parameters of the fused shapes."""
-    if state.kind == "adam":
-        return {name: fused[p] if (p := state.names_of(name)[0]) is not None else () for name in state.names}
-    if state.kind == "none":
-        return {}
+    """The names and shapes of the slots that the optimizer creates for parameters of the fused shapes, but settings."""
+    if state.kind != "adafactor":
+        parameters = {name: state.names_of(name)[0] for name in state.names if name not in state.settings}
+        return {name: state.beside[name] if p is None else fused[p] for name, p in parameters.items()}
     return {
         f"{STATE}{parameter}/{slot}": slot_shape
         for parameter, shape in fused.items()
@@ -260,9 +335,9 @@ def _shown(shape: tuple[int, ...] | None) -> str:
     return "none" if shape is None else str(list(shape))
 
 
-def _unknown(where: str, wrong: list[str]) -> Incompatible:
+def _unknown(where: str, wrong: Sequence[str], hint: str) -> Incompatible:
     return Incompatible(
         f"{where}: optimizer state that does not fit its parameters, or of an optimizer that fusectl does not know",
         details=shorten(wrong, 5),
-        hint="--optimizer drop leaves it out; mu and nu are taken for Adam's",
+        hint=hint,
     )

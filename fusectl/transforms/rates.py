@@ -116,20 +116,27 @@ def factor(path, optimizer):
 
 
 def rescaled(transformation):
-    """One of optax's transformations, such as adamw, each of its updates times its parameter's factor."""
+    """One of optax's transformations, such as adamw, each of its updates times its parameter's factor.
+
+    Weight decay stays as it is: it takes the same share of all blocks. What it adds is told by parameters of zero.
+    """
     import jax
     import optax
 
-    def update(updates, state, params=None):
-        updates, state = transformation.update(updates, state, params)
+    transformation = optax.with_extra_args_support(transformation)
 
-        def times(path, update):
+    def update(updates, state, params=None, **more):
+        whole, after = transformation.update(updates, state, params, **more)
+        nothing = None if params is None else jax.tree.map(jax.numpy.zeros_like, params)
+        steps, _ = transformation.update(updates, state, nothing, **more)
+
+        def times(path, both, step):
             names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
-            return update * factor("/".join(names), "adam")
+            return both + (factor("/".join(names), "adam") - 1.0) * step
 
-        return jax.tree_util.tree_map_with_path(times, updates), state
+        return jax.tree_util.tree_map_with_path(times, whole, steps), after
 
-    return optax.GradientTransformation(transformation.init, update)
+    return optax.GradientTransformationExtraArgs(transformation.init, update)
 
 
 def Adafactor(*args, **kwargs):
@@ -147,6 +154,8 @@ def Adafactor(*args, **kwargs):
 
 def in_words(found: Mapping[str, Rate], optimizer: str) -> str | None:
     """The factors for an optimizer in a line; None where there are none, or nothing changes."""
-    by_kind = {rate.kind: float(factor) for rate in found.values() if (factor := getattr(rate, optimizer)) is not None}
+    by_kind = {
+        rate.kind: float(factor) for rate in found.values() if (factor := getattr(rate, optimizer, None)) is not None
+    }
     changed = [f"{kind} x {factor:.4g}" for kind, factor in by_kind.items() if not math.isclose(factor, 1.0)]
     return ", ".join(changed) or None

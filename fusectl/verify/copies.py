@@ -222,17 +222,24 @@ def _back(kept: Sequence[str], own: Mapping[str, Pairs], origin: Origin) -> dict
     """The keys in the tree that a copy in T5X's format came from."""
     # Parameters that were stacked or not since lie where the others do.
     moved = ((keys, name.removeprefix("target/")) for name, keys in origin.keys.items() if name.startswith("target/"))
-    home = next((keys[: len(keys) - len(_plain(name))] for keys, name in moved), None)
+    home = next((_around(keys, name) for keys, name in moved), None)
     found = {}
     for name in kept:
         if name in origin.keys:
             found[name] = origin.keys[name]
         elif name.startswith("target/") and home is not None:
-            found[name] = (*home, *_plain(name.removeprefix("target/")))
+            found[name] = (*home[0], *_plain(name.removeprefix("target/")), *home[1])
         elif name != T5X_STEP:
             # T5X had to be given that one.
             found[name] = own[name]
     return found
+
+
+def _around(keys: Pairs, parameter: str) -> tuple[Pairs, Pairs]:
+    """What of a parameter's keys stands before its own name, and behind it: that is one key at most."""
+    behind = int(keys[-1][0] != parameter.rpartition("/")[-1])
+    own = len(keys) - behind
+    return keys[: own - len(_plain(parameter))], keys[own:]
 
 
 def _parameters(source: Checkpoint, copy: Copy, family: Family | str) -> frozenset[str]:

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fusectl.archs import Recognized
+from fusectl.archs.naming import is_stream
 from fusectl.archs.table import DECODER, stack_of
 from fusectl.errors import NotFound
 from fusectl.formats import fingerprint, open_checkpoint
@@ -27,16 +28,16 @@ from fusectl.packed import unpacked
 from fusectl.parallel import Progress, in_parallel
 from fusectl.record import Growth, Record
 from fusectl.sources import own_family, recognized
-from fusectl.transforms.optimizer import FIRST_MOMENTS, UNUSED, OptimizerState, find_state
+from fusectl.transforms.optimizer import FIRST_MOMENTS, UNUSED, OptimizerState, find_state, is_state
 from fusectl.verify.copies import count_differing, of_another_model
 from fusectl.verify.report import WeightsResult
 
 
 # Both sides, the cast one and a mask.
 BYTES_PER_VALUE = 24
-# The ways to grow that are known here, and where MaxText keeps its streams of random numbers.
+# The ways to grow that are known here, and how the modules begin that MaxText's streams of random numbers are in.
 HOWS = ("stack", "interleave", "identity")
-STREAMS = "nnx_aux/"
+_LAYERS = "decoder/layers"
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ class Grown:
             kept = self._state.axes_of(moment, self.tree.shapes[parameter], self.tree.rows[parameter].spec)
             shape = UNUSED if kept is None else tuple(self.tree.shapes[parameter][axis] for axis in kept)
             yield name, self._state.slot(self.like(parameter), moment), shape
-        yield from ((name, name, ()) for name in self._counters)
+        yield from ((name, name, self._state.beside[name]) for name in self._beside)
         for name, like, places in self._streams():
             shape = self.source.leaves[like].shape
             yield name, like, (shape if places is None else (len(places), *shape[1:]))
@@ -155,14 +156,13 @@ class Grown:
         return find_state(kept, self.source_tree, self.source.path)
 
     @property
-    def _counters(self) -> frozenset[str]:
-        if not self.has_state:
-            return frozenset()
-        return frozenset(name for name in self._state.names if self._state.names_of(name)[0] is None)
+    def _beside(self) -> tuple[str, ...]:
+        """What of the state is no parameter's."""
+        return tuple(self._state.beside) if self.has_state else ()
 
     def slots(self) -> Iterator[tuple[str, str, str]]:
         """The full name of every slot that should be there, its parameter, and which moment it is."""
-        if self.has_state and self._state.kind != "none":
+        if self.has_state and self._state.moments:
             for parameter in self.tree.shapes:
                 like = self.like(parameter)
                 for moment in self._state.moments:
@@ -191,14 +191,14 @@ class Grown:
         Each layer has that of the one it is made from; those that not all layers have stay where they are.
         """
         shapes = kept_shapes(self.source.shapes, self._record.drop)
-        here = {name: shape for name, shape in shapes.items() if name.startswith(STREAMS)}
+        here = {name: shape for name, shape in shapes.items() if is_stream(name) and not is_state(name)}
         if not here:
             return
         group = max(row.every for row in self.tree.rows.values())
         now, then = (tree.depths.get(DECODER, 0) // group for tree in (self.source_tree, self.tree))
         places = [self.layers[DECODER][0][i * group] // group for i in range(then)]
         for name, shape in here.items():
-            head, layers, tail = name.partition("/decoder/layers")
+            head, layers, tail = name.partition(_LAYERS)
             number = re.match(r"_(\d+)/", tail)
             of_all = number and all(f"{head}{layers}_{i}/{tail[number.end() :]}" in here for i in range(now))
             if number and of_all:
@@ -226,7 +226,9 @@ class Grown:
             else:
                 axes = tuple(row.spec.axes[axis] for axis in kept)
                 yield from self._of_tensor(parameter, name, axes, moment, 0.0 if moment in FIRST_MOMENTS else None)
-        yield from (Comparison(name, (), None if reset else name) for name in self._counters)
+        for name in self._beside:
+            anew = reset or name in self._state.anew
+            yield Comparison(name, whole(self._state.beside[name]), None if anew else name)
         for name, like, places in self._streams():
             at = whole(self.fused.leaves[name].shape)
             if places is None:

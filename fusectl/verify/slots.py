@@ -38,6 +38,7 @@ class Slots:
             find_state(kept_shapes(source.shapes, claim.record.drop), tree, source.path)
             for source, tree in zip(claim.sources, claim.trees, strict=True)
         ]
+        fused.require_known(claim.fused.path, "")
         self.fused = fused
         places = [source.location.index for source in claim.sources]
         self._models = [places.index(place) for place in places]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fusectl.archs.naming import is_stream
 from fusectl.archs.table import Row
 from fusectl.errors import FusectlError
 from fusectl.fill import unit_noise
-from fusectl.formats.tree import STEPS, Checkpoint
+from fusectl.formats.tree import STEPS, Checkpoint, kept_shapes
 from fusectl.layout import Region, common_tile, shifted, size, slices, tiles, tiles_in, whole
 from fusectl.packed import place_of
 from fusectl.parallel import Progress, in_parallel
@@ -258,7 +259,7 @@ class _Tensor:
         kernel = self._kernels[gap.writes]
         # Of what is packed, the noise is laid out over the pack.
         stored, shape, region = place_of(self._claim.fused, self._fused, _within(gap.region, at))
-        name = stored.removeprefix(self._claim.tree.prefix)
+        name = self._claim.tree.naming.bare(stored)
         noise = unit_noise(fill.seed, name, shape, region).astype(np.float64) * fill.noise_scale
         expected = noise * self._by_layer(kernel.std, at)
         # The tool's own standard deviation is exact to 2**-18 of the largest magnitude.
@@ -348,13 +349,11 @@ class _Slot:
         return np.asarray(found != expected)
 
 
-class _CarriedSlot(_Slot):
-    """A slot that was carried over from the sources', or of an asymmetric state."""
+class _KeptSlot(_Slot):
+    """What of a state is as it is in the first source: a setting of the optimizer, or how many updates there were."""
 
-    def __init__(self, claim: Claim, name: str, progress: Progress, states: Slots) -> None:
+    def __init__(self, claim: Claim, name: str, progress: Progress) -> None:
         super().__init__(claim, name, progress)
-        self._parameter, self._slot = states.fused.names_of(name)
-        self._states = states
         self._first = claim.sources[0]
 
     def tasks(self) -> Iterator[Task]:
@@ -373,17 +372,26 @@ class _CarriedSlot(_Slot):
         )
 
     def _expected(self, tile: Region) -> Array:
-        if self._parameter is None:
-            # How many updates there have been.
-            return self._first.read(self.name, tile).astype(np.float64)
+        return self._first.read(self.name, tile).astype(np.float64)
+
+
+class _CarriedSlot(_KeptSlot):
+    """A slot of a parameter's that was carried over from the sources', or of an asymmetric state."""
+
+    def __init__(self, claim: Claim, name: str, progress: Progress, states: Slots) -> None:
+        super().__init__(claim, name, progress)
+        parameter, self._slot = states.fused.names_of(name)
+        assert parameter is not None
+        self._parameter = parameter
+        self._states = states
+
+    def _expected(self, tile: Region) -> Array:
         kept = self._states.kept(self._parameter, self._slot)
         if kept is None:
-            return super()._expected(tile)
+            return np.zeros(tuple(map(len, tile)))
         return self._states.expected(self._parameter, self._slot, kept, tile)
 
     def _differ(self, found: Array, expected: Array) -> npt.NDArray[np.bool_]:
-        if self._parameter is None:
-            return super()._differ(found, expected)
         off = np.abs(found.astype(np.float64) - expected)
         allowed = np.maximum(unit(found.dtype.name, np.abs(expected)), MEAN_TOLERANCE * np.abs(expected))
         # A NaN is not within anything.
@@ -392,18 +400,23 @@ class _CarriedSlot(_Slot):
 
 def _declared_slots(claim: Claim, slots: list[str], progress: Progress) -> tuple[list[_Slot], list[str]]:
     """The slots that can be compared with what they were declared as, and why the others cannot."""
-    if claim.record.optimizer == "reset":
-        return [_Slot(claim, name, progress) for name in slots], []
-    if claim.record.optimizer not in _CARRIED or not slots:
+    reset = claim.record.optimizer == "reset"
+    if not (reset or claim.record.optimizer in _CARRIED) or not slots:
         return [], []
     try:
         fused = find_state(claim.fused.shapes, claim.tree, claim.fused.path)
     except FusectlError:
         # Told where the state is looked at as a whole.
-        return [], []
+        return [_Slot(claim, name, progress) for name in slots if reset], []
+    kept = fused.settings if reset else fused.beside.keys() - fused.anew
+    zeros = fused.anew if not reset else frozenset(slots) - kept
+    beside = [_KeptSlot(claim, name, progress) for name in kept] + [_Slot(claim, name, progress) for name in zeros]
+    if reset:
+        return beside, []
     try:
         states = Slots(claim, fused)
-        return [_CarriedSlot(claim, name, progress, states) for name in slots], []
+        own = (name for name in slots if name not in fused.beside)
+        return [*beside, *(_CarriedSlot(claim, name, progress, states) for name in own)], []
     except FusectlError as error:
         return [], [f"the optimizer's state cannot be compared: {error.message}", *error.details]
 
@@ -469,8 +482,10 @@ def _state_problems(claim: Claim, checked: list[_Slot], slots: list[str]) -> Ite
         if now.dtype != then.dtype or now != expected:
             yield f"the step: {now} ({now.dtype}), {expected} ({then.dtype}) in the first source, or as it was set"
     known = {*map(claim.tree.full, claim.tree.rows), *slots, *STEPS}
-    strange = [name for name in claim.fused.leaves if name not in known and name not in first.leaves]
+    streams = _streams(claim)
+    strange = [name for name in claim.fused.leaves if name not in known | streams.keys() and name not in first.leaves]
     yield from (f"{name}: no part of a fusion" for name in strange)
+    yield from _stream_problems(claim, streams)
     if claim.record.optimizer == "drop" and slots:
         yield "the optimizer's slots: declared as dropped, and there"
     if claim.record.optimizer not in {"reset", *_CARRIED}:
@@ -488,6 +503,25 @@ def _state_problems(claim: Claim, checked: list[_Slot], slots: list[str]) -> Ite
             yield f"{slot.name}: {now_is.dtype}, {was.dtype} in the first source"
         if slot.wrong.count:
             yield slot.says()
+
+
+def _streams(claim: Claim) -> Mapping[str, Checkpoint]:
+    """The streams of random numbers that should have come along, each with the first source that has it."""
+    found: dict[str, Checkpoint] = {}
+    for source in claim.sources:
+        for name in kept_shapes(source.shapes, claim.record.drop):
+            if is_stream(name) and not is_state(name):
+                found.setdefault(name, source)
+    return found
+
+
+def _stream_problems(claim: Claim, streams: Mapping[str, Checkpoint]) -> Iterator[str]:
+    """Streams that a fusion of fusectl's has lost, or that are not those of their sources."""
+    for name, source in streams.items() if claim.fused.record is not None else ():
+        if name not in claim.fused.leaves:
+            yield f"{name}: missing"
+        elif claim.fused.read(name).tobytes() != source.read(name).tobytes():
+            yield f"{name}: not that of {source.path}"
 
 
 def _dtype_problems(claim: Claim) -> Iterator[str]:

@@ -111,6 +111,18 @@ def test_its_logits_are_maxtexts(logits, case):
         assert off(at_once, stages(tree, parameters, tokens, True)) < TOLERANCE * max(1.0, np.abs(theirs).max())
 
 
+def test_its_logits_are_those_of_a_post_trained_model(posttrained):
+    """The names of a state of NNX are those of the parameters: no tensor stands for another."""
+    opened, found = open_checkpoint(str(posttrained / "rl_scanned/7")), np.load(posttrained / "rl_scanned/forward.npz")
+    tree = recognize(opened.shapes, "here")
+
+    with jax.default_matmul_precision("highest"):
+        ours = stages(tree, {name: opened.read(tree.full(name)) for name in tree.shapes}, found["tokens"], False)
+
+    theirs = found["logits_source"]
+    assert off(ours, theirs) < TOLERANCE * max(1.0, np.abs(theirs).max())
+
+
 @pytest.mark.parametrize("case", GEMMA)
 def test_its_logits_are_the_gemma_packages(logits, case):
     home = logits / "gemma" / case
