@@ -108,7 +108,10 @@ FAULTS = {
         lambda at: shutil.copytree(at / KERNEL, at / "target.more.kernel", ignore=shutil.ignore_patterns(".zarray")),
         "target.more.kernel: chunks of an array that the index does not name",
     ),
-    "a dtype that is none": (lambda at: change(at / KERNEL / ".zarray", dtype="|S5"), "not the metadata of an array"),
+    "a dtype that is none": (
+        lambda at: change(at / KERNEL / ".zarray", dtype="float32"),
+        "not the metadata of an array",
+    ),
     "an infinite shape": (lambda at: change(at / KERNEL / ".zarray", shape=[float("inf"), 2]), "not the metadata"),
     "a deep one": (lambda at: (at / KERNEL / ".zarray").write_text("[" * 100_000), "not the metadata of an array"),
     "another dtype": (lambda at: change(at / KERNEL / ".zarray", dtype="<i4"), "in its .zarray"),

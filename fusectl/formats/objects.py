@@ -64,6 +64,12 @@ def store_error(error: Exception, where: str, otherwise: type[FusectlError] = Co
     return otherwise(f"{where}: cannot be read", details=(text,))
 
 
+def bucket_of(path: str) -> tuple[str, str] | None:
+    """The kind of store and the bucket that a URL leads into; None for a path on this machine."""
+    found = URL.fullmatch(path)
+    return (found.group(1).lower(), found.group(2)) if found else None
+
+
 class _Bucket:
     """One bucket, and what has been listed in it: objects are asked for once while a checkpoint is looked for."""
 

@@ -182,6 +182,14 @@ class Files:
             return None
         return found if found.values.keys() == self.names else None
 
+    def lost(self) -> list[str]:
+        """The data files of a database on this machine that are gone, or end before what refers to them does."""
+        ends: dict[str, int] = {}
+        for extent in self.database.values.values() if self.database else ():
+            if isinstance(extent, Extent):
+                ends[extent.path] = max(ends.get(extent.path, 0), extent.offset + extent.nbytes)
+        return [path for path, end in ends.items() if not Path(path).is_file() or Path(path).stat().st_size < end]
+
     def place(self, name: str) -> Extent | bytes | None:
         """Where a file's bytes lie; they themselves where a database's tree holds them; None if nobody knows.
 

@@ -31,7 +31,7 @@ from fusectl.formats.tree import Checkpoint
 from fusectl.memory import peak_rss_bytes
 from fusectl.parallel import Progress, Silent
 from fusectl.tokens import DEFAULT_BATCH, DEFAULT_LENGTH, Tokens, random_tokens, read_tokens
-from fusectl.verify.claim import Claim, Declared, make_claim, nothing_known
+from fusectl.verify.claim import Claim, Declared, make_claim, nothing_known, require_named
 from fusectl.verify.copies import check_copy
 from fusectl.verify.files import check_files
 from fusectl.verify.growth import check_grown, open_grown
@@ -53,7 +53,8 @@ def verify(
 ) -> Report:
     """The Report on a fused checkpoint, against the sources of its record or the ones that the caller names.
 
-    Raises UsageError when nobody says what it was fused from, NotFound when a source has gone.
+    Raises UsageError when nobody says what it was fused from, and when only its record says that it was from a bucket;
+    NotFound when a source has gone.
     """
     return verify_checkpoint(open_checkpoint(path), declared, settings, progress)
 
@@ -67,12 +68,14 @@ def verify_checkpoint(
     """The Report on an opened checkpoint."""
     how, watched = settings or Settings(), progress or Silent()
     report = Report(fused.path, fused.record or nothing_known(), notes=fused.location.notes, versions=_versions())
+    record = fused.record
+    named = declared.sources if declared else ()
+    if how.levels != ("files",):
+        require_named(fused, named, how.named)
     if how.runs("files"):
         started = time.monotonic()
         files = check_files(fused, budget_bytes=how.read_bytes, jobs=how.threads, progress=watched)
         report = replace(report, files=replace(files, seconds=time.monotonic() - started))
-    record = fused.record
-    named = declared.sources if declared else ()
     if record is not None and record.copy is not None and len(named) < 2:
         report = _against_original(fused, next(iter(named), record.copy.source.path), how, watched, report)
         return replace(report, peak_rss_bytes=peak_rss_bytes())
