@@ -35,7 +35,8 @@ from fusectl.archs.network import ACTIVATIONS, QUERY_SCALES, ROPE_TYPES, Attendi
 from fusectl.archs.roles import GROWN, ROLES, STEM, TWIN, lacking
 from fusectl.archs.table import Family, Row
 from fusectl.axes import STACKED, PatternError, expand, parse_axes
-from fusectl.errors import NotFound, StorageError, UsageError, shorten
+from fusectl.errors import UsageError, shorten
+from fusectl.given import read_given
 from fusectl.record import LARGEST_TABLE
 
 
@@ -124,14 +125,7 @@ def read_family(path: Path) -> Family:
     """
     from fusectl.archs import FAMILIES
 
-    try:
-        raw = path.read_bytes() if path.stat().st_size <= LARGEST_TABLE else None
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-        raise NotFound(f"{path}: no such file, which would hold the table of a family") from error
-    except OSError as error:
-        raise StorageError(str(error)) from error
-    if raw is None:
-        raise UsageError(f"{path}: too large for the table of a family")
+    raw = read_given(path, LARGEST_TABLE, "a family's table")
     try:
         text = raw.decode()
     except UnicodeDecodeError as error:

@@ -18,6 +18,7 @@ from typing import Any
 import tensorstore as ts
 
 from fusectl.errors import Corrupt, FusectlError, NotFound, StorageError, UsageError
+from fusectl.given import read_local
 
 
 # Sorts behind everything that may stand behind a prefix.
@@ -243,12 +244,15 @@ class ObjectPath:
 Place = Path | ObjectPath
 
 
-def read_small(file: Place, most_bytes: int) -> bytes:
-    """The contents of a file; raises Corrupt if it is none, or has more than `most_bytes`."""
-    if not file.is_file():
-        raise Corrupt(f"{file}: not a file")
-    size = file.stat().st_size if isinstance(file, Path) else 0
-    raw = file.read_bytes() if size <= most_bytes else b""
-    if max(size, len(raw)) > most_bytes:
-        raise Corrupt(f"{file}: {max(size, len(raw)):,} bytes, more than the {most_bytes:,} that it may have")
+def read_small(file: Place, most_bytes: int, otherwise: type[FusectlError] = Corrupt) -> bytes:
+    """The contents of a file; raises Corrupt, or `otherwise`, if it is none, or has more than `most_bytes`.
+
+    Pipes and devices, which may have no end, are not read.
+    """
+    raw = read_local(file, most_bytes) if isinstance(file, Path) else file.read_bytes() if file.is_file() else None
+    if raw is None:
+        raise otherwise(f"{file}: not a file")
+    size = raw if isinstance(raw, int) else len(raw)
+    if isinstance(raw, int) or size > most_bytes:
+        raise otherwise(f"{file}: {size:,} bytes, more than the {most_bytes:,} that it may have")
     return raw

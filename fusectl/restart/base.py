@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fusectl.errors import Incompatible
+from fusectl.escape import visible
 from fusectl.formats.tree import Checkpoint
 from fusectl.record import Record
 
@@ -41,7 +42,8 @@ class Restart:
 
     def text(self) -> str:
         """The notes as comments, and the lines."""
-        return "\n".join([f"# {self.path}", *(f"# {note}" for note in self.notes), *self.lines]) + "\n"
+        comments = (f"# {visible(comment)}" for comment in (self.path, *self.notes))
+        return "\n".join([*comments, *self.lines]) + "\n"
 
     def as_json(self) -> Mapping[str, Any]:
         """The settings as JSON, and the text."""

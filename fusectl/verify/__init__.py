@@ -19,6 +19,7 @@ import platform
 import time
 from dataclasses import replace
 from importlib.metadata import version
+from pathlib import Path
 
 import fusectl
 from fusectl.archs import Recognized
@@ -190,8 +191,12 @@ def _run_models(claim: Claim, tokens: Tokens, settings: Settings, progress: Prog
 def write_report(report: Report, home: Place) -> None:
     """Writes fusectl-verify.json and fusectl-verify.md into a checkpoint's directory."""
     with storage_errors(home):
-        (home / FILE_NAME).write_bytes(report.to_json())
-        (home / PAGE_NAME).write_bytes(page(report).encode())
+        for name, raw in ((FILE_NAME, report.to_json()), (PAGE_NAME, page(report).encode())):
+            file = home / name
+            if isinstance(file, Path):
+                # In a checkpoint from elsewhere it may be a link to another file.
+                file.unlink(missing_ok=True)
+            file.write_bytes(raw)
 
 
 def _tokens(tree: Recognized, settings: Settings) -> Tokens:
