@@ -153,9 +153,9 @@ def read_examples(
     token. A function's batches keep their number of rows, not `batch`, which is for examples that come one by one, and
     are padded to the lengths. It is called anew whenever there are no more.
 
-    Raises NotFound, StorageError, UsageError for what is no file or too large, Corrupt for what holds no tokens, Incompatible for tokens that are not in the
-    vocabulary or are sentinels, and for fewer than two batches; UsageError for sizes that make no example, and for a
-    module or function that is not there.
+    Raises NotFound, StorageError, Corrupt for what holds no tokens, Incompatible for tokens that are not in the
+    vocabulary or are sentinels, and for fewer than two batches; UsageError for sizes that make no example, for what is
+    no file or larger than memory allows, and for a module or function that is not there.
     """
     wanted = _Wanted(data, vocab, objective, batch, lengths, seed, sentinel, most_held_out)
     _require_sizes(wanted)
