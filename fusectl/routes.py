@@ -11,6 +11,7 @@ from another checkpoint.
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Iterator, Mapping
@@ -177,9 +178,11 @@ def _depth_options(depths: Mapping[str, int]) -> dict[str, int | str]:
 
 def _read(text: str, tree: Recognized) -> dict[str, int]:
     path = Path(text)
-    if "=" in text and not path.exists():
+    # Of what is no path at all, too.
+    there = os.path.exists(text)  # noqa: PTH110
+    if "=" in text and not there:
         return dict(_pair(each, text) for each in text.split(","))
-    if not path.exists() and "://" not in text:
+    if not there and "://" not in text:
         raise NotFound(f"{text}: no config, no checkpoint", hint="--to emb=1024,heads=16,mlp=4096,layers=12")
     if path.is_file() and path.suffix == ".gin":
         lines = read_given(path, _LARGEST_GIN_BYTES, "gin").decode(errors="replace").splitlines()
