@@ -228,7 +228,7 @@ def read_config(path: str) -> Config:
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         # What PyYAML makes of values that are not what their tags say, and of trees that have no end.
         details = tuple(str(error).splitlines()[:3]) or (type(error).__name__,)
-        raise UsageError(f"{path}: no YAML or JSON of a config", details=details) from error
+        raise UsageError(f"{path}: cannot be read as YAML or JSON", details=details) from error
     known = {*MAXTEXT_SIZES.values(), *GEMMA_SIZES.values(), "decoder_block", "rope_max_timescale", "attention_types"}
     if not isinstance(values, Mapping) or not values.keys() & known:
         raise UsageError(
