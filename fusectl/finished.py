@@ -9,7 +9,7 @@ from fusectl.errors import Corrupt, FusectlError
 from fusectl.execute import source_chunk
 from fusectl.formats import LARGEST_RECORD_BYTES, open_checkpoint
 from fusectl.formats.locate import names_in, unfinished
-from fusectl.formats.objects import Place, read_small
+from fusectl.formats.objects import ObjectPath, Place, read_small
 from fusectl.formats.tree import Checkpoint
 from fusectl.layout import tiles
 from fusectl.parallel import Progress
@@ -46,10 +46,12 @@ def find_finished(
 
 def _is_claimed(plan: Plan, output: Place) -> bool:
     """Whether the record at `output` says that it is what the plan would write; raises Corrupt for a broken one."""
+    # Whatever has been listed before.
+    at = output.anew() if isinstance(output, ObjectPath) else output
     try:
-        if not output.is_dir() or unfinished(names_in(output)) or not (output / FILE_NAME).is_file():
+        if not at.is_dir() or unfinished(names_in(at)) or not (at / FILE_NAME).is_file():
             return False
-        record = Record.from_json(read_small(output / FILE_NAME, LARGEST_RECORD_BYTES), str(output / FILE_NAME))
+        record = Record.from_json(read_small(at / FILE_NAME, LARGEST_RECORD_BYTES), str(at / FILE_NAME))
     except Corrupt as error:
         raise _damaged(output, [error.message, *error.details]) from error
     except (FusectlError, OSError):

@@ -265,7 +265,7 @@ class Screen:
 
     def _error(self, error: Exception) -> int:
         if self._debug:
-            traceback.print_exc()
+            self._say(*traceback.format_exc().rstrip().split("\n"))
         if isinstance(error, MemoryError):
             error = NotEnoughSpace("out of memory", hint="a smaller --max-memory")
         elif isinstance(error, OSError):

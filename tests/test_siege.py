@@ -16,6 +16,7 @@ from models import checkpoint as whole_checkpoint
 from models import contents, write_record
 
 from fusectl.archs.config import read_config
+from fusectl.archs.userfile import parse_family
 from fusectl.builder import Options
 from fusectl.conversion import plan_conversion
 from fusectl.errors import Corrupt, FusectlError, NotFound, OutputExists, UsageError
@@ -570,6 +571,25 @@ def test_a_config_that_makes_sense_is_read(tmp_path):
         "rope_max_timescale": 1e6,
         "name": "a*b",
     }
+
+
+PARTS = ".a" * 400
+TABLES = {
+    "a key of many parts": "a" + ".a" * 100_000 + " = 1",
+    "many keys of many parts": "".join(f"a{i}{PARTS} = 1\n" for i in range(250)),
+    "a table inside of many": f"[a{PARTS}]\n" + "".join(f"b{i}.c = 1\n" for i in range(20_000)),
+    "many rows": "[[row]]\n" * 30_000,
+    "many tables": "".join(f"[t{i}]\n" for i in range(20_000)),
+    "deep": "a = " + "[" * 200_000,
+    "digits": "a = " + "9" * 200_000,
+}
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.usefixtures("at_once")
+def test_a_familys_table_cannot_take_the_machine(table):
+    with pytest.raises(UsageError):
+        parse_family(TABLES[table], "my.toml")
 
 
 def npz(**members):

@@ -51,6 +51,10 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 # Of rows, and of mistakes whose places are looked for: a table may come from anywhere, inside of a checkpoint.
 _MOST_ROWS = 1000
 _MOST_PLACES = 100
+# Python copies all of a dotted key for each of its parts, of which a table has two at most. Of the dots in a line most
+# are those of numbers.
+_MOST_PARTS = 10
+_MOST_DOTS = 500
 # What numbers may be: a float32, and what JAX counts with.
 _LARGEST = 1e38
 _MOST = 2**31 - 1
@@ -140,7 +144,7 @@ def parse_family(text: str, where: str, taken: Collection[str] = ()) -> Family:
     Raises UsageError with all that is wrong with it.
     """
     try:
-        tree = tomllib.loads(text)
+        tree = tomllib.loads(_with_short_keys(text))
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{where}: not TOML", details=(_not_toml(text, error),)) from error
     draft = _Draft(text, tree)
@@ -152,6 +156,14 @@ def parse_family(text: str, where: str, taken: Collection[str] = ()) -> Family:
         title = f"{where}: {n} mistake{'s' if n > 1 else ''} in the table of a family"
         raise UsageError(title, details=shorten(told))
     return family
+
+
+def _with_short_keys(text: str) -> str:
+    """The text itself; raises ValueError for a key of so many parts that reading it would take hours."""
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.count(".") > _MOST_DOTS or line.partition("=")[0].count(".") > _MOST_PARTS:
+            raise ValueError(f"line {number}: a key of too many parts")
+    return text
 
 
 def _not_toml(text: str, error: Exception) -> str:
