@@ -15,7 +15,6 @@ from fusectl.layout import tiles
 from fusectl.parallel import Progress
 from fusectl.plan import Plan, taken
 from fusectl.record import FILE_NAME, LEFT_OUT, UNREAD, Record
-from fusectl.verify.files import check_files
 
 
 def find_finished(
@@ -27,6 +26,9 @@ def find_finished(
     """
     if not _is_claimed(plan, output):
         return None
+    # With all of verify's levels, which few runs need.
+    from fusectl.verify.files import check_files
+
     try:
         found = open_checkpoint(str(output))
     except Corrupt as error:
@@ -53,7 +55,7 @@ def _is_claimed(plan: Plan, output: Place) -> bool:
             return False
         record = Record.from_json(read_small(at / FILE_NAME, LARGEST_RECORD_BYTES), str(at / FILE_NAME))
     except Corrupt as error:
-        raise _damaged(output, [error.message, *error.details]) from error
+        raise Corrupt(error.message, details=error.details, hint=_HINT) from error
     except (FusectlError, OSError):
         return False
     planned = {o.name: (o.layout.shape, o.layout.dtype, o.chunks) for o in plan.outputs}
@@ -78,4 +80,7 @@ def _unlike_their_sources(plan: Plan, sources: Sequence[Checkpoint], found: Chec
 
 
 def _damaged(output: Place, problems: Sequence[str]) -> Corrupt:
-    return Corrupt(f"{output}: it was complete, and is damaged", details=problems, hint="--force writes it anew, whole")
+    return Corrupt(f"{output}: it was complete, and is damaged", details=problems, hint=_HINT)
+
+
+_HINT = "--force writes it anew, whole"

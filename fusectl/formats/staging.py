@@ -99,6 +99,8 @@ def staged(
                 staging.require_whole()
                 with undisturbed():
                     _publish(temporary, final, force=force)
+                if os.path.lexists(temporary):
+                    note(f"{temporary}: what was replaced; it could not be removed")
         except BaseException as error:
             if not _is_open_as(temporary, lock):
                 # It has appeared, or somebody has put something else in its place.
