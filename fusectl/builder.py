@@ -266,11 +266,16 @@ class Builder:
             parts = name.split("/")
             if parts[0] in self._format.reserved or (not self._format.ocdbt and parts[0].startswith("fusectl")):
                 yield f"{name}: a name of the format's own"
-            if not self._format.ocdbt and ("\\" in name or max(len(part.encode()) for part in parts) > LONGEST_NAME):
+            if not (self._format.ocdbt or all(map(_names_directory, parts))):
                 yield f"{name[:40]}: no name for a directory"
             outer = ("/".join(parts[:i]) for i in range(1, len(parts)))
             yield from (f"{name}: inside the array {other}" for other in outer if other in directories)
         yield from _of_a_dictionary(names) if self._format.name == "t5x" else _gaps(keys)
+
+
+def _names_directory(part: str) -> bool:
+    """Whether file systems, and the stores on them, take a name for one."""
+    return len(part.encode()) <= LONGEST_NAME and not {"\0", "\\"} & set(part)
 
 
 def _of_a_dictionary(names: Iterable[str]) -> Iterator[str]:

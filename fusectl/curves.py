@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from fusectl.errors import Corrupt, NotFound, StorageError, UsageError, shorten
 from fusectl.formats.locate import local
+from fusectl.given import read_given
 from fusectl.tokens import json_lines
 
 
@@ -29,6 +30,9 @@ Array = npt.NDArray[np.float64]
 
 STEP, LOSS = "step", "loss"
 EVENTS = "tfevents"
+# Of a file, of its values, and of the points in event files, which are read one by one.
+LARGEST_BYTES = 64 << 20
+MOST_ENTRIES = 4_000_000
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ def read_curve(path: str, *, step_column: str | None = None, loss_column: str | 
                 raise UsageError(f"{path}: TensorBoard's events have one step", hint="without --step-column")
             steps, losses = _of_events(at, path, loss_column, notes)
         else:
-            rows = _of_csv(at) if at.suffix.lower() == ".csv" else _of_lines(at, path)
+            rows = _of_csv(at, path) if at.suffix.lower() == ".csv" else _of_lines(at, path)
             steps, losses = _of_rows(list(rows), path, step_column, loss_column)
     except UnicodeDecodeError as error:
         raise Corrupt(f"{path}: no text", hint="a .csv, a .jsonl, or TensorBoard's events") from error
@@ -83,15 +87,28 @@ def read_curve(path: str, *, step_column: str | None = None, loss_column: str | 
 _Row = tuple[str, Mapping[str, Any]]
 
 
-def _of_csv(at: Path) -> Iterator[_Row]:
-    reader = csv.DictReader(io.StringIO(at.read_text(encoding="utf-8-sig")))
-    for row in reader:
-        yield f"line {reader.line_num}", {str(name).strip(): value for name, value in row.items()}
+def _read(at: Path, path: str) -> bytes:
+    """The contents of a file of points; raises UsageError for one with more of them than any fit needs."""
+    raw = read_given(at, LARGEST_BYTES, "a loss curve")
+    entries = raw.count(b",") + raw.count(b"\n")
+    if entries > MOST_ENTRIES:
+        hint = "every tenth line is enough"
+        raise UsageError(f"{path}: {entries:,} values, more than {MOST_ENTRIES:,}", hint=hint)
+    return raw
+
+
+def _of_csv(at: Path, path: str) -> Iterator[_Row]:
+    reader = csv.DictReader(io.StringIO(_read(at, path).decode("utf-8-sig")))
+    try:
+        for row in reader:
+            yield f"line {reader.line_num}", {str(name).strip(): value for name, value in row.items()}
+    except csv.Error as error:
+        raise Corrupt(f"{path}: no table of values", details=(f"line {reader.line_num}: {error}",)) from error
 
 
 def _of_lines(at: Path, path: str) -> Iterator[_Row]:
     try:
-        for number, row in json_lines(at.read_bytes()):
+        for number, row in json_lines(_read(at, path)):
             yield f"line {number}", row
     except UnicodeDecodeError:
         raise
@@ -149,8 +166,14 @@ def _of_events(at: Path, path: str, tag: str | None, notes: list[str]) -> tuple[
         raise NotFound(f"{path}: no event files in it", hint="the directory that TensorBoard's files lie in")
     # By tag, the scalars of each file in turn: their names begin with the time that they were begun at.
     found: dict[str, list[list[tuple[int, float]]]] = {}
+    count = 0
     for i, file in enumerate(files):
+        if not file.is_file():
+            raise UsageError(f"{file}: no file that ends: a pipe or a device")
         for name, step, value in _scalars(file, path):
+            count += 1
+            if count > MOST_ENTRIES:
+                raise UsageError(f"{path}: more than {MOST_ENTRIES:,} points")
             parts = found.setdefault(name, [])
             parts += [[] for _ in range(i + 1 - len(parts))]
             parts[i].append((step, value))
@@ -179,5 +202,5 @@ def _scalars(file: Path, path: str) -> Iterator[tuple[str, int, float]]:
     for event in EventFileLoader(str(file)).Load():
         for value in event.summary.value:
             # The reader brings scalars of all ages into one form.
-            if value.metadata.plugin_data.plugin_name == "scalars":
+            if value.metadata.plugin_data.plugin_name == "scalars" and not value.tensor.tensor_shape.dim:
                 yield value.tag, event.step, float(make_ndarray(value.tensor).item())

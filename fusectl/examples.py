@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fusectl.errors import Corrupt, Incompatible, UsageError
+from fusectl.memory import available_bytes
 from fusectl.tokens import (
     KNOWN,
     NAMES,
@@ -63,6 +64,8 @@ MEAN_SPAN = 3.0
 MOST_HELD_OUT = 8
 # How many batches of a function are looked at before some of them are held out.
 _AHEAD = 16
+# Of the free memory, the part that a file may have: what its lines, or its arrays, are read into is larger than it.
+_SHARES = {".jsonl": 16, ".npz": 4}
 # How much of a stream is searched at once.
 _PIECE = 1 << 22
 
@@ -151,15 +154,15 @@ def read_examples(
     are padded to the lengths. It is called anew whenever there are no more.
 
     Raises NotFound, StorageError, Corrupt for what holds no tokens, Incompatible for tokens that are not in the
-    vocabulary or are sentinels, and for fewer than two batches; UsageError for sizes that make no example, and for a
-    module or function that is not there.
+    vocabulary or are sentinels, and for fewer than two batches; UsageError for sizes that make no example, for what is
+    no file or larger than memory allows, and for a module or function that is not there.
     """
     wanted = _Wanted(data, vocab, objective, batch, lengths, seed, sentinel, most_held_out)
     _require_sizes(wanted)
     if _is_function(data):
         return _of_function(wanted)
-    raw = read_bytes(data)
     suffix = Path(data).suffix.lower()
+    raw = read_bytes(data, available_bytes() // _SHARES.get(suffix, 2))
     try:
         rows, says = _read(wanted, raw, suffix)
     except UNREADABLE as error:
@@ -212,7 +215,7 @@ def _require_sizes(wanted: _Wanted) -> None:
 def _read(wanted: _Wanted, raw: bytes, suffix: str) -> tuple[_Rows, str]:
     """The rows of a file, and what they are. Raises one of UNREADABLE for what holds none."""
     if suffix == ".npz":
-        arrays = from_npz(raw)
+        arrays = from_npz(raw, available_bytes() // 4)
         if "tokens" in arrays and not _are_examples(arrays):
             return _stream_of_array(wanted, arrays["tokens"])
         return _ready(wanted, arrays)

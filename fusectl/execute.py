@@ -197,6 +197,14 @@ def _vouched_for(term: Term, index: tuple[int, ...], work: Work) -> str:
     return work.checked[key]
 
 
+def source_chunk(sources: Sequence[Checkpoint], term: Term, index: tuple[int, ...]) -> Array:
+    """The values of a source's stored chunk that is taken over, cut at the tensor's edge."""
+    source = sources[term.source]
+    leaf = source.leaves[term.tensor]
+    assert leaf.stored is not None
+    return source.read(term.tensor, chunk_at(index, leaf.stored.storage.chunks, leaf.shape))
+
+
 class _Unit:
     """One tile of an output tensor: the source regions that it is computed from, each read once, and its noise."""
 

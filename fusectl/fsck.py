@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fusectl.errors import Corrupt, FusectlError, Incompatible
+from fusectl.errors import Corrupt, FusectlError, Incompatible, counted
 from fusectl.formats import open_location
 from fusectl.formats.locate import ARRAY_METADATAS, COMMITTED, ORBAX_INDEX, STEP_METADATA, locate, place
 from fusectl.formats.objects import Place, read_small
@@ -27,7 +27,7 @@ from fusectl.formats.zarr import METADATA_FILE
 from fusectl.jsontree import parsed
 from fusectl.parallel import Progress, Silent, default_jobs, default_max_memory_bytes
 from fusectl.sources import recognized
-from fusectl.transforms.optimizer import find_state
+from fusectl.transforms.optimizer import find_state, unlike_their_parameters
 from fusectl.verify.files import check_files
 
 
@@ -164,6 +164,7 @@ def _of_item(location: Location, arch: str | None, budget_bytes: int, jobs: int,
     problems += _slot_problems(checkpoint, arch, notes)
     problems += _listed_problems(checkpoint)
     notes += _dead_bytes(checkpoint)
+    notes += _larger_chunks(checkpoint)
     read = check_files(checkpoint, budget_bytes=budget_bytes, jobs=jobs, progress=progress)
     told: Counter[str] = Counter()
     for leaf in checkpoint.leaves.values():
@@ -292,11 +293,23 @@ def _dead_bytes(checkpoint: Checkpoint) -> Iterator[str]:
         yield f"{dead_bytes:,} bytes of the database's data files are of older versions: nobody reads them"
 
 
+def _larger_chunks(checkpoint: Checkpoint) -> Iterator[str]:
+    """Arrays that are smaller than one of their chunks: such as one whose metadata were changed."""
+    larger = [
+        f"{name}, {list(leaf.shape)} in chunks of {list(leaf.chunks)}"
+        for name, leaf in checkpoint.leaves.items()
+        if 0 not in leaf.shape and any(n < chunk for n, chunk in zip(leaf.shape, leaf.chunks, strict=True))
+    ]
+    if larger:
+        yield f"{counted(len(larger), 'array')} smaller than a chunk, as T5X and Orbax write none: {larger[0]}"
+
+
 def _slot_problems(checkpoint: Checkpoint, arch: str | None, notes: list[str]) -> Iterator[str]:
     try:
         tree = recognized(checkpoint, arch)
     except Incompatible as error:
-        notes.append(f"the optimizer's slots were not compared with their parameters: {error.message}")
+        notes.append(f"the optimizer's slots were compared with their parameters by name only: {error.message}")
+        yield from unlike_their_parameters(checkpoint.shapes)
         return
     try:
         find_state(checkpoint.shapes, tree, checkpoint.path).require_known(checkpoint.path, "")

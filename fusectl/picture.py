@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fusectl.errors import OutputExists, StorageError, UsageError
+from fusectl.escape import caption
 from fusectl.formats.locate import local
 from fusectl.formats.staging import storage_errors
 from fusectl.heatmap import HeatMap, Side
@@ -70,7 +71,7 @@ def draw_heat_map(found: HeatMap, file: Path) -> None:
     high = wide * float(np.clip(found.inputs.size / found.outputs.size, 0.6, 1.5))
     figure = Figure(figsize=(wide * columns + 1.5, (high + 0.7) * rows + 0.7 + 2.4 * over_time), layout="constrained")
     grid = figure.add_gridspec(rows + over_time, columns, height_ratios=[high + 0.7] * rows + [2.2] * over_time)
-    figure.suptitle(found.tensor + ("" if found.layer is None else f", layer {found.layer}"), fontsize=10)
+    figure.suptitle(caption(found.tensor) + ("" if found.layer is None else f", layer {found.layer}"), fontsize=10)
 
     drawn = np.concatenate([mean[np.isfinite(mean) & (mean > 0)] for _, mean in shown])
     largest = float(drawn.max(initial=0.0)) or 1.0
@@ -227,7 +228,7 @@ def draw_theory(found: Theory, file: Path) -> None:
         (("copied parameters", [x.copies for x in found.layers]), ("zero blocks", [x.zeros for x in found.layers]))
     ):
         layers.barh(places + 0.4 * i - 0.2, norms, height=0.4, label=name, color=f"C{3 + i}")
-    layers.set_yticks(places, [layer.layer for layer in found.layers], fontsize=7)
+    layers.set_yticks(places, [caption(layer.layer) for layer in found.layers], fontsize=7)
     layers.invert_yaxis()
     layers.set_xlabel("norm of the Lie bracket")
     layers.legend(fontsize=8)

@@ -37,8 +37,8 @@ _OLDER = frozenset({"fusectl/record/2", "fusectl/record/1"})
 _OWN_CRC32 = re.compile(rb',\n "crc32": "([0-9a-f]{8})"\n}\n\Z')
 # What a residual stream may be multiplied with, or its inverse: float32 holds the squares.
 _SMALLEST_SCALE = 1e-18
-# Of the table of a family, in characters.
-LARGEST_TABLE = 1 << 20
+# Of the table of a family, in characters: a thousand rows.
+LARGEST_TABLE = 1 << 18
 _OPERATOR = ("operator", "operator_fingerprint")
 # How far the weights of a mean may be from summing to one.
 SUM_TOLERANCE = 1e-6

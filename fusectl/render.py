@@ -1,9 +1,11 @@
-"""Everything that is printed. Results go to standard output, all else to standard error; Rich only on a terminal."""
+"""Everything that is printed. Results go to standard output, all else to standard error; Rich only on a terminal.
+
+Whatever is printed for people may hold names from a checkpoint: it is made visible here, line by line, cell by cell.
+"""
 
 from __future__ import annotations
 
 import json as json_module
-import shlex
 import sys
 import threading
 import time
@@ -16,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import typer
 
 from fusectl.errors import FusectlError, NotEnoughSpace, StorageError, UsageError, shorten
+from fusectl.escape import visible, word
 from fusectl.memory import peak_rss_bytes
 
 
@@ -88,7 +91,7 @@ class Screen:
     def resumable(self, arguments: Sequence[str]) -> None:
         """Has the error that ends the command say the line that goes on with it."""
         words = [*arguments, *([] if "--resume" in arguments else ["--resume"])]
-        self._resume = shlex.join(["fusectl", *words])
+        self._resume = " ".join(map(word, ["fusectl", *words]))
 
     def usage_error(self, error: typer.TyperException) -> int:
         """Prints what is wrong with the command line; the exit code."""
@@ -96,7 +99,7 @@ class Screen:
         command = context.command_path if context else "fusectl"
         message, hint = error.format_message(), f"{command} --help"
         # Without any argument the message is the help itself.
-        self._say(message if "Usage:" in message else f"error: {message}\n  hint: {hint}")
+        self._say(*message.split("\n") if "Usage:" in message else (f"error: {message}", f"  hint: {hint}"))
         self._emit("error", 2, {"code": "usage_error", "message": message, "details": [], "hint": hint})
         return 2
 
@@ -137,7 +140,7 @@ class Screen:
             **(self._result or {}),
         }
         if not self._json:
-            print(output)  # noqa: T201
+            _print_path(output)
 
     def inspection(self, seen: Inspection, *, tree: bool, rows: bool = False) -> None:
         """Prints what a checkpoint is: with `tree` every tensor, with `rows` also the row of the table that took it."""
@@ -164,7 +167,7 @@ class Screen:
         for note in found.before:
             self.note(note)
         more = f"{found.trainer_name} goes on with{found.place} (more: fusectl restart-config {found.path}):"
-        self._say("\n".join([more, *found.settings]))
+        self._say(more, *found.settings)
 
     def fsck(self, found: Fsck) -> None:
         """Prints what is wrong with a checkpoint, all of it, and what nobody could have noticed."""
@@ -221,7 +224,7 @@ class Screen:
         for note in found.notes:
             self.note(note)
         if not self._json:
-            print(file)  # noqa: T201
+            _print_path(file)
 
     def advice(self, found: Advice, picture: Path | None) -> None:
         """Prints when to fuse, and what the answer rests on."""
@@ -260,11 +263,11 @@ class Screen:
         files = [str(file) for file in found.files]
         self._result = {"experiment": found.experiment, "found": list(found.found), "files": files}
         if not self._json:
-            print(*found.found, "", *files, sep="\n")  # noqa: T201
+            print(*map(visible, [*found.found, "", *files]), sep="\n")  # noqa: T201
 
     def _error(self, error: Exception) -> int:
         if self._debug:
-            traceback.print_exc()
+            self._say(*traceback.format_exc().rstrip().split("\n"))
         if isinstance(error, MemoryError):
             error = NotEnoughSpace("out of memory", hint="a smaller --max-memory")
         elif isinstance(error, OSError):
@@ -276,7 +279,7 @@ class Screen:
             hint = "--debug shows where; please report it"
         if isinstance(error, UsageError):
             # What somebody has to change is shown as it was written, all of it, with a caret below the place.
-            shown = [line for detail in details for line in detail.splitlines()]
+            shown = [line for detail in details for line in detail.split("\n")]
         else:
             left_out = len(details) - MOST_DETAILS + 1
             shown = [_one_line(detail) for detail in details[: MOST_DETAILS - (left_out > 1)]]
@@ -284,7 +287,7 @@ class Screen:
         lines = [f"error: {message}", *(f"  {line}" for line in shown)]
         lines += [f"  hint: {hint}"] if hint else []
         lines += [f"  to go on: {self._resume}"] if self._resume else []
-        self._say("\n".join(lines))
+        self._say(*lines)
         failed = code == 3
         self._emit(
             "failed" if failed else "error",
@@ -295,8 +298,8 @@ class Screen:
 
     def _stopped(self, by: KeyboardInterrupt | Terminated) -> int:
         code, how = (by.exit_code, "terminated") if isinstance(by, Terminated) else (130, "interrupted")
-        ended = f"what is done is kept\n  to go on: {self._resume}" if self._resume else "nothing was written"
-        self._say(f"fusectl: {how}; {ended}")
+        ended = "what is done is kept" if self._resume else "nothing was written"
+        self._say(f"fusectl: {how}; {ended}", *([f"  to go on: {self._resume}"] if self._resume else []))
         self._emit("error", code, {"code": how, "message": how, "details": [], "hint": None, "resume": self._resume})
         return code
 
@@ -316,8 +319,8 @@ class Screen:
 
         print(json_module.dumps(finite(whole), allow_nan=False, indent=2))  # noqa: T201
 
-    def _say(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)  # noqa: T201
+    def _say(self, *lines: str) -> None:
+        print("\n".join(map(visible, lines)), file=sys.stderr, flush=True)  # noqa: T201
 
     def _console(self, stream: TextIO) -> Console:
         from rich.console import Console
@@ -327,7 +330,9 @@ class Screen:
                 # Rich would exit with 1; `| head` is no failure.
                 raise BrokenPipeError
 
-        return Quietly(file=stream, highlight=False, markup=False, width=None if stream.isatty() else PLAIN_WIDTH)
+        return Quietly(
+            file=stream, highlight=False, markup=False, emoji=False, width=None if stream.isatty() else PLAIN_WIDTH
+        )
 
 
 class _Heartbeat:
@@ -350,7 +355,7 @@ class _Heartbeat:
                 return
             self._last_s = time.monotonic()
             line = f"{self._what}: {human(self._done)} of {human(self._total)}, at {tensor}"
-        print(line, file=sys.stderr, flush=True)  # noqa: T201
+        print(visible(line), file=sys.stderr, flush=True)  # noqa: T201
 
 
 def _bar(console: Console) -> Iterator[Progress]:
@@ -401,21 +406,21 @@ def _print_report(console: Console, report: Report) -> None:
     table = Table("level", "", "what was checked", box=None, pad_edge=False, padding=(0, 3, 0, 0))
     for name, result in report.levels().items():
         if result is not None:
-            table.add_row(name, outcome(result), says(report, name))
+            table.add_row(*map(visible, (name, outcome(result), says(report, name))))
     console.print(table)
     if report.trace:
         trace = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
         for heading in trace_header(report.trace):
             trace.add_column(heading, justify="left" if heading == "norm" else "right")
         for cells in trace_cells(report.trace):
-            trace.add_row(*cells)
+            trace.add_row(*map(visible, cells))
         console.print(trace)
     precision = f", {report.precision}, {report.passes}" if report.precision else ""
     if report.verdict in {"passed", "FAILED"}:
-        console.print(f"{report.verdict}: {report.path}{precision}", soft_wrap=True)
+        _print_line(console, f"{report.verdict}: {report.path}{precision}")
     else:
-        console.print(f"{report.path}{precision}", soft_wrap=True)
-        console.print(report.verdict, soft_wrap=True)
+        _print_line(console, f"{report.path}{precision}")
+        _print_line(console, report.verdict)
 
 
 def _print_diff(console: Console, found: Diff) -> None:
@@ -423,16 +428,16 @@ def _print_diff(console: Console, found: Diff) -> None:
 
     for where, names in (("only in A", found.only_a), ("only in B", found.only_b)):
         for name in names:
-            console.print(f"{where} {name}", soft_wrap=True)
+            _print_line(console, f"{where} {name}")
     for other in found.metadata:
-        console.print(f"{other.what:<9} {other.name}: {other.a} in A, {other.b} in B", soft_wrap=True)
+        _print_line(console, f"{other.what:<9} {other.name}: {other.a} in A, {other.b} in B")
     if found.values:
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
         for heading in ("tensor", "differing", "of", "max |Δ|", "rms Δ", "relative"):
             table.add_column(heading, justify="left" if heading == "tensor" else "right")
         for v in found.values:
             numbers = (f"{v.max_abs:.3e}", f"{v.rms:.3e}", f"{v.relative_rms:.1e}")
-            table.add_row(v.name, f"{v.differing:,}", f"{v.size:,}", *numbers)
+            table.add_row(visible(v.name), f"{v.differing:,}", f"{v.size:,}", *numbers)
         console.print(table)
     console.print(f"{found.equal:,} tensors are equal", soft_wrap=True)
 
@@ -504,6 +509,7 @@ def _layers(growth: Growth, stack: str) -> str:
 
 def _print_columns(console: Console, rows: Sequence[Sequence[str]]) -> None:
     """Prints rows of which there may be thousands: Rich's tables take a millisecond for each."""
+    rows = [[visible(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
     console.file.write("\n".join(lines) + "\n")
@@ -592,7 +598,16 @@ def _fill(fill: Fill) -> str:
 
 def _print_facts(console: Console, facts: Sequence[tuple[str, str]]) -> None:
     for name, value in facts:
-        console.print(f"{name:<12} {value}", soft_wrap=True, markup=False)
+        _print_line(console, f"{name:<12} {value}")
+
+
+def _print_line(console: Console, line: str) -> None:
+    console.print(visible(line), soft_wrap=True, markup=False)
+
+
+def _print_path(path: Place) -> None:
+    """Prints the path that a command ends with: the next one in a pipe takes it as it is."""
+    print(visible(str(path)) if sys.stdout.isatty() else path)  # noqa: T201
 
 
 def _print_advice(console: Console, found: Advice) -> None:
@@ -685,7 +700,7 @@ def _print_demo(console: Console, rows: Sequence[DemoRow]) -> None:
         assert algebra is not None
         assert native is not None
         table.add_row(
-            row.what,
+            visible(row.what),
             outcome(files),
             outcome(weights),
             f"{algebra.max_abs:.1e}",
@@ -740,7 +755,7 @@ def _print_theory(console: Console, found: Theory) -> None:
     for heading in ("bracket in", "copied parameters", "zero blocks"):
         layers.add_column(heading, justify="left" if heading == "bracket in" else "right")
     for layer in found.layers:
-        layers.add_row(layer.layer, f"{layer.copies:.3g}", f"{layer.zeros:.3g}")
+        layers.add_row(visible(layer.layer), f"{layer.copies:.3g}", f"{layer.zeros:.3g}")
     console.print(layers)
     console.print()
     if series is None:

@@ -11,6 +11,7 @@ from another checkpoint.
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Iterator, Mapping
@@ -22,6 +23,7 @@ from fusectl.archs.config import GEMMA_SIZES, MAXTEXT_SIZES, read_config
 from fusectl.archs.table import DECODER, ENCODER
 from fusectl.errors import Incompatible, NotFound, UsageError
 from fusectl.formats import open_checkpoint
+from fusectl.given import read_given
 from fusectl.packed import unpacked
 from fusectl.sources import recognized
 from fusectl.transforms.linear import growing_to
@@ -57,7 +59,8 @@ _GIN = {
     "NUM_ENCODER_LAYERS": ENCODER,
     "NUM_DECODER_LAYERS": DECODER,
 }
-_BINDING = re.compile(rf"^\s*(?:[\w./@]+\.)?({'|'.join(_GIN)})\s*=\s*(\d+)\s*(?:#.*)?$", re.MULTILINE)
+_BINDING = re.compile(rf"\s*(?:[\w./@]+\.)?({'|'.join(_GIN)})\s*=\s*([0-9]{{1,15}})\s*(?:#.*)?")
+_LARGEST_GIN_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -177,19 +180,25 @@ def _depth_options(depths: Mapping[str, int]) -> dict[str, int | str]:
 
 def _read(text: str, tree: Recognized) -> dict[str, int]:
     path = Path(text)
-    if "=" in text and not path.exists():
+    # Of what is no path at all, too.
+    there = os.path.exists(text)  # noqa: PTH110
+    if "=" in text and not there:
         return dict(_pair(each, text) for each in text.split(","))
-    if not path.exists() and "://" not in text:
+    if not there and "://" not in text:
         raise NotFound(f"{text}: no config, no checkpoint", hint="--to emb=1024,heads=16,mlp=4096,layers=12")
     if path.is_file() and path.suffix == ".gin":
-        found = {_GIN[key]: int(n) for key, n in _BINDING.findall(path.read_text(errors="replace"))}
+        lines = read_given(path, _LARGEST_GIN_BYTES, "gin").decode(errors="replace").splitlines()
+        found = {_GIN[bound[1]]: int(bound[2]) for bound in map(_BINDING.fullmatch, lines) if bound}
         if not found:
             raise UsageError(f"{text}: binds none of the sizes of a T5Config", hint=", ".join(list(_GIN)[:7]))
         return found
     if path.is_file():
         config = read_config(text)
         names = GEMMA_SIZES if config.trainer == "gemma" else MAXTEXT_SIZES
-        found = {axis: int(config.values[key]) for axis, key in names.items() if key in config.values}
+        try:
+            found = {axis: int(config.values[key]) for axis, key in names.items() if key in config.values}
+        except (OverflowError, TypeError, ValueError) as error:
+            raise UsageError(f"{text}: a size that is no number", details=(str(error),)) from error
         if isinstance(kinds := config.values.get("attention_types"), list):
             found["layers"] = len(kinds)
         if "layers" in found and config.values.get("decoder_block") == "gemma2":
@@ -204,6 +213,6 @@ def _read(text: str, tree: Recognized) -> dict[str, int]:
 
 def _pair(text: str, whole: str) -> tuple[str, int]:
     word, _, value = text.strip().partition("=")
-    if word not in WORDS or not value.isdigit() or int(value) < 1:
+    if word not in WORDS or not re.fullmatch("[0-9]{1,15}", value) or int(value) < 1:
         raise UsageError(f"--to {whole}: {text.strip()!r}", details=(f"NAME=N, with {', '.join(WORDS)}",))
     return WORDS[word], int(value)

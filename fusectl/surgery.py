@@ -14,6 +14,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path, PurePath
 
 import numpy as np
@@ -34,17 +35,26 @@ from fusectl.builder import (
 )
 from fusectl.cache import Cache
 from fusectl.equalize import Equalize, residual_scales
-from fusectl.errors import Corrupt, FusectlError, Incompatible, OutputExists, UsageError, counted, shorten
+from fusectl.errors import Corrupt, Incompatible, OutputExists, UsageError, counted, shorten
 from fusectl.exactness import Exactness, least, of_model, of_tensor
 from fusectl.execute import Work, execute
 from fusectl.expand import expanded, repeats
-from fusectl.formats import format_named, open_checkpoint, open_location
-from fusectl.formats.locate import T5X_STEP, is_checkpoint
+from fusectl.finished import find_finished
+from fusectl.formats import format_named, open_location
+from fusectl.formats.locate import T5X_STEP
 from fusectl.formats.objects import ObjectPath, Place
 from fusectl.formats.servercopy import missing_library
 from fusectl.formats.sink import Manner, Sink, names_written
-from fusectl.formats.staging import can_be_resumed, check_space, clear_journal, staged, staging_of, storage_errors
-from fusectl.formats.tree import Checkpoint
+from fusectl.formats.staging import (
+    can_be_resumed,
+    check_space,
+    clear_journal,
+    require_replaceable,
+    staged,
+    staging_of,
+    storage_errors,
+)
+from fusectl.formats.tree import Checkpoint, Location
 from fusectl.formats.upload import require_free
 from fusectl.formats.zarr import epsilon, np_dtype
 from fusectl.journal import Journal, digest_of, require_same_plan, require_untouched, stamps_of
@@ -53,7 +63,7 @@ from fusectl.matrices import Matrices
 from fusectl.packed import packed_name
 from fusectl.parallel import Progress, Silent, default_jobs
 from fusectl.plan import Plan
-from fusectl.record import LEFT_OUT, Fill, Record, mean_weights
+from fusectl.record import Fill, Record, mean_weights
 from fusectl.sources import Opened, open_source
 from fusectl.state import plan_state
 from fusectl.transforms.grow import Fusion, check_fill, equal_widths, filled, fused, line_up
@@ -63,6 +73,8 @@ from fusectl.transforms.rates import CLIPPED, in_words, module, rates, table
 
 # Above this, antisymmetric noise loses digits of the kernels that it is taken off from.
 LARGE_NOISE_SCALE = 0.5
+# A table of learning rates has a line for each parameter.
+LARGEST_TABLE = 64 << 20
 # Threads, where most of their time is spent on waiting for a server.
 REMOTE_JOBS = 16
 
@@ -229,21 +241,32 @@ def carry_out(
     """Writes the planned checkpoint to `output`, which appears once it is complete and was found as planned.
 
     With `sync` it is on the disk before it appears. With `resume` an interrupted run of the same plan to the same
-    output is gone on with, and an output that such a run has completed is left as it is. `check` is given what was
-    written before it appears; if it raises, nothing does. `note` is told what did not go as it was asked for, `kept` is
-    called when the run fails and what it has done is kept to be resumed.
+    output is gone on with, and an output that such a run has completed is read, each chunk of it, and left as it is.
+    `check` is given what was written before it appears; if it raises, nothing does. `note` is told what did not go as
+    it was asked for, `kept` is called when the run fails and what it has done is kept to be resumed.
 
     Raises OutputExists; Incompatible where `resume` finds another plan; NotEnoughSpace and StorageError; Corrupt for a
-    source that is.
+    source that is, and for an output that was complete and is damaged since, unless `force` has it written anew.
     """
     if allow_nonfinite and plan.record.fill.kind != "zeros":
         raise UsageError("noise is relative to a kernel's deviation, which a NaN or Inf leaves undefined")
-    if resume and is_complete(plan, output):
+    progress, jobs = progress or Silent(), jobs or default_jobs()
+    finished = None
+    if resume:
+        try:
+            finished = find_finished(
+                plan, sources, output, jobs=jobs, allow_nonfinite=allow_nonfinite, progress=progress
+            )
+        except Corrupt as error:
+            if not force:
+                raise
+            note(f"{error.message}; it is written anew")
+    if finished is not None:
         # Left where a run was killed after its output had appeared.
         clear_journal(output)
-        note(f"{output}: complete already")
+        note(f"{output}: complete already, each chunk read and compared")
         if check is not None:
-            check(open_checkpoint(str(output)))
+            check(finished)
         return output
     check_output(output, sources, force=force)
     stamps = stamps_of(sources)
@@ -278,7 +301,6 @@ def carry_out(
             if resume:
                 note(f"{counted(len(journal), 'chunk')} said to be there; each is read and compared with its checksum")
             sink = Sink(staging.home, output, out_format, plan.item, manner, resumed=resume, guard=staging.guard)
-            progress, jobs = progress or Silent(), jobs or default_jobs()
             if any(isinstance(place, ObjectPath) for place in (output, *(s.location.home for s in sources))):
                 jobs = max(jobs, REMOTE_JOBS)
             sums = execute(plan, work, sink, jobs=jobs, progress=progress, journal=journal)
@@ -286,6 +308,7 @@ def carry_out(
         sink.finish(replace(plan.record, tensors=sums), plan.nodes, plan.custom)
         written = open_location(sink.location)
         _check_written(plan, written)
+        staging.require_whole = partial(_require_whole, sink.location)
         if check is not None:
             check(written)
         if sink.not_linked:
@@ -316,31 +339,29 @@ def default_output(sources: Sequence[Checkpoint], plan: Plan) -> Place:
     return renamed / home.name if T5X_STEP.fullmatch(home.name) else renamed
 
 
-def write_table(plan: Plan, to: Path) -> None:
+def check_table(plan: Plan, to: Path, *, force: bool, resume: bool) -> None:
+    """Raises OutputExists for a file in the table's place, unless it may be replaced, or a run that is resumed has left
+    it: the table of this very plan.
+    """
+    with storage_errors(to):
+        if not os.path.lexists(to) or (force and to.is_file()):
+            return
+        if not (resume and to.is_file() and to.stat().st_size < LARGEST_TABLE and to.read_text() == _table(plan, to)):
+            raise OutputExists(f"{to}: exists", hint="another file, or --force to replace it")
+
+
+def write_table(plan: Plan, to: Path, *, force: bool = False, resume: bool = False) -> None:
     """Writes the learning rates that continue the trajectory, as a module for *.py, else as JSON.
 
-    A file that is there already is replaced.
+    Raises OutputExists as `check_table` does.
     """
-    text = module(plan.rates) if to.suffix == ".py" else json.dumps(table(plan.rates), indent=1) + "\n"
+    check_table(plan, to, force=force, resume=resume)
     with storage_errors(to):
-        to.write_text(text)
+        to.write_text(_table(plan, to))
 
 
-def is_complete(plan: Plan, output: Place) -> bool:
-    """Whether a checkpoint at `output` is what the plan would write, as far as its record tells."""
-    try:
-        found = open_checkpoint(str(output))
-    except FusectlError:
-        return False
-    if found.record is None or found.format != plan.format:
-        return False
-    planned = {o.name: (o.layout.shape, o.layout.dtype, o.chunks) for o in plan.outputs}
-    written = {name: (sums.shape, sums.dtype, sums.chunks) for name, sums in found.record.tensors.items()}
-    leaves = ((found.leaves.get(o.name), o.storage) for o in plan.outputs)
-    alike = all(leaf is None or leaf.stored is None or leaf.stored.storage.like(own) for leaf, own in leaves)
-    left_out = any(LEFT_OUT in sums.crc32 for sums in found.record.tensors.values())
-    same = planned == written and alike and (plan.sparse or not left_out)
-    return same and replace(found.record, tensors={}, files={}) == plan.record
+def _table(plan: Plan, to: Path) -> str:
+    return module(plan.rates) if to.suffix == ".py" else json.dumps(table(plan.rates), indent=1) + "\n"
 
 
 def check_output(output: Place, sources: Sequence[Checkpoint], *, force: bool) -> None:
@@ -359,8 +380,7 @@ def check_output(output: Place, sources: Sequence[Checkpoint], *, force: bool) -
             return
         if not force:
             raise OutputExists(f"{output}: exists", hint="choose another -o, or --force to replace it")
-        if output.is_symlink() or not output.is_dir() or not (is_checkpoint(output) or not any(output.iterdir())):
-            raise OutputExists(f"{output}: exists and is no checkpoint; --force replaces nothing else")
+        require_replaceable(output)
 
 
 def _real(at: Place) -> PurePath:
@@ -543,6 +563,18 @@ def _record_for(opened: Opened, copies: int | None) -> Record:
         optimizer="kept",
         network=opened.tree.network,
     )
+
+
+def _require_whole(location: Location) -> None:
+    """Raises Corrupt where a file of what has been written is gone again: nobody has read it since."""
+    written = open_location(location)
+    lost = [*(chunk for name in written.leaves for chunk in written.missing_chunks(name)), *written.files.lost()]
+    if lost:
+        raise Corrupt(
+            f"{written.path}: {counted(len(lost), 'file')} gone that had been written",
+            details=shorten(lost, 5),
+            hint="run it again when nobody deletes there",
+        )
 
 
 def _check_written(plan: Plan, written: Checkpoint) -> None:

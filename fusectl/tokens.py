@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
+import math
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +22,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fusectl.errors import Corrupt, Incompatible, NotFound, StorageError
+from fusectl.errors import Corrupt, Incompatible
+from fusectl.given import read_given
+from fusectl.jsontree import parsed
 
 
 Ints = npt.NDArray[np.int32]
@@ -37,6 +39,11 @@ NAMES = {
 }
 DEFAULT_BATCH = 4
 DEFAULT_LENGTH = 16
+# Of a file, and of what its arrays take in memory; much more than any model is measured with.
+LARGEST_BYTES = 64 << 20
+LARGEST_ARRAYS_BYTES = 256 << 20
+MOST_ARRAYS = 1000
+MOST_LINES = 2_000_000
 KNOWN = ", ".join(names[0] for names in NAMES.values())
 
 
@@ -110,7 +117,8 @@ def random_tokens(vocab: int, batch: int, length: int, seed: int) -> Tokens:
 def read_tokens(path: str, vocab: int, batch: int | None, length: int | None) -> Tokens:
     """The tokens of a .npz or .jsonl file, at most `batch` rows of `length`.
 
-    Raises NotFound, Corrupt for what is no such file or holds no tokens, Incompatible for tokens out of the vocabulary.
+    Raises NotFound, UsageError for what is no file or too large, Corrupt for what holds no tokens, Incompatible for
+    tokens out of the vocabulary.
     """
     raw = read_bytes(path)
     try:
@@ -124,15 +132,9 @@ def read_tokens(path: str, vocab: int, batch: int | None, length: int | None) ->
     return replace(tokens, says=says)
 
 
-def read_bytes(path: str) -> bytes:
-    """What is in a file of tokens; `~` is the home directory. Raises NotFound, StorageError."""
-    file = Path(os.path.expanduser(path))  # noqa: PTH111
-    try:
-        return file.read_bytes()
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-        raise NotFound(f"{path}: no file of tokens") from error
-    except OSError as error:
-        raise StorageError(f"{path}: cannot be read", details=(str(error),)) from error
+def read_bytes(path: str, most_bytes: int = LARGEST_BYTES) -> bytes:
+    """What is in a file of tokens; `~` is the home directory. Raises NotFound, UsageError, StorageError."""
+    return read_given(path, most_bytes, "tokens")
 
 
 def digest_of(raw: bytes) -> str:
@@ -159,10 +161,29 @@ def require_vocabulary(path: str, tokens: Tokens, vocab: int) -> None:
             )
 
 
-def from_npz(raw: bytes) -> dict[str, npt.NDArray[Any]]:
-    """The arrays of a .npz. Raises one of UNREADABLE for what is none."""
+def from_npz(raw: bytes, most_bytes: int = LARGEST_ARRAYS_BYTES) -> dict[str, npt.NDArray[Any]]:
+    """The arrays of a .npz. Raises one of UNREADABLE for what is none, and for arrays of more than `most_bytes`."""
+    if raw.count(b"PK\x01\x02") > MOST_ARRAYS:
+        raise ValueError(f"more than {MOST_ARRAYS:,} arrays")
+    with zipfile.ZipFile(io.BytesIO(raw)) as packed:
+        nbytes = sum(_size_of(packed, each) for each in packed.infolist())
+    if nbytes > most_bytes:
+        raise ValueError(f"arrays of {nbytes:,} bytes, more than the {most_bytes:,} that they may have")
     with np.load(io.BytesIO(raw)) as arrays:
         return {name: arrays[name] for name in arrays.files}
+
+
+def _size_of(packed: zipfile.ZipFile, member: zipfile.ZipInfo) -> int:
+    """How many bytes a member takes in memory: of an array its header tells, since few bytes may stand for many."""
+    if member.compress_type not in {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
+        raise ValueError(f"{member.filename}: compressed as numpy does not")
+    if not member.filename.endswith(".npy"):
+        return member.file_size
+    with packed.open(member) as file:
+        major, _ = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(file)
+    return math.prod(shape) * dtype.itemsize
 
 
 def json_lines(raw: bytes) -> Iterator[tuple[int, Mapping[str, Any]]]:
@@ -173,10 +194,14 @@ def json_lines(raw: bytes) -> Iterator[tuple[int, Mapping[str, Any]]]:
     for number, line in enumerate(io.TextIOWrapper(io.BytesIO(raw), "utf-8-sig"), 1):
         if not line.strip():
             continue
+        if number > MOST_LINES:
+            raise ValueError(f"more than {MOST_LINES:,} lines")
         try:
-            example = json.loads(line)
+            example = parsed(line.encode())
         except json.JSONDecodeError as error:
             raise ValueError(f"line {number}, column {error.colno}: {error.msg}") from error
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"line {number}: {error}") from error
         if not isinstance(example, Mapping):
             raise ValueError(f"line {number} is no object")  # noqa: TRY004
         yield number, example
@@ -211,7 +236,13 @@ def from_lines(raw: bytes, length: int | None) -> dict[str, npt.NDArray[Any]]:
 
 
 def padded(rows: Sequence[Ints]) -> Ints:
-    """Rows of different lengths as one array (batch, length of the longest), with 0 behind the shorter ones."""
+    """Rows of different lengths as one array (batch, length of the longest), with 0 behind the shorter ones.
+
+    Raises ValueError where one long row would make it larger than arrays may be.
+    """
+    nbytes = 4 * len(rows) * max(map(len, rows))
+    if nbytes > LARGEST_ARRAYS_BYTES:
+        raise ValueError(f"{len(rows):,} rows, padded to the longest: {nbytes:,} bytes; cut it, or split the file")
     out = np.zeros((len(rows), max(map(len, rows))), np.int32)
     for line, row in zip(out, rows, strict=True):
         line[: len(row)] = row

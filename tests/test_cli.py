@@ -22,6 +22,7 @@ from models import SIZES, WIDER, checkpoint, state
 from fusectl import cli
 from fusectl.cli.options import gather
 from fusectl.formats import FORMATS, open_checkpoint
+from fusectl.formats.locate import JOURNAL
 from fusectl.formats.sink import save
 
 
@@ -564,6 +565,7 @@ def test_a_second_writer_of_the_same_output_is_turned_away(models, fusectl):
 
     os.close(lock)
     (temporary / "left over").write_text("by a killed run")
+    (temporary / JOURNAL).touch()
     assert fusectl("fuse", *models, "-o", models[0].parent / "out").code == 0
     assert not (models[0].parent / "out/left over").exists()
     assert not temporary.exists()

@@ -300,9 +300,9 @@ def test_configs_are_compared_and_every_difference_is_listed(tmp_path, fusectl):
 @pytest.mark.parametrize(
     ("text", "code", "says"),
     [
-        (None, 4, "no config to be read"),
+        (None, 4, "no file of a model's config"),
         ("- a\n- b\n", 2, "no config of a model"),
-        ("a: [", 2, "neither YAML nor JSON"),
+        ("a: [", 2, "cannot be read as YAML or JSON"),
         ("base_emb_dim: 12\nmlp_activations: 3\n", 2, "a value that cannot be"),
         ("base_emb_dim: 12\nmlp_activations: []\n", 2, "a gated MLP has one and linear"),
         ("base_emb_dim: 12\nmlp_activations: [swish, linear]\n", 2, "activation 'swish'"),
@@ -315,7 +315,7 @@ def test_configs_are_compared_and_every_difference_is_listed(tmp_path, fusectl):
         ("base_emb_dim: 13\n", 6, "base_emb_dim: 13 in"),
         ("base_emb_dim: 12\nglobal_parameter_scale: 2\n", 6, "multiplies all sizes"),
         ("base_emb_dim: 12\ndecoder_block: gemma2\n", 6, "decoder_block: gemma2 in"),
-        ("base_emb_dim: !!python/object/apply:os.getcwd []\n", 2, "neither YAML nor JSON"),
+        ("base_emb_dim: !!python/object/apply:os.getcwd []\n", 2, "cannot be read as YAML or JSON"),
     ],
 )
 def test_configs_that_are_none_or_of_another_model_are_refused(tmp_path, fusectl, text, code, says):

@@ -108,7 +108,10 @@ FAULTS = {
         lambda at: shutil.copytree(at / KERNEL, at / "target.more.kernel", ignore=shutil.ignore_patterns(".zarray")),
         "target.more.kernel: chunks of an array that the index does not name",
     ),
-    "a dtype that is none": (lambda at: change(at / KERNEL / ".zarray", dtype="|S5"), "not the metadata of an array"),
+    "a dtype that is none": (
+        lambda at: change(at / KERNEL / ".zarray", dtype="float32"),
+        "not the metadata of an array",
+    ),
     "an infinite shape": (lambda at: change(at / KERNEL / ".zarray", shape=[float("inf"), 2]), "not the metadata"),
     "a deep one": (lambda at: (at / KERNEL / ".zarray").write_text("[" * 100_000), "not the metadata of an array"),
     "another dtype": (lambda at: change(at / KERNEL / ".zarray", dtype="<i4"), "in its .zarray"),
@@ -167,6 +170,93 @@ def test_slots_that_do_not_fit_are_told(tmp_path):
     save(tmp_path / "a", values, "t5x")
 
     assert any(name in problem for problem in fsck(str(tmp_path / "a")).problems)
+
+
+def smaller(file):
+    """Makes an array half as long as it was, its chunks as they were."""
+    meta = json.loads(file.read_text())
+    change(file, shape=[meta["shape"][0] // 2, *meta["shape"][1:]])
+
+
+@pytest.mark.parametrize(
+    ("parameter", "slots"),
+    [
+        (
+            "params/params/blocks/wi/kernel",
+            ("opt_state/mu/params/blocks/wi/kernel", "opt_state/0/nu/params/blocks/wi/kernel"),
+        ),
+        ("model/wi/kernel/value", ("optimizer/opt_state/0/mu/wi/kernel/value",)),
+        ("target/blocks/wi", ("state/param_states/0/mu/blocks/wi", "state/param_states/0/nu/blocks/wi")),
+        ("target/blocks/wi", ("state/param_states/blocks/wi/v", "state/param_states/blocks/wi/m")),
+    ],
+)
+def test_slots_of_a_tree_of_no_known_family_are_compared_by_name(tmp_path, parameter, slots):
+    """A parameter that has lost a part, such as by a change to its metadata; no table says which slots are its."""
+    values = {name: np.ones((24, 40), np.float32) for name in (parameter, *slots)}
+    save(tmp_path / "a", values, "orbax-zarr3")
+    found = fsck(str(tmp_path / "a"))
+    assert found.problems == ()
+    assert any("by name only" in note for note in found.notes)
+    assert not any("smaller than a chunk" in note for note in found.notes)
+    smaller(index_of(tmp_path / "a") / parameter.replace("/", ".") / "zarr.json")
+
+    found = fsck(str(tmp_path / "a"))
+
+    assert [p for p in found.problems if "of a parameter of shape [12, 40]" in p] == [*found.problems]
+    assert len(found.problems) == len(slots)
+    assert any("1 array is smaller than a chunk" in note for note in found.notes)
+
+
+def test_factored_slots_are_told_by_the_axes_that_they_have(tmp_path):
+    of = {"v_row": (3, 40), "v_col": (24,), "v": (1,), "m": (1,)}
+    values = {f"state/param_states/w/{slot}": np.ones(shape, np.float32) for slot, shape in of.items()}
+    save(tmp_path / "a", {"target/w": np.ones((3, 24, 40), np.float32), **values}, "t5x")
+    assert fsck(str(tmp_path / "a")).problems == ()
+    values["state/param_states/w/v_row"] = np.ones((40, 3), np.float32)
+    save(tmp_path / "b", {"target/w": np.ones((3, 24, 40), np.float32), **values}, "t5x")
+    (problem,) = fsck(str(tmp_path / "b")).problems
+    assert "w/v_row: shape [40, 3]" in problem
+
+
+@pytest.mark.parametrize(
+    ("zarr", "changes"),
+    [
+        (2, {"compressor": {"id": "gzip", "level": 10}}),
+        (2, {"compressor": {"id": "gzip", "level": -1}}),
+        (2, {"compressor": {"id": "gzip", "level": 1, "foo": 1}}),
+        (2, {"zarr_format": 1}),
+        (2, {"order": "c"}),
+        (2, {"dtype": "=f4"}),
+        (3, {"codecs": [{"name": "bytes"}]}),
+        (3, {"fill_value": "abc"}),
+        (3, {"node_type": "group"}),
+        (3, {"dimension_names": ["a"]}),
+    ],
+)
+def test_metadata_that_no_reader_opens_are_a_fault_and_no_source(tmp_path, fusectl, zarr, changes):
+    """Which ones there are, tests/formats/test_metadata.py asks tensorstore."""
+    source = tmp_path / "a"
+    codec = Encoding("gzip", 1) if zarr == 2 else Encoding()
+    save(source, {"target/w": np.ones((3, 2), np.float32)}, f"orbax-zarr{zarr}", encoding=codec)
+    change(index_of(source) / "target.w" / ("zarr.json" if zarr == 3 else ".zarray"), **changes)
+
+    done = fusectl("inspect", source, "--fsck")
+
+    assert (done.code, "not the metadata of an array" in done.err) == (5, True), done.err
+    for words in (["inspect", source], ["convert", source, "-o", tmp_path / "out"]):
+        done = fusectl(*words)
+        assert (done.code, "target/w: not the metadata" in done.err) == (5, True), done.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("more", [[], ["--fsck"]])
+def test_a_codec_that_trainers_do_not_have_is_named_and_no_damage(tmp_path, fusectl, more):
+    save(tmp_path / "a", {"target/w": np.ones((3, 2), np.float32)}, "orbax-zarr2")
+    change(index_of(tmp_path / "a") / "target.w/.zarray", compressor={"id": "lz4", "acceleration": 1})
+
+    done = fusectl("inspect", tmp_path / "a", *more)
+
+    assert (done.code, "target/w: an array encoded with lz4" in done.err) == (6, True), done.err
 
 
 def test_a_marker_that_is_gone_is_told(fused, tmp_path):

@@ -34,7 +34,7 @@ def test_sources_in_a_bucket_fuse_into_the_same(bucket, tmp_path, form):
 
     assert contents(tmp_path / "remote") == contents(tmp_path / "local")
     assert contents(remote[0]) == contents(local[0])
-    report = verify(str(tmp_path / "remote"), settings=Settings(("files", "weights")))
+    report = verify(str(tmp_path / "remote"), settings=Settings(("files", "weights"), named=tuple(remote)))
     assert report.passed
     assert [source.path for source in report.record.sources] == remote
     assert fsck(remote[0]).problems == ()

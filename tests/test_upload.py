@@ -169,6 +169,42 @@ def test_what_exists_is_never_replaced(sources, place):
     assert set(names(place)) == {*before, "note.txt"}
 
 
+def test_what_a_trainer_writes_there_meanwhile_is_left_as_it_is(sources, place):
+    """It knows no lease."""
+    kept = []
+
+    def appear(_):
+        (place / T5X_INDEX).write_bytes(b"precious")
+
+    def fail(_):
+        appear(_)
+        raise VerificationFailed("no")
+
+    for check, error in ((appear, OutputExists), (fail, VerificationFailed)):
+        with pytest.raises(error):
+            write(sources["t5x"], place, check=check, kept=lambda: kept.append(True))
+        assert (place.anew() / T5X_INDEX).read_bytes() == b"precious"
+        assert "fusectl.json" not in names(place)
+        place.anew().remove()
+    assert kept == [True]
+
+
+def test_a_record_leads_into_no_bucket_that_nobody_has_named(sources, bucket, place, tmp_path, fusectl, monkeypatch):
+    remote = bucket.put(sources["t5x"][0], f"{place.key}/source")
+    words = ["self-fuse", remote, "-o", tmp_path / "out", "--optimizer", "drop", "--no-sync"]
+    # Whoever fuses has named it.
+    assert fusectl(*words, "--verify").code == 0
+    copy = fusectl("convert", remote, "-o", tmp_path / "copy", "--no-sync", "--verify")
+    assert copy.code == 0, copy.err
+    for out, named in (("out", [remote, remote]), ("copy", [remote])):
+        with monkeypatch.context() as patch:
+            patch.setattr(objects._Bucket, "_store", property(lambda self: pytest.fail(f"{self.name} is asked")))
+            done = fusectl("verify", tmp_path / out, "--levels", "files,weights")
+            assert (done.code, f"--sources {remote}" in done.err) == (2, True), done.err
+            assert fusectl("verify", tmp_path / out, "--levels", "files").code == 0
+        assert fusectl("verify", tmp_path / out, "--levels", "files,weights", "--sources", *named).code == 0
+
+
 def test_a_run_that_fails_for_good_leaves_nothing(sources, place):
     def refuse(_):
         raise VerificationFailed("no")

@@ -12,11 +12,11 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusectl.archs.network import Attending, Network
-from fusectl.errors import Incompatible, NotFound, UsageError
+from fusectl.errors import Incompatible, UsageError
+from fusectl.given import read_given
 
 
 if TYPE_CHECKING:
@@ -68,7 +68,11 @@ GEMMA_ATTENDING = frozenset(
 )
 # MaxText goes by the name of the model.
 _EMBED_OVER_HEADS = "gemma3-27b"
-_LARGEST_BYTES = 1 << 20
+# Several times the whole configuration of a run of MaxText's; PyYAML takes 0.1 ms for an entry.
+_LARGEST_BYTES = 1 << 18
+_MOST_ENTRIES = 20_000
+# Of a number, in characters: Python takes longer for each digit more.
+_LONGEST_NUMBER = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,22 +222,49 @@ def counted_sizes(sizes: Mapping[str, int], depths: Mapping[str, int], blocks: C
 
 def read_config(path: str) -> Config:
     """The Config in a file; raises NotFound, or UsageError for what is none."""
-    import yaml
-
+    raw = read_given(path, _LARGEST_BYTES, "a model's config")
     try:
-        if Path(path).stat().st_size > _LARGEST_BYTES:
-            raise UsageError(f"{path}: too large for a config")
-        values = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise NotFound(f"{path}: no config to be read", details=(str(error),)) from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise UsageError(f"{path}: neither YAML nor JSON", details=tuple(str(error).splitlines()[:3])) from error
+        values = _parsed(raw)
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        # What PyYAML makes of values that are not what their tags say, and of trees that have no end.
+        details = tuple(str(error).splitlines()[:3]) or (type(error).__name__,)
+        raise UsageError(f"{path}: cannot be read as YAML or JSON", details=details) from error
     known = {*MAXTEXT_SIZES.values(), *GEMMA_SIZES.values(), "decoder_block", "rope_max_timescale", "attention_types"}
     if not isinstance(values, Mapping) or not values.keys() & known:
         raise UsageError(
             f"{path}: no config of a model", hint="MaxText's configs/models/NAME.yml, or gemma's TransformerConfig"
         )
     return Config(path, {str(key): _number(value) for key, value in values.items()})
+
+
+def _parsed(raw: bytes) -> Any:
+    """The tree that YAML, or JSON, is; raises ValueError for what is none, or would grow beyond what is written."""
+    import yaml
+
+    entries = sum(map(raw.count, (b",", b"\n", b"[", b"{", b":")))
+    if entries > _MOST_ENTRIES:
+        raise ValueError(f"{entries:,} entries, more than {_MOST_ENTRIES:,}")
+
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]
+        """One that refuses references, which ten lines of can stand for a billion values, and endless numbers."""
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise ValueError(f"line {self.peek_event().start_mark.line + 1}: a reference (*); write it out")
+            return super().compose_node(parent, index)
+
+        def construct_scalar(self, node: Any) -> Any:
+            if node.tag in _NUMBERS and len(node.value) > _LONGEST_NUMBER:
+                raise ValueError(f"line {node.start_mark.line + 1}: a number of {len(node.value):,} characters")
+            return super().construct_scalar(node)
+
+    try:
+        return yaml.load(raw.decode(), Loader)  # noqa: S506
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error
+
+
+_NUMBERS = frozenset({"tag:yaml.org,2002:int", "tag:yaml.org,2002:float"})
 
 
 def _number(value: Any) -> Any:

@@ -35,7 +35,8 @@ from fusectl.archs.network import ACTIVATIONS, QUERY_SCALES, ROPE_TYPES, Attendi
 from fusectl.archs.roles import GROWN, ROLES, STEM, TWIN, lacking
 from fusectl.archs.table import Family, Row, stack_of
 from fusectl.axes import STACKED, PatternError, expand, parse_axes
-from fusectl.errors import NotFound, StorageError, UsageError, shorten
+from fusectl.errors import UsageError, shorten
+from fusectl.given import read_given
 from fusectl.record import LARGEST_TABLE
 
 
@@ -52,6 +53,10 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 # Of rows, and of mistakes whose places are looked for: a table may come from anywhere, inside of a checkpoint.
 _MOST_ROWS = 1000
 _MOST_PLACES = 100
+# Python copies all of a dotted key for each of its parts, of which a table has two at most. Of the dots in a line most
+# are those of numbers.
+_MOST_PARTS = 10
+_MOST_DOTS = 500
 # What numbers may be: a float32, and what JAX counts with.
 _LARGEST = 1e38
 _MOST = 2**31 - 1
@@ -126,14 +131,7 @@ def read_family(path: Path) -> Family:
     """
     from fusectl.archs import FAMILIES
 
-    try:
-        raw = path.read_bytes() if path.stat().st_size <= LARGEST_TABLE else None
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-        raise NotFound(f"{path}: no such file, which would hold the table of a family") from error
-    except OSError as error:
-        raise StorageError(str(error)) from error
-    if raw is None:
-        raise UsageError(f"{path}: too large for the table of a family")
+    raw = read_given(path, LARGEST_TABLE, "a family's table")
     try:
         text = raw.decode()
     except UnicodeDecodeError as error:
@@ -148,7 +146,7 @@ def parse_family(text: str, where: str, taken: Collection[str] = ()) -> Family:
     Raises UsageError with all that is wrong with it.
     """
     try:
-        tree = tomllib.loads(text)
+        tree = tomllib.loads(_with_short_keys(text))
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{where}: not TOML", details=(_not_toml(text, error),)) from error
     draft = _Draft(text, tree)
@@ -160,6 +158,14 @@ def parse_family(text: str, where: str, taken: Collection[str] = ()) -> Family:
         title = f"{where}: {n} mistake{'s' if n > 1 else ''} in the table of a family"
         raise UsageError(title, details=shorten(told))
     return family
+
+
+def _with_short_keys(text: str) -> str:
+    """The text itself; raises ValueError for a key of so many parts that reading it would take hours."""
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.count(".") > _MOST_DOTS or line.partition("=")[0].count(".") > _MOST_PARTS:
+            raise ValueError(f"line {number}: a key of too many parts")
+    return text
 
 
 def _not_toml(text: str, error: Exception) -> str:

@@ -181,6 +181,10 @@ def gather(argv: list[str], *options: str) -> list[str]:
     return out
 
 
+# On Linux it is 4096 bytes; what comes through a pipe may have no line's end.
+_LONGEST_PATH = 1 << 16
+
+
 def path_of(given: str | None) -> str:
     """The checkpoint's path: the argument, or the first line of a pipe."""
     if given is not None:
@@ -188,7 +192,7 @@ def path_of(given: str | None) -> str:
     if sys.stdin is None or sys.stdin.isatty():
         hint = "name it, or pipe its path in; with --sources or --over-time, name it before them"
         raise UsageError("which checkpoint?", hint=hint)
-    line = sys.stdin.readline().strip()
+    line = sys.stdin.readline(_LONGEST_PATH).strip()
     if not line:
         raise UsageError("no path came through the pipe", hint="did the command before it fail?")
     ARGUMENTS.append(line)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fusectl.cli.options import parse_bytes
 from fusectl.cli.process import ARGUMENTS, stay_on_the_cpu
-from fusectl.errors import FusectlError, OutputExists, UsageError, VerificationFailed
+from fusectl.errors import FusectlError, UsageError, VerificationFailed
 from fusectl.render import Screen
 
 
@@ -46,7 +46,7 @@ def final_place(output: str | None, opened: Sequence[Any], plan: Plan) -> Place:
 def write(screen: Screen, plan: Plan, opened: Sequence[Any], how: Writing) -> None:
     """What every writing command ends with: the plan shown, or carried out and the output's path printed."""
     from fusectl.formats.locate import local
-    from fusectl.surgery import carry_out, check_output, write_table
+    from fusectl.surgery import carry_out, check_output, check_table, write_table
 
     if how.verify and how.allow_nonfinite:
         raise UsageError("--verify proves nothing about NaN and Inf", hint="without --allow-nonfinite or --verify")
@@ -64,8 +64,8 @@ def write(screen: Screen, plan: Plan, opened: Sequence[Any], how: Writing) -> No
     for note in plan.notes:
         screen.note(note)
     table = None if how.lr_table is None or how.dry_run else local(how.lr_table)
-    if table is not None and table.exists() and not (how.force or how.resume):
-        raise OutputExists(f"{table}: exists", hint="another file, or --force to replace it")
+    if table is not None:
+        check_table(plan, table, force=how.force, resume=how.resume)
     if how.dry_run:
         screen.plan(plan, final)
         return
@@ -76,7 +76,9 @@ def write(screen: Screen, plan: Plan, opened: Sequence[Any], how: Writing) -> No
             from fusectl.verify import Settings, verify_checkpoint, write_report
 
             # Where it is going to appear, not where it has been staged.
-            settings = Settings(jobs=how.jobs, max_memory_bytes=parse_bytes(how.max_memory, "--max-memory"))
+            budget_bytes = parse_bytes(how.max_memory, "--max-memory")
+            named = tuple(source.path for source in opened)
+            settings = Settings(jobs=how.jobs, max_memory_bytes=budget_bytes, named=named)
             found = replace(verify_checkpoint(written, settings=settings, progress=progress), path=str(final))
             screen.verified(found)
             if not found.passed:
@@ -101,7 +103,7 @@ def write(screen: Screen, plan: Plan, opened: Sequence[Any], how: Writing) -> No
             kept=lambda: screen.resumable([*ARGUMENTS, *budget]),
         )
     if table is not None:
-        write_table(plan, table)
+        write_table(plan, table, force=how.force, resume=how.resume)
     screen.written(plan, final)
     if not screen.is_silent:
         _say_how_to_go_on(screen, plan, final)

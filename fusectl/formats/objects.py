@@ -18,6 +18,7 @@ from typing import Any
 import tensorstore as ts
 
 from fusectl.errors import Corrupt, FusectlError, NotFound, StorageError, UsageError
+from fusectl.given import read_local
 
 
 # Sorts behind everything that may stand behind a prefix.
@@ -62,6 +63,12 @@ def store_error(error: Exception, where: str, otherwise: type[FusectlError] = Co
     if status in {"UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "RESOURCE_EXHAUSTED", "INTERNAL", "CANCELLED"}:
         return StorageError(f"{where}: storage failed", details=(text,))
     return otherwise(f"{where}: cannot be read", details=(text,))
+
+
+def bucket_of(path: str) -> tuple[str, str] | None:
+    """The kind of store and the bucket that a URL leads into; None for a path on this machine."""
+    found = URL.fullmatch(path)
+    return (found.group(1).lower(), found.group(2)) if found else None
 
 
 class _Bucket:
@@ -263,12 +270,15 @@ def head(file: Place, nbytes: int) -> bytes:
         return opened.read(nbytes)
 
 
-def read_small(file: Place, most_bytes: int) -> bytes:
-    """The contents of a file; raises Corrupt if it is none, or has more than `most_bytes`."""
-    if not file.is_file():
-        raise Corrupt(f"{file}: not a file")
-    size = file.stat().st_size if isinstance(file, Path) else 0
-    raw = file.read_bytes() if size <= most_bytes else b""
-    if max(size, len(raw)) > most_bytes:
-        raise Corrupt(f"{file}: {max(size, len(raw)):,} bytes, more than the {most_bytes:,} that it may have")
+def read_small(file: Place, most_bytes: int, otherwise: type[FusectlError] = Corrupt) -> bytes:
+    """The contents of a file; raises Corrupt, or `otherwise`, if it is none, or has more than `most_bytes`.
+
+    Pipes and devices, which may have no end, are not read.
+    """
+    raw = read_local(file, most_bytes) if isinstance(file, Path) else file.read_bytes() if file.is_file() else None
+    if raw is None:
+        raise otherwise(f"{file}: not a file")
+    size = raw if isinstance(raw, int) else len(raw)
+    if isinstance(raw, int) or size > most_bytes:
+        raise otherwise(f"{file}: {size:,} bytes, more than the {most_bytes:,} that it may have")
     return raw

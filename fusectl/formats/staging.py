@@ -1,8 +1,10 @@
 """Where a checkpoint is written before it appears: a temporary sibling, which becomes the output with one rename.
 
 A killed run leaves at most a directory whose name ends with .fusectl-tmp, which no trainer takes for a checkpoint. The
-next run to the same output goes on with it if it is told to, and replaces it if not. In a bucket, which knows no
-rename, upload.py does the same.
+next run to the same output goes on with it if it is told to, and replaces it if not. A file in it, the journal, says
+that fusectl has made it. In a bucket, which knows no rename, upload.py does the same.
+
+What stands in the output's place is looked at again when the output appears: hours have passed since the first time.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from pathlib import Path
 
 from fusectl.errors import FusectlError, NotEnoughSpace, OutputExists, StorageError
 from fusectl.formats import upload
-from fusectl.formats.locate import JOURNAL, LEASE, TEMPORARY_SUFFIX
+from fusectl.formats.locate import JOURNAL, LEASE, TEMPORARY_SUFFIX, is_checkpoint
 from fusectl.formats.objects import ObjectPath, Place
 from fusectl.formats.store import walk
 from fusectl.formats.upload import Staging
@@ -32,6 +34,8 @@ REMOVALS = 200
 # It names what stands at the top of the output.
 LARGEST_HEAD_BYTES = 64 << 20
 FLUSHES_AT_ONCE = 8
+# What somebody can put an end to, so that the same command goes on.
+_PASSING = (StorageError, NotEnoughSpace, OutputExists)
 
 
 def _nothing() -> None:
@@ -58,10 +62,12 @@ def staged(
     There `force` and `sync` mean nothing: what exists is never replaced, what is written is stored.
 
     When the body fails it is removed, with the directories that were made for it, unless it has a journal and the
-    failure is one that may pass: an interrupt, a full disk, storage that refuses; then `kept` is called. With `resume`
-    it begins with what such a run has left. With `sync` all of it is on the disk before it appears.
+    failure is one that may pass: an interrupt, a full disk, storage that refuses, an output's place that is taken; then
+    `kept` is called. With `resume` it begins with what such a run has left. With `sync` all of it is on the disk before
+    it appears.
 
-    Raises OutputExists when `final` exists and `force` is not given, or when another process is writing it.
+    Raises OutputExists when `final` exists and `force` is not given, when it is no checkpoint, when another process is
+    writing it, and when the temporary sibling is not of fusectl's making.
     """
     if isinstance(final, ObjectPath):
         with upload.uploaded(final, resume=resume, names=names, kept=kept, note=note) as opened:
@@ -80,21 +86,29 @@ def staged(
         lock = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         require_alone(lock, f"{final}: another process is writing it")
-        if (final.exists() and not force) or not _is_open_as(temporary, lock):
+        if (os.path.lexists(final) and not force) or not _is_open_as(temporary, lock):
             raise OutputExists(f"{final}: another process has just written it")
+        _require_own(temporary)
         try:
             with storage_errors(final):
                 if resume:
                     _remove_strange(temporary)
                 else:
                     _empty(temporary)
-                yield Staging(temporary)
+                staging = Staging(temporary)
+                yield staging
                 if sync:
                     _sync(temporary)
+                staging.require_whole()
                 with undisturbed():
-                    _publish(temporary, final)
+                    _publish(temporary, final, force=force)
+                if os.path.lexists(temporary):
+                    note(f"{temporary}: what was replaced; it could not be removed")
         except BaseException as error:
-            may_pass = not isinstance(error, Exception) or isinstance(error, StorageError | NotEnoughSpace)
+            if not _is_open_as(temporary, lock):
+                # It has appeared, or somebody has put something else in its place.
+                raise
+            may_pass = not isinstance(error, Exception) or isinstance(error, _PASSING)
             if may_pass and can_be_resumed(final):
                 kept()
             else:
@@ -166,6 +180,9 @@ def undisturbed() -> Iterator[None]:
 def _remove(at: Path) -> None:
     """Removes a directory; a file that a thread was still creating must not keep it."""
     for _ in range(REMOVALS):
+        with suppress(OSError):
+            # As long as it is not gone it is known for fusectl's own.
+            _empty(at)
         shutil.rmtree(at, ignore_errors=True)
         if not at.exists():
             return
@@ -220,9 +237,29 @@ def _remove_strange(at: Path) -> None:
             Path(entry.path).unlink()
 
 
+def _require_own(temporary: Path) -> None:
+    """Raises OutputExists for a directory with something in it that no run of fusectl has begun."""
+    if not os.path.lexists(temporary / JOURNAL) and any(temporary.iterdir()):
+        raise OutputExists(
+            f"{temporary}: not of fusectl's making, and the checkpoint would be written there first",
+            hint="move it away, or choose another -o",
+        )
+
+
 def _empty(at: Path) -> None:
+    """Removes all that is in a directory, but for the sign that it is fusectl's: an empty journal."""
+    _mark(at)
     for child in at.iterdir():
-        remove_any(child)
+        if child.name != JOURNAL:
+            remove_any(child)
+
+
+def _mark(at: Path) -> None:
+    """Makes a directory one that fusectl has begun, with nothing to go on with."""
+    journal = at / JOURNAL
+    if os.path.lexists(journal):
+        remove_any(journal)
+    journal.touch(exist_ok=False)
 
 
 def remove_any(at: Path) -> None:
@@ -254,30 +291,80 @@ def _fsync(path: Path) -> None:
         os.close(handle)
 
 
-def _publish(temporary: Path, final: Path) -> None:
-    if final.exists():
+def _publish(temporary: Path, final: Path, *, force: bool) -> None:
+    """Makes the temporary directory the output; raises OutputExists for what may not be replaced, which stays."""
+    if force and os.path.lexists(final):
+        require_replaceable(final)
         _exchange(temporary, final)
-        shutil.rmtree(temporary)
+        if not _is_replaceable(temporary):
+            # It has come in between.
+            _exchange(temporary, final)
+            require_replaceable(final)
+        clear_journal(final)
+        _remove(temporary)
     else:
-        temporary.rename(final)
-    clear_journal(final)
+        _rename_anew(temporary, final)
+        clear_journal(final)
     _fsync(final.parent)
 
 
+def require_replaceable(at: Path) -> None:
+    """Raises OutputExists for what is neither a checkpoint nor an empty directory."""
+    if not _is_replaceable(at):
+        raise OutputExists(f"{at}: exists and is no checkpoint; --force replaces nothing else")
+
+
+def _is_replaceable(at: Path) -> bool:
+    return not at.is_symlink() and at.is_dir() and (is_checkpoint(at) or not any(at.iterdir()))
+
+
+_RENAME_NOREPLACE = 1
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
+# What file systems answer that have no such flags, and what stands for a call that there is not, or that is forbidden.
+_NO_FLAGS = frozenset({errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM})
+
+
+def _renameat2(a: Path, b: Path, flags: int) -> int:
+    """Renames as Linux's call of this name does; 0, or the number of the error."""
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if call is None:
+        return errno.ENOSYS
+    return ctypes.get_errno() if call(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), flags) else 0
+
+
+def _rename_anew(a: Path, b: Path) -> None:
+    """Renames a directory; raises OutputExists where there is anything by the new name.
+
+    Where the file system cannot refuse it by itself, an empty directory that appears in between is replaced: POSIX's
+    rename replaces no other thing by a directory.
+    """
+    number = _renameat2(a, b, _RENAME_NOREPLACE)
+    if number in _NO_FLAGS and not os.path.lexists(b):
+        a.rename(b)
+        return
+    if number and os.path.lexists(b):
+        hint = "move it away; the same command with --resume then goes on"
+        raise OutputExists(f"{b}: has appeared while it was being written, and is left as it is", hint=hint)
+    if number:
+        raise OSError(number, os.strerror(number), str(b))
 
 
 def _exchange(a: Path, b: Path) -> None:
-    """Swaps two directories in one step where Linux can; elsewhere in two renames."""
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    paths = (_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b))
-    if renameat2 is not None and renameat2(*paths, _RENAME_EXCHANGE) == 0:
+    """Swaps two directories in one step where Linux can; elsewhere in three renames."""
+    number = _renameat2(a, b, _RENAME_EXCHANGE)
+    if number and number not in _NO_FLAGS:
+        raise OSError(number, os.strerror(number), str(b))
+    if not number:
         return
     aside = b.with_name(b.name + ".old" + TEMPORARY_SUFFIX)
-    b.rename(aside)
-    a.rename(b)
-    aside.rename(a)
+    _rename_anew(b, aside)
+    try:
+        _rename_anew(a, b)
+    except BaseException:
+        _rename_anew(aside, b)
+        raise
+    _rename_anew(aside, a)
 
 
 _FULL = frozenset({errno.ENOSPC, errno.EFBIG, errno.EDQUOT})

@@ -60,6 +60,12 @@ def new_ocdbt(path: str) -> Spec:
     return {**ocdbt(path), "config": {"max_inline_value_bytes": 1024, "max_decoded_node_bytes": 100_000_000}}
 
 
+# What tensorstore says of storage, and not of what is stored.
+_REFUSALS = frozenset(
+    {"PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED"}
+)
+
+
 def translate(error: Exception, where: str, otherwise: type[FusectlError] = Corrupt) -> FusectlError:
     """The fusectl error for a tensorstore error met at `where`; of the class `otherwise` if its text tells no more."""
     text = str(error).split(" [")[0]
@@ -68,7 +74,7 @@ def translate(error: Exception, where: str, otherwise: type[FusectlError] = Corr
         return store_error(error, where, otherwise)
     if "No space left" in text or "File too large" in text or "quota" in text.lower():
         return NotEnoughSpace(f"{where}: the disk is full", details=(text,))
-    if status in {"PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE_EXCEEDED"} or "Read-only" in text:
+    if status in _REFUSALS or "Read-only" in text:
         return StorageError(f"{where}: storage refused", details=(text,))
     if status == "NOT_FOUND" and otherwise is Corrupt:
         return Corrupt(f"{where}: data is missing", details=(text,))
@@ -181,6 +187,14 @@ class Files:
         except (ValueError, LookupError, TypeError):
             return None
         return found if found.values.keys() == self.names else None
+
+    def lost(self) -> list[str]:
+        """The data files of a database on this machine that are gone, or end before what refers to them does."""
+        ends: dict[str, int] = {}
+        for extent in self.database.values.values() if self.database else ():
+            if isinstance(extent, Extent):
+                ends[extent.path] = max(ends.get(extent.path, 0), extent.offset + extent.nbytes)
+        return [path for path, end in ends.items() if not Path(path).is_file() or Path(path).stat().st_size < end]
 
     def place(self, name: str) -> Extent | bytes | None:
         """Where a file's bytes lie; they themselves where a database's tree holds them; None if nobody knows.

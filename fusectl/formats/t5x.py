@@ -140,6 +140,8 @@ def _directory_of(spec: Mapping[str, Any], where: str) -> str:
 
 
 def _agree(spec: Mapping[str, Any], stored: ArrayMetadata, where: str) -> None:
+    if spec["driver"] != "zarr":
+        raise Corrupt(f"{where}: driver {spec['driver']} in the index; T5X's arrays are zarr")
     shape = spec["metadata"].get("shape")
     if shape is not None and tuple(shape) != stored.shape:
         raise Corrupt(f"{where}: shape {shape} in the index, {list(stored.shape)} in its .zarray")

@@ -196,7 +196,7 @@ def stored_arrays(
             sums = record.tensors.get(name) if record else None
             if sums is not None and sums.metadata is not None:
                 require_crc32(raw, sums.metadata, f"{files.where}/{path}")
-            found[name] = parse_metadata(raw, f"{files.where}: {name}")
+            found[name] = parse_metadata(raw, f"{files.where}: {name}", zarr)
     chunks = sum(math.prod(map(_ceil, stored.shape, stored.chunks)) for stored in found.values())
     if chunks > MOST_CHUNKS:
         raise Corrupt(f"{files.where}: arrays of {chunks:,} chunks, more than {MOST_CHUNKS:,}")

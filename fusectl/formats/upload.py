@@ -47,6 +47,8 @@ class Staging:
     guard: Callable[[], None] = field(default=lambda: None, repr=False)
     # Whether its journal has been begun, and there is something to go on with.
     begun: bool = False
+    # Called right before it appears; raises Corrupt where something that was written has gone since.
+    require_whole: Callable[[], None] = field(default=lambda: None, repr=False)
 
 
 @contextmanager
@@ -76,6 +78,10 @@ def uploaded(
             _clear(home, own)
         begun = True
         yield staging
+        staging.require_whole()
+        # A trainer knows no lease: it may have written there all the while.
+        require_free(final)
+        _require_only(final, own)
         _publish(home, lease)
         published = True
     except BaseException as error:
@@ -150,11 +156,15 @@ def _undo(
         return
     with suppress(StorageError, OutputExists):
         lease.renew()
-        if kept is not None and (not isinstance(error, Exception) or isinstance(error, NotEnoughSpace)):
+        passing = not isinstance(error, Exception) or isinstance(error, NotEnoughSpace | OutputExists)
+        if kept is not None and passing:
             lease.release()
             kept()
         else:
-            _clear(home, own)
+            with suppress(OutputExists):
+                # What makes a checkpoint of it was held back: if it is there, it is another's.
+                require_free(home)
+                _clear(home, own)
             lease.release()
 
 

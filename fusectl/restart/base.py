@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fusectl.errors import Incompatible
+from fusectl.escape import visible
 from fusectl.formats import format_named, orbax_for
 from fusectl.formats.tree import Checkpoint
 from fusectl.lineage import is_told
@@ -51,8 +52,8 @@ class Restart:
 
     def text(self) -> str:
         """The notes as comments, and the lines."""
-        notes = (self.path, *self.before, *self.notes)
-        return "\n".join([*(f"# {note}" for note in notes), *self.lines]) + "\n"
+        comments = (f"# {visible(comment)}" for comment in (self.path, *self.before, *self.notes))
+        return "\n".join([*comments, *self.lines]) + "\n"
 
     def as_json(self) -> Mapping[str, Any]:
         """The settings as JSON, and the text."""

@@ -237,6 +237,40 @@ def _fields(state: OptimizerState) -> list[str]:
     return [f"{n} slots {moment}, which need not be Adam's" for moment, n in parts.items()]
 
 
+# By name alone: Adafactor's in T5X below each parameter, optax's in trees like that of the parameters.
+_T5X_SLOT = re.compile(rf"{STATE}(?P<parameter>.+)/(?P<slot>m|v|v_row|v_col)")
+_TREE_SLOT = re.compile(
+    r"(?:.*/)?(?:param_states|opt_state|optimizer_state|optimizer)/(?:.*?/)??"
+    r"(?P<slot>mu|nu|trace|v|v_row|v_col)/(?P<parameter>.+)"
+)
+
+
+def unlike_their_parameters(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """The slots of a tree of no known family that cannot be of the parameters that they are named after."""
+    slots = {name: found for name in shapes if (found := _T5X_SLOT.fullmatch(name) or _TREE_SLOT.fullmatch(name))}
+    # Where each name ends in that of a parameter: a tree may hold it more than once, as its average.
+    ends: dict[str, list[tuple[int, ...]]] = {}
+    wanted = {found["parameter"] for found in slots.values()}
+    for name in shapes.keys() - slots.keys():
+        parts = name.split("/")
+        for end in ("/".join(parts[i:]) for i in range(len(parts))):
+            if end in wanted:
+                ends.setdefault(end, []).append(shapes[name])
+    return [
+        f"{name}: shape {list(shapes[name])}, of a parameter of shape {list(of[0])}"
+        for name, found in slots.items()
+        if (of := ends.get(found["parameter"])) and not any(_may_be_slot(found["slot"], shapes[name], s) for s in of)
+    ]
+
+
+def _may_be_slot(slot: str, shape: tuple[int, ...], parameter: tuple[int, ...]) -> bool:
+    """Whether a slot may have this shape: its parameter's, or some of its axes, where second moments are factored."""
+    if shape == parameter or (shape == UNUSED and slot not in ADAM):
+        return True
+    rest = iter(parameter)
+    return slot in {"v_row", "v_col"} and all(n in rest for n in shape)
+
+
 def fresh_slots(
     state: OptimizerState, tree: Recognized, fused: Mapping[str, tuple[int, ...]]
 ) -> dict[str, tuple[int, ...]]:

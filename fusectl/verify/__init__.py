@@ -19,6 +19,7 @@ import platform
 import time
 from dataclasses import replace
 from importlib.metadata import version
+from pathlib import Path
 
 import fusectl
 from fusectl.archs import Recognized
@@ -31,7 +32,7 @@ from fusectl.formats.tree import Checkpoint
 from fusectl.memory import peak_rss_bytes
 from fusectl.parallel import Progress, Silent
 from fusectl.tokens import DEFAULT_BATCH, DEFAULT_LENGTH, Tokens, random_tokens, read_tokens
-from fusectl.verify.claim import Claim, Declared, make_claim, nothing_known
+from fusectl.verify.claim import Claim, Declared, make_claim, nothing_known, require_named
 from fusectl.verify.copies import check_copy
 from fusectl.verify.files import check_files
 from fusectl.verify.growth import check_grown, open_grown
@@ -53,7 +54,8 @@ def verify(
 ) -> Report:
     """The Report on a fused checkpoint, against the sources of its record or the ones that the caller names.
 
-    Raises UsageError when nobody says what it was fused from, NotFound when a source has gone.
+    Raises UsageError when nobody says what it was fused from, and when only its record says that it was from a bucket;
+    NotFound when a source has gone.
     """
     return verify_checkpoint(open_checkpoint(path), declared, settings, progress)
 
@@ -67,12 +69,14 @@ def verify_checkpoint(
     """The Report on an opened checkpoint."""
     how, watched = settings or Settings(), progress or Silent()
     report = Report(fused.path, fused.record or nothing_known(), notes=fused.location.notes, versions=_versions())
+    record = fused.record
+    named = declared.sources if declared else ()
+    if how.levels != ("files",):
+        require_named(fused, named, how.named)
     if how.runs("files"):
         started = time.monotonic()
         files = check_files(fused, budget_bytes=how.read_bytes, jobs=how.threads, progress=watched)
         report = replace(report, files=replace(files, seconds=time.monotonic() - started))
-    record = fused.record
-    named = declared.sources if declared else ()
     if record is not None and record.copy is not None and len(named) < 2:
         report = _against_original(fused, next(iter(named), record.copy.source.path), how, watched, report)
         return replace(report, peak_rss_bytes=peak_rss_bytes())
@@ -187,8 +191,12 @@ def _run_models(claim: Claim, tokens: Tokens, settings: Settings, progress: Prog
 def write_report(report: Report, home: Place) -> None:
     """Writes fusectl-verify.json and fusectl-verify.md into a checkpoint's directory."""
     with storage_errors(home):
-        (home / FILE_NAME).write_bytes(report.to_json())
-        (home / PAGE_NAME).write_bytes(page(report).encode())
+        for name, raw in ((FILE_NAME, report.to_json()), (PAGE_NAME, page(report).encode())):
+            file = home / name
+            if isinstance(file, Path):
+                # In a checkpoint from elsewhere it may be a link to another file.
+                file.unlink(missing_ok=True)
+            file.write_bytes(raw)
 
 
 def _tokens(tree: Recognized, settings: Settings) -> Tokens:

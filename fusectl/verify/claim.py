@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -13,6 +15,7 @@ from fusectl.archs.table import Family
 from fusectl.errors import Incompatible, NotFound, UsageError
 from fusectl.expand import expanded
 from fusectl.formats import fingerprint, open_checkpoint
+from fusectl.formats.objects import bucket_of
 from fusectl.formats.tree import Checkpoint
 from fusectl.lineage import Lineage, for_each, remembered
 from fusectl.packed import unpacked
@@ -125,6 +128,27 @@ def make_claim(fused: Checkpoint, declared: Declared) -> Claim:
     except Incompatible as error:
         raise Incompatible(error.message, details=(*changed, *error.details), hint=error.hint) from error
     return claim
+
+
+def require_named(fused: Checkpoint, declared: Collection[str], named: Collection[str]) -> None:
+    """Raises UsageError where a record leads into a bucket that nobody has named: neither the checkpoint's own path,
+    nor the sources that the caller has `declared`, nor what else it has `named`.
+
+    Whoever wrote the record would have it asked with the caller's credentials.
+    """
+    record = fused.record
+    if record is None:
+        return
+    sources = [] if declared else list(dict.fromkeys(source.path for source in record.made_from))
+    operator = record.growth.operator if record.growth is not None and record.copy is None else None
+    known = {bucket_of(path) for path in (fused.path, *declared, *named)}
+    strange = [path for path in (*sources, operator or "") if (bucket := bucket_of(path)) and bucket not in known]
+    if strange:
+        raise UsageError(
+            f"{fused.path}: its fusectl.json names {strange[0]}, in a bucket that you have not named",
+            details=("it would be asked with your credentials",),
+            hint=f"--sources {shlex.join(sources)}" if sources else "copy the operator to this machine",
+        )
 
 
 def _changed(sources: tuple[Checkpoint, ...], record: Record | None) -> tuple[str, ...]:

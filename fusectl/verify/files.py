@@ -20,7 +20,9 @@ from fusectl.record import LEFT_OUT, UNREAD, Checksums, Record, require_crc32
 from fusectl.verify.report import FilesResult
 
 
-def check_files(checkpoint: Checkpoint, *, budget_bytes: int, jobs: int, progress: Progress) -> FilesResult:
+def check_files(
+    checkpoint: Checkpoint, *, budget_bytes: int, jobs: int, progress: Progress, allow_nonfinite: bool = False
+) -> FilesResult:
     """Reads every chunk of a checkpoint once, on all cores, and compares it with the record, where there is one."""
     record = checkpoint.record
     by_leaf: dict[str, dict[tuple[int, ...], str]] = {name: {} for name in checkpoint.leaves}
@@ -29,7 +31,7 @@ def check_files(checkpoint: Checkpoint, *, budget_bytes: int, jobs: int, progres
     progress.start("reading files", sum(leaf.nbytes for leaf in checkpoint.leaves.values()))
 
     def check(leaf: Leaf, region: Region, sums: Checksums | None, i: int) -> None:
-        problem = _problem(checkpoint, leaf, region, sums.crc32[i] if sums else None)
+        problem = _problem(checkpoint, leaf, region, sums.crc32[i] if sums else None, allow_nonfinite=allow_nonfinite)
         if problem:
             with lock:
                 by_leaf[leaf.name][tuple(r.start for r in region)] = problem
@@ -90,14 +92,16 @@ def _metadata_problems(checkpoint: Checkpoint, record: Record) -> Iterator[str]:
             yield error.message
 
 
-def _problem(checkpoint: Checkpoint, leaf: Leaf, region: Region, crc32: str | None) -> str | None:
+def _problem(
+    checkpoint: Checkpoint, leaf: Leaf, region: Region, crc32: str | None, *, allow_nonfinite: bool
+) -> str | None:
     """What is wrong with a chunk, or None."""
     try:
         values = checkpoint.read(leaf.name, region)
     except (Corrupt, NotEnoughSpace) as error:
         return ": ".join([error.message, *error.details])
     at = [r.start for r in region]
-    bad = nonfinite_at(values)
+    bad = None if allow_nonfinite else nonfinite_at(values)
     problems = []
     if crc32 == LEFT_OUT and values.any():
         problems.append(f"the chunk at {at} was zeros and left out, and is something else")

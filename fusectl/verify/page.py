@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from fusectl.escape import caption, code, markdown
 from fusectl.formats.staging import storage_errors
 from fusectl.verify.report import FilesResult, FunctionResult, Report, TraceRow, WeightsResult
 
@@ -17,7 +18,7 @@ def page(report: Report) -> str:
 
 def _lines(report: Report) -> Iterator[str]:
     record = report.record
-    yield f"# Verification of `{report.path}`"
+    yield f"# Verification of {code(report.path)}"
     yield ""
     verdict = report.verdict if report.verdict.isupper() else report.verdict[0].upper() + report.verdict[1:]
     yield f"**{verdict}.** {_what_was_run(report)}"
@@ -25,13 +26,12 @@ def _lines(report: Report) -> Iterator[str]:
     yield "| level | result | what was checked |"
     yield "|---|---|---|"
     for name, result in report.levels().items():
-        # A bar would begin the next column.
-        yield f"| {name} | {outcome(result)} | {says(report, name).replace('|', chr(92) + '|')} |"
+        yield f"| {name} | {outcome(result)} | {markdown(says(report, name))} |"
     if report.failures():
         yield ""
         yield "## What failed"
         yield ""
-        yield from (f"- {line}" for line in report.failures()[:100])
+        yield from (f"- {markdown(line)}" for line in report.failures()[:100])
     yield ""
     yield "## What it was checked against"
     yield ""
@@ -42,23 +42,24 @@ def _lines(report: Report) -> Iterator[str]:
     for source, weight, scale in zip(sources, *shares, strict=False):
         groups = " + ".join(map(str, source.norm_groups))
         step = "none" if source.step is None else f"{source.step:,}"
-        yield f"| `{source.path}` | {weight:g} | {step} | {groups} | `{source.fingerprint}` | {scale:.9g} |"
+        digest = code(source.fingerprint)
+        yield f"| {code(source.path)} | {weight:g} | {step} | {groups} | {digest} | {scale:.9g} |"
     yield ""
     seed = "" if record.fill.kind == "zeros" else f" of scale {record.fill.noise_scale:g}, seed {record.fill.seed}"
     yield f"Between the sources: {record.fill.kind}{seed}. Norm of the trainer: the fusion {record.norm}."
     for level, result in (("Algebra", report.algebra), ("Native", report.native)):
         if result is not None and result.tolerance is not None:
-            yield f"{level}: tolerance {result.tolerance:.2e} = {result.tolerance_says}."
+            yield f"{level}: tolerance {result.tolerance:.2e} = {markdown(result.tolerance_says)}."
     if report.notes:
         yield ""
-        yield from (f"- {note}" for note in report.notes)
+        yield from (f"- {markdown(note)}" for note in report.notes)
     if report.trace:
         yield ""
         yield "## Layer by layer"
         yield ""
         yield "| " + " | ".join(trace_header(report.trace)) + " |"
         yield "|---" * len(trace_header(report.trace)) + "|"
-        yield from ("| " + " | ".join(cells) + " |" for cells in trace_cells(report.trace))
+        yield from ("| " + " | ".join(map(markdown, cells)) + " |" for cells in trace_cells(report.trace))
     yield ""
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     yield f"{versions}; peak memory {report.peak_rss_bytes / 2**20:,.0f} MiB."
@@ -67,7 +68,7 @@ def _lines(report: Report) -> Iterator[str]:
 def _what_was_run(report: Report) -> str:
     if not report.passes:
         return "No model was run."
-    return f"Forward passes in {report.precision}, {report.passes}; tokens: {report.tokens}."
+    return f"Forward passes in {report.precision}, {report.passes}; tokens: {markdown(report.tokens)}."
 
 
 def outcome(result: FilesResult | WeightsResult | FunctionResult | None) -> str:
@@ -155,7 +156,7 @@ def draw(trace: Sequence[TraceRow], file: Path) -> None:
     mixing.axhline(1.0, color="grey", linewidth=0.8)
     mixing.set(title="what one norm multiplies it with")
     deviation.set(title="deviation of the fused stream, relative")
-    deviation.set_xticks(range(len(trace)), [row.norm for row in trace], rotation=90, fontsize=6)
+    deviation.set_xticks(range(len(trace)), [caption(row.norm) for row in trace], rotation=90, fontsize=6)
     for axes in (streams, mixing):
         axes.legend(fontsize=8)
     with storage_errors(file):

@@ -18,7 +18,8 @@ class Settings:
     `tokens` is a file of them; without, `batch` rows of `length` random ones are drawn from `seed`.
 
     `max_memory_bytes` None is 256 MiB of values in flight for the first two levels and half of the free memory for the
-    others. `layered` None runs models whole where they fit. Raises UsageError for what makes no sense.
+    others. `layered` None runs models whole where they fit. `named` are paths that the caller has named itself: a
+    record leads into the buckets of these only. Raises UsageError for what makes no sense.
     """
 
     levels: tuple[str, ...] | None = None
@@ -32,6 +33,7 @@ class Settings:
     layered: bool | None = None
     max_memory_bytes: int | None = None
     jobs: int | None = None
+    named: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         unknown = [level for level in self.levels or () if level not in LEVELS]
