@@ -73,7 +73,7 @@ def plan_conversion(path: str, options: Options, layers: str | None = None) -> t
     nodes = builder.nodes()
     if to_t5x:
         origin = _origin(seen, places, nodes) if origin is None else origin
-        origin = None if origin is None else _changed(origin, options)
+        origin = None if origin is None else replace(_changed(origin, options), random_keys=_random_keys(seen, places))
     elif origin is not None:
         item, nodes = origin.item, _nodes(origin, options)
     record = replace(
@@ -189,8 +189,14 @@ def _origin(seen: Checkpoint, places: Mapping[str, Keys], nodes: tuple[Node, ...
         seen.location.item,
         {name: pairs(leaf.keys) for name, leaf in there.items()},
         tuple((pairs(node.keys), node.value_type, node.text) for node in nodes),
-        {name: leaf.random_key for name, leaf in there.items() if leaf.random_key is not None},
+        _random_keys(seen, places),
     )
+
+
+def _random_keys(seen: Checkpoint, places: Mapping[str, Keys]) -> dict[str, str]:
+    """The generators of the tensors that are keys of random numbers, by their names in the output."""
+    kinds = {"/".join(key.name for key in to): seen.leaves[name].random_key for name, to in places.items()}
+    return {name: kind for name, kind in kinds.items() if kind is not None}
 
 
 def _changed(origin: Origin, options: Options) -> Origin:
@@ -203,8 +209,7 @@ def _changed(origin: Origin, options: Options) -> Origin:
     if options.step is not None:
         keys.setdefault(T5X_STEP, (("step", DICT),))
     nodes = tuple(node for node in origin.nodes if not is_dropped(_joined(node[0]), options.drop))
-    random_keys = {name: kind for name, kind in origin.random_keys.items() if name in keys}
-    return Origin(origin.item, keys, nodes, random_keys)
+    return replace(origin, keys=keys, nodes=nodes)
 
 
 def _joined(pairs: tuple[tuple[str, int], ...]) -> str:

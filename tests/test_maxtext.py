@@ -51,7 +51,7 @@ def restored(item):
 
 
 POSTTRAINED = {
-    "sft_unscanned": ("maxtext-llama", "orbax", "", "decoder/layers_2/"),
+    "sft_unscanned": ("maxtext-llama", "orbax-ocdbt-zarr3", "", "decoder/layers_2/"),
     "rl_scanned": ("maxtext-llama-scanned", "orbax-ocdbt-zarr2", "base/", "decoder/layers/"),
 }
 

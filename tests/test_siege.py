@@ -212,7 +212,7 @@ def test_the_program_says_what_appeared_and_how_to_go_on(sources, out, fusectl, 
     finish = Sink.finish
     with monkeypatch.context() as patch:
         patch.setattr(Sink, "finish", lambda self, *args: (finish(self, *args), somebodys_work(out)))
-        done = fusectl("convert", sources["orbax"], "-o", out)
+        done = fusectl("convert", sources["orbax-ocdbt-zarr3"], "-o", out)
 
     assert (done.code, done.out) == (7, ""), done.err
     words = done.err.partition("to go on: fusectl ")[2].split()
@@ -356,7 +356,7 @@ def test_a_table_that_appears_while_it_is_written_is_left(model, tmp_path, fusec
 
 def test_a_proof_is_not_written_through_a_link(sources, tmp_path, fusectl):
     (tmp_path / "precious").write_text("precious")
-    assert fusectl("convert", sources["orbax"], "-o", tmp_path / "out").code == 0
+    assert fusectl("convert", sources["orbax-ocdbt-zarr3"], "-o", tmp_path / "out").code == 0
     (tmp_path / "out/fusectl-verify.md").symlink_to(tmp_path / "precious")
 
     assert fusectl("verify", tmp_path / "out", "--levels", "files,weights", "--report").code == 0

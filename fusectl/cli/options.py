@@ -63,7 +63,7 @@ EqualizeBy = Annotated[
     typer.Option(help="Measure the streams in forward passes, or estimate them from the weights alone."),
 ]
 FormatName = Annotated[
-    Literal["t5x", "orbax", "orbax-ocdbt-zarr2", "orbax-ocdbt-zarr3", "orbax-zarr2", "orbax-zarr3"] | None,
+    Literal["t5x", "orbax", "orbax-ocdbt-zarr3", "orbax-ocdbt-zarr2", "orbax-zarr2", "orbax-zarr3"] | None,
     typer.Option("--format", help="The layout on disk. [default: the first source's]"),
 ]
 TrainerName = Annotated[
