@@ -37,7 +37,7 @@ STEP = 20
 # By the test data's variant, which of T5X's examples it is, and the example's gin file.
 EXAMPLES = {
     "t5_1_1": ("t5", "t5x/examples/t5/t5_1_1/tiny.gin"),
-    "t5_1_0": ("t5", "t5x/examples/t5/t5_1_0/tiny.gin"),
+    "t5_1_0": ("t5", "t5x/examples/t5/t5_1_0/small.gin"),
     "scalable_1_1": ("scalable_t5", "t5x/examples/scalable_t5/t5_1_1/small.gin"),
 }
 SMALL = """\
