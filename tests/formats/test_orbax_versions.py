@@ -52,18 +52,20 @@ WRITTEN = {
 }
 CELLS = [(version, name) for versions, names in WRITTEN.items() for name in names.split() for version in versions]
 
-# Opening these raises an error of this class.
+# Opening these raises Incompatible.
 REFUSED = {
     # Flax's own files.
-    "flax_msgpack": (ALL, Incompatible),
-    # One array without a tree. Later versions put it into one.
-    "array_handler": (ALL[:9], Incompatible),
-    "array_handler_aggregated": (ALL[:9], Incompatible),
+    "flax_msgpack": ALL,
+    # One array without a tree; later versions put it into one, as those did that aggregated it.
+    "array_handler": ALL[:9],
+    "array_handler_aggregated": ("0.6.4", "0.7.0"),
     # Every key with a slash has a database of its own.
-    "dots_slashes_ocdbt": (ALL[:2], Incompatible),
+    "dots_slashes_ocdbt": ALL[:2],
 }
-# Read, but no format can be written.
-NOT_CONVERTED = {"zero_size": Incompatible, "zero_size_aggregated": Incompatible}
+# Read, but no format can hold an array without values.
+NOT_CONVERTED = {"zero_size", "zero_size_aggregated"}
+# Formats whose arrays lie beside their index: one cannot be called `checkpoint`, as an array handler's is.
+NOT_BESIDE = ("t5x", "orbax-zarr2", "orbax-zarr3")
 
 # One cell for each way in which the versions keep a tree.
 SOON = {
@@ -140,9 +142,12 @@ def orbax_written(tmp_path_factory):
         yield Written(archive, at)
 
 
-def refusal(version, name):
-    versions, error = REFUSED.get(name, ((), None))
-    return error if version in versions else None
+def is_refused(version, name):
+    return version in REFUSED.get(name, ())
+
+
+def cannot_hold(form, name, leaves):
+    return name in NOT_CONVERTED or ("checkpoint" in leaves and form in NOT_BESIDE)
 
 
 def kept(kind, version):
@@ -188,8 +193,8 @@ def convert(source, out, format):
     return out
 
 
-def assert_converted(path, before, form, tmp_path):
-    """Converts a checkpoint to a format and back to its own, or to Orbax's newest where its own is not written."""
+def assert_converted(path, before, form, tmp_path, *, back=True):
+    """Converts a checkpoint to a format, and back to its own, or to Orbax's newest where its own is not written."""
     own = open_checkpoint(str(path)).format
     there = convert(path, tmp_path / form, form)
     converted = leaves_of(there)
@@ -202,14 +207,15 @@ def assert_converted(path, before, form, tmp_path):
         assert values(converted) == values(as_t5x(before))
     else:
         assert converted == before
-    back = convert(there, tmp_path / f"{form}-back", own if own in FORMATS else "orbax")
-    assert leaves_of(back) == before
-    assert keys_of(back) == keys_of(path)
+    if back:
+        again = convert(there, tmp_path / f"{form}-back", own if own in FORMATS else "orbax")
+        assert leaves_of(again) == before
+        assert keys_of(again) == keys_of(path)
 
 
 def cells(*, refused, soon):
     """The cells that are refused, or those that are not: slow, but for a few."""
-    found = [cell for cell in CELLS if (refusal(*cell) is not None) == refused]
+    found = [cell for cell in CELLS if is_refused(*cell) == refused]
     assert set(found) >= soon
     return some_soon(found, soon.__contains__)
 
@@ -231,21 +237,23 @@ def test_what_a_version_wrote_is_read(orbax_written, version, name):
 @pytest.mark.parametrize(("version", "name"), cells(refused=False, soon=CONVERTED_SOON))
 def test_what_a_version_wrote_is_converted(orbax_written, tmp_path, version, name):
     where, leaves = next(iter(orbax_written.truth(version, name).items()))
-    at = orbax_written.directory(version, name) / where
+    at, before = orbax_written.directory(version, name) / where, expected(leaves, version)
     # Three hundred tensors take ten times as long as the others' few.
-    for form in ["t5x", "orbax"] if name.startswith("t5") else FORMATS:
-        if name in NOT_CONVERTED:
-            with pytest.raises(NOT_CONVERTED[name]):
+    for form in ["t5x"] if name.startswith("t5") else FORMATS:
+        if cannot_hold(form, name, leaves):
+            with pytest.raises(Incompatible):
                 convert(at, tmp_path / form, form)
         else:
-            assert_converted(at, expected(leaves, version), form, tmp_path)
+            # T5X's index knows least of a tree, so that is the way back which matters.
+            back = form == "t5x" or (version, name) in CONVERTED_SOON
+            assert_converted(at, before, form, tmp_path, back=back)
 
 
 @pytest.mark.parametrize(("version", "name"), cells(refused=True, soon=REFUSED_SOON))
 def test_what_is_not_read_is_refused(orbax_written, version, name):
     at = orbax_written.directory(version, name)
     for where in orbax_written.truth(version, name):
-        with pytest.raises(refusal(version, name)):
+        with pytest.raises(Incompatible):
             open_checkpoint(str(at / where))
 
 
