@@ -195,11 +195,11 @@ def _unrecognized(
     # Hundreds of thousands of names, of which none is a model's, tell no more.
     some = list(inside)[:: 1 + len(inside) // MOST_COMPARED]
 
-    def off(family: Family) -> int:
-        # Of families that explain the names, or as many of them, the one with fewer that are missing.
+    def off(family: Family) -> tuple[int, int]:
+        # Names first: a transposed kernel contradicts its family in every layer. Of families that explain as many names
+        # the one with fewer that are missing, or contradicted.
         strange = sum(family.row_of(name) is None for name in some)
-        contradicted = len(match(family, inside)[1]) if strange == 0 else 0
-        return strange + contradicted + _absent(family, some)
+        return strange + _absent(family, some), len(match(family, inside)[1]) if strange == 0 else 0
 
     family, problems = candidates[0], ["no tensors"]
     if inside:

@@ -123,3 +123,15 @@ def test_names_and_aliases_are_unique():
     names = [name for family in FAMILIES for name in (family.name, *family.aliases)]
 
     assert len(names) == len(set(names))
+
+
+def test_a_transposed_kernel_is_named_and_not_another_family():
+    """As a converter that forgets to transpose leaves it: each layer contradicts the table, all names are explained."""
+    right = {name: shape for name, shape in shapes("t5-1.1").items() if name.startswith("target/")}
+    wrong = {name: shape[::-1] if name.endswith("mlp/wo/kernel") else shape for name, shape in right.items()}
+
+    with pytest.raises(Incompatible) as error:
+        recognize(wrong, "here")
+
+    assert error.value.details[0] == "nearest: t5-1.1"
+    assert "mlp/wo/kernel: axis 'mlp' is" in error.value.details[1]
