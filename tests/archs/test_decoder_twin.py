@@ -186,7 +186,7 @@ def test_blocks_that_are_not_supported_are_refused_by_name(logits):
         "gpt_oss_scan": "mixture of experts",
         "gemma3_mm_scan": "vision",
         "qwen3_next_scan": "gated delta networks",
-        "gemma4_scan": "scaled layers",
+        "gemma4_scan": "layers with a scale each",
         "gemma4_small_unscan": "embeddings per layer",
         "qwen2_fused_scan": "fused_qkv",
         "gpt3_scan": "GPT-3",
