@@ -74,7 +74,7 @@ def restart_of(checkpoint: Checkpoint, tree: Recognized, lr_offset: int, gin: Se
         "utils.create_learning_rate_scheduler": schedule,
     }
     notes = (
-        f"{_PLACE}: behind the small model's and the run's, such as pretrain.gin or finetune.gin",
+        f"{_PLACE}: after the small model's and the run's, such as pretrain.gin or finetune.gin",
         "what is not bound here stays as it was there",
         *(_notes_on_settings(files, network, tree) if groups else _note_on_unused(files)),
         *_notes_on_restore(restore),

@@ -83,7 +83,7 @@ _MODULE = '''"""Learning rates with which a grown model moves as the small one d
 The optimizers' states are those that they have without it, so that a checkpoint's is restored as it is. It is exact, to
 rounding, unless gradients are {clipped}.
 
-T5X, with this file on the path as grown_rates.py: a gin file of its own, behind the small model's, says
+T5X, with this file on the path as grown_rates.py: a gin file of its own, after the small model's, says
 
     from __gin__ import dynamic_registration
     import grown_rates
