@@ -576,7 +576,7 @@ def test_what_a_unit_of_work_takes_is_counted(tmp_path):
     def cost(**options):
         plan, _ = plan_fusion([a, a], Options(**options))
         # What is given to a database stays with it until it is committed.
-        assert (plan.pending_bytes > 0) == (plan.format == "orbax")
+        assert (plan.pending_bytes > 0) == FORMATS[plan.format].ocdbt
         return next(output.cost_bytes for output in plan.outputs if output.name == KERNEL)
 
     assert cost() == 2 * chunk
