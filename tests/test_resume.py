@@ -79,7 +79,7 @@ def write(paths, out, fill=Fill(), *, resume=False, **options):
     ("form", "error"),
     [
         *((form, KeyboardInterrupt()) for form in FORMATS),
-        *((form, error("may pass")) for form in ("t5x", "orbax") for error in (NotEnoughSpace, StorageError)),
+        *((form, error("may pass")) for form in ("t5x", "orbax-ocdbt-zarr3") for error in (NotEnoughSpace, StorageError)),
     ],
 )
 def test_an_interrupted_run_is_gone_on_with(sources, tmp_path, monkeypatch, form, kind, error):
@@ -128,7 +128,7 @@ def test_a_chunk_that_the_journal_claims_and_the_disk_does_not_have_is_written_a
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("form", ["t5x", "orbax"])
+@pytest.mark.parametrize("form", ["t5x", "orbax-ocdbt-zarr3"])
 def test_links_that_were_left_are_never_written_into(sources, tmp_path, monkeypatch, form):
     before = [contents(path) for path in sources[form]]
     interrupted(30, KeyboardInterrupt(), monkeypatch, sources[form], tmp_path / "out", link=True)
@@ -145,13 +145,13 @@ def test_links_that_were_left_are_never_written_into(sources, tmp_path, monkeypa
 
 def test_a_database_whose_files_did_not_reach_the_disk_is_begun_again(sources, tmp_path, monkeypatch):
     monkeypatch.setattr(builder, "LARGEST_COMMIT_BYTES", 4096)
-    write(sources["orbax"], tmp_path / "whole", NOISES["gaussian"])
+    write(sources["orbax-ocdbt-zarr3"], tmp_path / "whole", NOISES["gaussian"])
     for share in (1, 2):
-        interrupted(150, KeyboardInterrupt(), monkeypatch, sources["orbax"], tmp_path / "out", NOISES["gaussian"])
+        interrupted(150, KeyboardInterrupt(), monkeypatch, sources["orbax-ocdbt-zarr3"], tmp_path / "out", NOISES["gaussian"])
         for file in list(staging_of(tmp_path / "out").rglob("d/*"))[::share]:
             file.write_bytes(file.read_bytes()[: 10 if share > 1 else 0])
 
-        write(sources["orbax"], tmp_path / "out", NOISES["gaussian"], resume=True)
+        write(sources["orbax-ocdbt-zarr3"], tmp_path / "out", NOISES["gaussian"], resume=True)
 
         assert contents(tmp_path / "out") == contents(tmp_path / "whole")
         shutil.rmtree(tmp_path / "out")
@@ -307,7 +307,7 @@ def test_a_line_that_makes_no_sense_is_passed_over(sources, tmp_path, monkeypatc
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("form", ["t5x", "orbax"])
+@pytest.mark.parametrize("form", ["t5x", "orbax-ocdbt-zarr3"])
 def test_what_does_not_belong_to_the_output_is_not_published(sources, tmp_path, monkeypatch, form):
     interrupted(150, KeyboardInterrupt(), monkeypatch, sources[form], tmp_path / "out")
     (staging_of(tmp_path / "out") / "fusectl-verify.json").write_text("{}")
@@ -325,7 +325,7 @@ def test_what_does_not_belong_to_the_output_is_not_published(sources, tmp_path, 
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("form", ["t5x", "orbax"])
+@pytest.mark.parametrize("form", ["t5x", "orbax-ocdbt-zarr3"])
 def test_what_has_no_end_in_staging_is_not_read(sources, tmp_path, monkeypatch, form):
     """Links to a device, and pipes: in place of chunks, data files and the journal."""
     monkeypatch.setattr(builder, "LARGEST_COMMIT_BYTES", 4096)
@@ -527,8 +527,8 @@ def test_errors_of_the_operating_system_at_random_points(
     ("kind", "form"),
     [
         ("fuse", "t5x"),
-        ("fuse", "orbax"),
-        *(pytest.param(kind, "orbax", marks=pytest.mark.slow) for kind in OTHERS),
+        ("fuse", "orbax-ocdbt-zarr3"),
+        *(pytest.param(kind, "orbax-ocdbt-zarr3", marks=pytest.mark.slow) for kind in OTHERS),
     ],
 )
 def test_a_file_size_limit_at_random_points(tmp_path, sources, operator, kind, form):

@@ -66,7 +66,7 @@ def names(place):
 
 
 @pytest.mark.parametrize(
-    "form", [pytest.param(form, marks=[] if form in {"t5x", "orbax"} else [pytest.mark.slow]) for form in FORMATS]
+    "form", [pytest.param(form, marks=[] if form in {"t5x", "orbax-ocdbt-zarr3"} else [pytest.mark.slow]) for form in FORMATS]
 )
 def test_what_is_written_to_a_bucket_is_what_is_written_here(sources, place, tmp_path, form):
     fill = Fill("gaussian", 0.1)
@@ -83,7 +83,7 @@ def test_what_is_written_to_a_bucket_is_what_is_written_here(sources, place, tmp
 def test_orbax_restores_what_was_written_to_a_bucket(sources, bucket, place, tmp_path):
     import orbax.checkpoint as ocp
 
-    write(sources["orbax"], place, sparse=False)
+    write(sources["orbax-ocdbt-zarr3"], place, sparse=False)
     here = bucket.get(place.key, tmp_path / "here")
 
     restored = ocp.PyTreeCheckpointer().restore(here / "state")
@@ -94,7 +94,7 @@ def test_orbax_restores_what_was_written_to_a_bucket(sources, bucket, place, tmp
     )
 
 
-@pytest.mark.parametrize("form", ["t5x", "orbax"])
+@pytest.mark.parametrize("form", ["t5x", "orbax-ocdbt-zarr3"])
 def test_what_makes_it_a_checkpoint_is_written_last(sources, bucket, place, monkeypatch, form):
     """Every state in between that a reader could meet is refused."""
     seen = []
@@ -119,7 +119,7 @@ def test_what_makes_it_a_checkpoint_is_written_last(sources, bucket, place, monk
     assert locate(str(place)).step is None
 
 
-@pytest.mark.parametrize("form", ["t5x", "orbax"])
+@pytest.mark.parametrize("form", ["t5x", "orbax-ocdbt-zarr3"])
 def test_an_interrupted_upload_is_gone_on_with(sources, place, tmp_path, monkeypatch, form):
     monkeypatch.setattr(builder, "LARGEST_COMMIT_BYTES", 4096)
     fill = Fill("gaussian", 0.1)
@@ -210,7 +210,7 @@ def test_a_run_that_fails_for_good_leaves_nothing(sources, place):
         raise VerificationFailed("no")
 
     with pytest.raises(VerificationFailed):
-        write(sources["orbax"], place, check=refuse)
+        write(sources["orbax-ocdbt-zarr3"], place, check=refuse)
     assert names(place) == []
 
 
@@ -504,7 +504,7 @@ ERRORS = {
     "failing": (500, b"<Error><Code>InternalError</Code></Error>"),
     "cut": "cut",
 }
-SOON = {("denied", "t5x"), ("cut", "orbax")}
+SOON = {("denied", "t5x"), ("cut", "orbax-ocdbt-zarr3")}
 
 
 @pytest.mark.parametrize(
@@ -512,7 +512,7 @@ SOON = {("denied", "t5x"), ("cut", "orbax")}
     [
         pytest.param(kind, form, marks=() if (kind, form) in SOON else pytest.mark.slow)
         for kind in ERRORS
-        for form in ("t5x", "orbax")
+        for form in ("t5x", "orbax-ocdbt-zarr3")
     ],
 )
 def test_storage_that_fails_for_good_is_told_and_gone_on_with(
