@@ -79,7 +79,11 @@ def write(paths, out, fill=Fill(), *, resume=False, **options):
     ("form", "error"),
     [
         *((form, KeyboardInterrupt()) for form in FORMATS),
-        *((form, error("may pass")) for form in ("t5x", "orbax-ocdbt-zarr3") for error in (NotEnoughSpace, StorageError)),
+        *(
+            (form, error("may pass"))
+            for form in ("t5x", "orbax-ocdbt-zarr3")
+            for error in (NotEnoughSpace, StorageError)
+        ),
     ],
 )
 def test_an_interrupted_run_is_gone_on_with(sources, tmp_path, monkeypatch, form, kind, error):
@@ -147,7 +151,9 @@ def test_a_database_whose_files_did_not_reach_the_disk_is_begun_again(sources, t
     monkeypatch.setattr(builder, "LARGEST_COMMIT_BYTES", 4096)
     write(sources["orbax-ocdbt-zarr3"], tmp_path / "whole", NOISES["gaussian"])
     for share in (1, 2):
-        interrupted(150, KeyboardInterrupt(), monkeypatch, sources["orbax-ocdbt-zarr3"], tmp_path / "out", NOISES["gaussian"])
+        interrupted(
+            150, KeyboardInterrupt(), monkeypatch, sources["orbax-ocdbt-zarr3"], tmp_path / "out", NOISES["gaussian"]
+        )
         for file in list(staging_of(tmp_path / "out").rglob("d/*"))[::share]:
             file.write_bytes(file.read_bytes()[: 10 if share > 1 else 0])
 

@@ -66,7 +66,8 @@ def names(place):
 
 
 @pytest.mark.parametrize(
-    "form", [pytest.param(form, marks=[] if form in {"t5x", "orbax-ocdbt-zarr3"} else [pytest.mark.slow]) for form in FORMATS]
+    "form",
+    [pytest.param(form, marks=[] if form in {"t5x", "orbax-ocdbt-zarr3"} else [pytest.mark.slow]) for form in FORMATS],
 )
 def test_what_is_written_to_a_bucket_is_what_is_written_here(sources, place, tmp_path, form):
     fill = Fill("gaussian", 0.1)
