@@ -229,9 +229,9 @@ class Builder:
             nodes=self.nodes() if nodes is None else nodes,
             format=self._format.name,
             item=item,
-            record=record,
+            record=replace(record, random_keys=self._random_keys()),
             dropped=tuple(dict.fromkeys(name for o in self._sources for name in o.dropped)),
-            notes=tuple(notes),
+            notes=(*notes, *self._nodes_left_behind()),
             budget_bytes=self._options.max_memory_bytes,
             commit_bytes=self._commit_bytes,
             pending_bytes=self._pending_bytes,
@@ -244,7 +244,11 @@ class Builder:
         plan.check()
         if not plan.outputs:
             raise UsageError("no tensor is left to write", hint="narrow what --drop leaves out")
-        unread = [f"{node.name}: of type {node.value_type}" for node in plan.nodes if not node.can_be_carried]
+        unread = [
+            f"{node.name}: of type {node.value_type}"
+            for node in {node: None for o in self._sources for node in o.checkpoint.nodes}
+            if not node.can_be_carried and not is_dropped(node.name, self._options.drop)
+        ]
         if unread:
             raise Incompatible(
                 f"leaves that fusectl cannot carry: {len(unread):,}",
@@ -254,6 +258,19 @@ class Builder:
         if problems := list(self._misplaced(plan)):
             raise Incompatible(f"a tree that {self._format.name} cannot hold", details=shorten(problems, 5))
         return plan
+
+    def _random_keys(self) -> dict[str, str]:
+        """What T5X's index cannot tell of keys of random numbers: their generators."""
+        told = self._format.name != "t5x"
+        return {o.name: o.random_key for o in self.outputs if o.random_key is not None and not told}
+
+    def _nodes_left_behind(self) -> Iterator[str]:
+        """That strings, and other nodes without tensors, are the first source's where others have other ones."""
+        first, *others = ({n.name: n for n in o.checkpoint.nodes} for o in dict.fromkeys(self._sources))
+        drop = self._options.drop
+        lost = {n.name for other in others for n in other.values() if first.get(n.name) != n}
+        if kept_back := sorted(name for name in lost if not is_dropped(name, drop)):
+            yield f"strings and empty nodes are those of the first source: {', '.join(shorten(kept_back, 4))} differ"
 
     def _misplaced(self, plan: Plan) -> Iterator[str]:
         """Tensors and nodes that have no place of their own in the format."""
@@ -270,7 +287,11 @@ class Builder:
                 yield f"{name[:40]}: no name for a directory"
             outer = ("/".join(parts[:i]) for i in range(1, len(parts)))
             yield from (f"{name}: inside the array {other}" for other in outer if other in directories)
-        yield from _of_a_dictionary(names) if self._format.name == "t5x" else _gaps(keys)
+        if self._format.name == "t5x":
+            yield from _of_a_dictionary(names)
+        else:
+            yield from _gaps(keys)
+            yield from _strings_in_strings(node for node in plan.nodes if node.text is not None)
 
 
 def _names_directory(part: str) -> bool:
@@ -289,6 +310,16 @@ def _of_a_dictionary(names: Iterable[str]) -> Iterator[str]:
     for node, inside in nodes.items():
         if {"driver", "metadata"} <= inside or CHUNKED in inside:
             yield f"{node}: its keys are those by which Flax and T5X tell an array"
+
+
+def _strings_in_strings(nodes: Iterable[Node]) -> Iterator[str]:
+    """Strings that Orbax's one file of them, which goes by their keys joined by dots, has one place for."""
+    places = Counter(".".join(key.name for key in node.keys) for node in nodes)
+    yield from (f"{place}: the place of two strings" for place, n in places.items() if n > 1)
+    for place in places:
+        parts = place.split("/")
+        outer = ("/".join(parts[:i]) for i in range(1, len(parts)))
+        yield from (f"{place}: inside the string {other}" for other in outer if other in places)
 
 
 def _gaps(keys: Iterable[tuple[Key, ...]]) -> Iterator[str]:

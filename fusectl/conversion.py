@@ -73,7 +73,7 @@ def plan_conversion(path: str, options: Options, layers: str | None = None) -> t
     nodes = builder.nodes()
     if to_t5x:
         origin = _origin(seen, places, nodes) if origin is None else origin
-        origin = None if origin is None else replace(_changed(origin, options), random_keys=_random_keys(seen, places))
+        origin = None if origin is None else _changed(origin, options)
     elif origin is not None:
         item, nodes = origin.item, _nodes(origin, options)
     record = replace(
@@ -189,14 +189,7 @@ def _origin(seen: Checkpoint, places: Mapping[str, Keys], nodes: tuple[Node, ...
         seen.location.item,
         {name: pairs(leaf.keys) for name, leaf in there.items()},
         tuple((pairs(node.keys), node.value_type, node.text) for node in nodes),
-        _random_keys(seen, places),
     )
-
-
-def _random_keys(seen: Checkpoint, places: Mapping[str, Keys]) -> dict[str, str]:
-    """The generators of the tensors that are keys of random numbers, by their names in the output."""
-    kinds = {"/".join(key.name for key in to): seen.leaves[name].random_key for name, to in places.items()}
-    return {name: kind for name, kind in kinds.items() if kind is not None}
 
 
 def _changed(origin: Origin, options: Options) -> Origin:

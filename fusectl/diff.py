@@ -13,7 +13,7 @@ import numpy as np
 
 from fusectl.errors import UsageError
 from fusectl.formats import open_checkpoint
-from fusectl.formats.tree import STEPS, Checkpoint
+from fusectl.formats.tree import STEPS, Checkpoint, Node
 from fusectl.layout import Region, common_tile, size, tiles
 from fusectl.parallel import Progress, Silent, default_jobs, default_max_memory_bytes, in_parallel
 
@@ -162,8 +162,16 @@ def _metadata(a: Checkpoint, b: Checkpoint, common: list[str]) -> Iterator[Metad
             yield Metadata(name, "dtype", one.dtype, two.dtype)
         if one.random_key != two.random_key:
             yield Metadata(name, "keys of", one.random_key or "no generator", two.random_key or "no generator")
-    texts = [{node.name: node.text for node in each.nodes if node.text is not None} for each in (a, b)]
-    for name in sorted(texts[0].keys() | texts[1].keys()):
-        one_text, two_text = (each.get(name) for each in texts)
-        if one_text != two_text:
-            yield Metadata(name, "string", repr(one_text), repr(two_text))
+    here, there = ({node.name: node for node in each.nodes} for each in (a, b))
+    for name in sorted(here.keys() | there.keys()):
+        # Formats tell empty nodes apart more or less well, strings all do.
+        told = [
+            node and (node.text if node.is_empty or node.text is not None else node.value_type)
+            for node in (here.get(name), there.get(name))
+        ]
+        if told[0] != told[1] or (name in here) != (name in there):
+            yield Metadata(name, "node", _node_in_words(here.get(name)), _node_in_words(there.get(name)))
+
+
+def _node_in_words(node: Node | None) -> str:
+    return "absent" if node is None else node.value_type if node.text is None else repr(node.text)

@@ -203,10 +203,7 @@ def _origin(origin: Origin, builder: Builder, options: Options) -> Origin:
         keys.setdefault(T5X_STEP, (("step", DICT),))
     drop = (*options.drop, *(f"{root}*" for root in STATES if options.optimizer == "drop"))
     nodes = tuple(node for node in origin.nodes if not is_dropped("/".join(part for part, _ in node[0]), drop))
-    random_keys = {
-        name: origin.random_keys[like] for name, like in builder.beside.items() if like in origin.random_keys
-    }
-    return Origin(origin.item, keys, nodes, random_keys)
+    return Origin(origin.item, keys, nodes)
 
 
 def _renamed(keys: tuple[Key, ...], like: str, name: str) -> tuple[Key, ...]:

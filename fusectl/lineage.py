@@ -111,6 +111,8 @@ def _record_of(lineage: Lineage) -> Record:
         raise UsageError(
             f"--fused-from {lineage.fused_from}: it has no {FILE_NAME}", hint="--norm-groups says the widths"
         )
+    if not record.tells_norms:
+        raise UsageError(f"--fused-from {lineage.fused_from}: no fusion, by its {FILE_NAME}", hint="name the fusion")
     return replace(
         record, sources=(), optimizer="kept", tensors={}, files={}, copy=None, growth=None, origin=None, step=None
     )

@@ -92,8 +92,6 @@ class Origin:
     keys: Mapping[str, tuple[tuple[str, int], ...]]
     # The keys and the kind of every node without tensors, and the text of strings.
     nodes: tuple[tuple[tuple[tuple[str, int], ...], str, str | None], ...]
-    # The generators of the tensors, by their names here, that are keys of random numbers.
-    random_keys: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +191,8 @@ class Record:
     growth: Growth | None = None
     # Where the tree came from, if its format cannot tell.
     origin: Origin | None = field(default=None, repr=False)
+    # The generators of the tensors that are keys of random numbers, where the format cannot tell.
+    random_keys: Mapping[str, str] = field(default_factory=dict, repr=False)
     tensors: Mapping[str, Checksums] = field(default_factory=dict, repr=False)
     # The CRC-32 of every other file that makes it a checkpoint, by its path in it.
     files: Mapping[str, str] = field(default_factory=dict, repr=False)
@@ -264,6 +264,7 @@ class Record:
                 copy=None if tree.get("copy") is None else _copy(tree["copy"]),
                 growth=None if tree.get("growth") is None else _growth(tree["growth"]),
                 origin=None if tree.get("origin") is None else _origin(tree["origin"]),
+                random_keys={_text(name): _text(kind) for name, kind in tree.get("random_keys", {}).items()},
                 tensors={name: _checksums(entry) for name, entry in tree["tensors"].items()},
                 files={_inside(name): _text(crc32) for name, crc32 in tree.get("files", {}).items()},
             )
@@ -395,8 +396,7 @@ def _origin(entry: Mapping[str, Any]) -> Origin:
     # Older ones know no strings, and call them all empty.
     listed = entry["nodes"] if "nodes" in entry else [(*node, None) for node in entry["empty"]]
     nodes = tuple((keys(node), _text(kind), None if text is None else _text(text)) for node, kind, text in listed)
-    random_keys = {_text(name): _text(kind) for name, kind in entry.get("random_keys", {}).items()}
-    return Origin(item, {_text(name): keys(found) for name, found in entry["keys"].items()}, nodes, random_keys)
+    return Origin(item, {_text(name): keys(found) for name, found in entry["keys"].items()}, nodes)
 
 
 def _checksums(entry: Mapping[str, Any]) -> Checksums:

@@ -348,6 +348,11 @@ class _Draft:
         """
         tied = [(row, at) for row, at in rows if row.tied_head or row.role in {"final_norm", FINAL_BIAS}]
         scales = [(row, at) for row, at in tied if row.is_norm]
+        for row, at in tied:
+            if not row.tied_head and self._says_of_head & set(row.alternatives):
+                self._wrong(
+                    "tied_head = false: of the norm before a head that is the embedding", at, "path", row.pattern
+                )
         for row, at in scales[1:]:
             says = f'tied_head: of one norm, and another row has it; of that norm\'s bias with role = "{FINAL_BIAS}"'
             self._wrong(says, at, "path", row.pattern)
@@ -406,7 +411,9 @@ class _Draft:
             for role in dict.fromkeys(row.roles):
                 if role not in ROLES:
                     continue
-                if role in STEM and numbered:
+                if role not in STEM and not numbered:
+                    self._wrong(f"role {role}: of each layer, and the path names one tensor", at, "role", role)
+                elif role in STEM and numbered:
                     self._wrong(f"role {role}: of one tensor, not one of each layer", at, "role", role)
                 elif len(row.alternatives) > 1:
                     n = len(row.alternatives)

@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator, Mapping
 from enum import IntEnum
 from typing import Any
 
+import ml_dtypes
 import msgpack
 import numpy as np
 import numpy.typing as npt
 
-from fusectl.errors import Corrupt, FusectlError, StorageError
+from fusectl.errors import Corrupt, FusectlError, Incompatible, StorageError
 from fusectl.formats.objects import Place, read_small
 from fusectl.formats.tree import EMPTY_DICT, NONE, SEQUENCE, STRING, Key, Node
 from fusectl.formats.zarr import np_dtype
@@ -27,6 +28,8 @@ MOST_ENTRIES = 2_000_000
 MOST_AXES = 64
 # Of a list or tuple in a tree.
 MOST_ELEMENTS = 100_000
+# How deep tuples may lie in each other.
+DEEPEST = 64
 CHUNKED = "__msgpack_chunked_array__"
 _EMPTY: Mapping[type, str] = {dict: EMPTY_DICT, list: "List", tuple: "Tuple"}
 
@@ -49,7 +52,7 @@ def read_tree(path: Place) -> Any:
     except PermissionError as error:
         raise StorageError(f"{path}: permission denied") from error
     try:
-        return _unpacked(raw, _Count())
+        return _unpacked(raw, _Count(), 0)
     except FusectlError:
         raise
     except Exception as error:
@@ -70,9 +73,13 @@ class _Count:
         return node
 
 
-def _unpacked(raw: bytes, counted: _Count) -> Any:
+def _unpacked(raw: bytes, counted: _Count, depth: int) -> Any:
+    if depth > DEEPEST:
+        # Each of them is a call of msgpack's from C, whose stack has no guard.
+        raise ValueError(f"tuples in tuples, more than {DEEPEST} deep")
+
     def from_ext(code: int, data: bytes) -> Any:
-        return tuple(_unpacked(data, counted)) if code == _Ext.tuple else _from_ext(code, data)
+        return tuple(_unpacked(data, counted, depth + 1)) if code == _Ext.tuple else _from_ext(code, data)
 
     return msgpack.unpackb(
         raw,
@@ -99,7 +106,7 @@ def leaves_of(
     are leaves themselves. Arrays that Flax has split are put together.
     """
     if isinstance(tree, Mapping) and CHUNKED in tree:
-        yield keys, _unchunked(tree, "/".join(key.name for key in keys))
+        yield keys, unchunked(tree, "/".join(key.name for key in keys))
     elif isinstance(tree, Mapping) and tree and not is_leaf(tree):
         for key, value in tree.items():
             yield from leaves_of(value, is_leaf, (*keys, Key(str(key))))
@@ -116,13 +123,13 @@ def is_spec(node: Mapping[Any, Any]) -> bool:
 
 
 def node_of(keys: tuple[Key, ...], value: Any) -> Node:
-    """The node that a leaf is which is no array."""
+    """The node that a leaf is which is no array: an empty container, a string, or something that nobody can carry."""
     if isinstance(value, str):
         return Node(keys, STRING, value)
     return Node(keys, NONE if value is None else _EMPTY.get(type(value), type(value).__name__))
 
 
-def _unchunked(value: Mapping[str, Any], name: str) -> npt.NDArray[Any]:
+def unchunked(value: Mapping[str, Any], name: str) -> npt.NDArray[Any]:
     """The array that Flax split because it has more than 1 GiB: {'shape': {'0': …}, 'chunks': {'0': …}}.
 
     Raises Corrupt for pieces that do not fit together.
@@ -148,6 +155,8 @@ def _from_ext(code: int, data: bytes) -> Any:
         return np.array(complex(real, imaginary))
     if code in {_Ext.ndarray, _Ext.npscalar}:
         shape, dtype, buffer = msgpack.unpackb(data, max_array_len=MOST_AXES, max_map_len=0, list_hook=_flat)
+        if not hasattr(ml_dtypes, dtype) and np.dtype(dtype).kind not in "biufc":
+            raise Incompatible(f"an array of dtype {dtype} in msgpack, which no trainer restores")
         # A view of the bytes that were read: a lying shape cannot allocate anything.
         return np.frombuffer(buffer, dtype=np_dtype(dtype)).reshape(shape)
     raise ValueError(f"msgpack extension {code}")

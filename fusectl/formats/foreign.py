@@ -66,7 +66,7 @@ KINDS = (
         file=lambda _, head: head.startswith(b"\x89HDF"),
     ),
     Kind(
-        "a stream of EasyLM's",
+        "an EasyLM stream",
         _SAVE.format("EasyLM's StreamingCheckpointer"),
         file=lambda _, head: _STREAMED.match(head) is not None,
     ),
@@ -83,7 +83,7 @@ KINDS = (
         directory=lambda names: _ends(names, ".index") and any(".data-" in name for name in names),
     ),
     Kind(
-        "a checkpoint of Levanter's",
+        "a Levanter checkpoint",
         _SAVE.format("levanter.checkpoint.load_checkpoint"),
         directory=lambda names: {"metadata.json", "manifest.ocdbt"} <= names,
     ),

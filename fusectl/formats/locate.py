@@ -105,6 +105,9 @@ def _at_directory(at: Place, *, or_root: bool = True) -> Location:
         return _item(at)
     if T5X_INDEX in names and (_is_t5x(at) or any(name.startswith("target.") for name in names)):
         return Location(at, at, "t5x", step=_step_of(at))
+    if or_root and STEP_METADATA not in names and _steps(at, names):
+        # Whatever else lies next to them.
+        return _newest(at)
     items = _items(at, names)
     if items:
         return _step_directory(at, items)
@@ -112,8 +115,6 @@ def _at_directory(at: Place, *, or_root: bool = True) -> Location:
     _refuse_bare_array(at, names)
     if STEP_METADATA in names or _half_written(at, names):
         raise Corrupt(f"{at}: a checkpoint without its index", details=(_what_lacks(at, names),))
-    if or_root and _steps(at, names):
-        return _newest(at)
     refuse_files_in(at, names)
     raise NotFound(f"{at}: no checkpoint", hint=_checkpoint_above(at) or _checkpoints_below(at))
 
@@ -272,7 +273,7 @@ def _checkpoint_above(at: Place) -> str | None:
     """The hint at the checkpoint that a path leads into; another one that lies there by chance is not meant."""
     above: list[Place] = list(at.parents)
     for parent in above[:3]:
-        if any((parent / index).is_file() for index in (ORBAX_INDEX, T5X_INDEX, STEP_METADATA)):
+        if _is_item(parent) or _is_t5x(parent) or (parent / STEP_METADATA).is_file():
             return f"one level too deep? the checkpoint is {parent}"
     return None
 

@@ -18,14 +18,15 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from fusectl.errors import Corrupt, FusectlError, Incompatible, StorageError
-from fusectl.formats.flaxpack import as_array, is_spec, leaves_of, node_of, read_tree
+from fusectl.formats.flaxpack import CHUNKED, as_array, is_spec, leaves_of, node_of, read_tree, unchunked
 from fusectl.formats.locate import ARRAY_METADATAS, ORBAX_INDEX, PACKED_INDEX, STEP_METADATA, STRINGS
 from fusectl.formats.objects import Place, read_small
 from fusectl.formats.store import MANIFEST, Files, directory, ocdbt
@@ -82,6 +83,8 @@ def open_orbax(
                 arrays[name] = (keys, found)
             else:
                 leaves[name] = Leaf(name, keys, found.shape, found.dtype.name, value=found)
+    if meta is not None and tree is not None:
+        _require_named(tree, seen, where, fault)
     _require_one_each({name: base for name, (_, base) in arrays.items()}, where, fault)
     zarr = 3 if any(name.endswith("/" + METADATA_FILE[3]) for name in files.names) else 2
     file_of = {name: base for name, (_, base) in arrays.items()}
@@ -135,7 +138,7 @@ def _listed(meta: Mapping[str, Any], packed: Any, index: Place, where: str) -> I
         elif value_type == STRING:
             texts = _texts(index / STRINGS) if texts is None else texts
             text = _at_pointer(texts, ".".join(key.name for key in keys))
-            yield keys, Node(keys, STRING, text) if isinstance(text, str) else Lost(f"a string that {STRINGS} has not")
+            yield keys, Node(keys, STRING, text) if isinstance(text, str) else Lost(f"`{STRINGS}` does not contain it")
         else:
             yield keys, Node(keys, value_type)
 
@@ -147,13 +150,13 @@ def _aggregated(keys: tuple[Key, ...], value_type: str, packed: Any) -> Found:
         for key in keys:
             packed = packed[int(key.name)] if isinstance(packed, list | tuple) else packed[key.name]
     except (LookupError, TypeError, ValueError):
-        if node.is_empty:
+        if node.is_empty or value_type not in {*_ARRAYS, STRING}:
             return node
         return Lost(f"kept in the file `{PACKED_INDEX}`, which has no such leaf")
     found = _leaf(keys, packed)
     if isinstance(found, str):
         # From 0.5.20 on empty nodes have placeholders, too.
-        return node if node.is_empty else Lost(f"in the file `{PACKED_INDEX}` it is said to lie elsewhere")
+        return node if node.is_empty else Lost(f"the file `{PACKED_INDEX}` has only a placeholder for it")
     # The index knows kinds better: an empty tuple is None in that file.
     return node if isinstance(found, Node) and found.is_empty and node.is_empty else found
 
@@ -171,6 +174,7 @@ def _entries(packed: Any, index: Place, files: Files) -> Iterator[tuple[tuple[Ke
             continue
         found = _leaf(keys, value)
         if isinstance(found, str):
+            array_directory((Key(found),), str(index))
             text = next((text for each in texts if isinstance(text := _at_pointer(each, found), str)), None)
             _require_one_database(index, found)
             found = found if text is None else Node(keys, STRING, text)
@@ -192,8 +196,23 @@ def _leaf(keys: tuple[Key, ...], value: Any) -> Found:
     """What a leaf in the file `checkpoint` stands for."""
     if isinstance(value, str) and (placeholder := _PLACEHOLDER.match(value)):
         return value[placeholder.end() :]
+    if isinstance(value, Mapping) and CHUNKED in value:
+        return unchunked(value, "/".join(key.name for key in keys))
+    if isinstance(value, Mapping | list | tuple) and value:
+        return Lost("a container stands where its value should")
     array = as_array(value)
     return array if array is not None else node_of(keys, value)
+
+
+def _require_named(
+    packed: Any, listed: Collection[str], where: str, fault: Callable[[FusectlError], None] | None
+) -> None:
+    """Has `fault` told of values in the file `checkpoint` that `_METADATA` does not name, or raises the first."""
+    for keys, value in leaves_of(packed, is_spec):
+        name = "/".join(key.name for key in keys)
+        if name not in listed and isinstance(_leaf(keys, value), np.ndarray):
+            with told(fault):
+                raise Corrupt(f"{where}: the file `{PACKED_INDEX}` holds {name}, which {ORBAX_INDEX} does not name")
 
 
 def _require_one_each(file_of: Mapping[str, str], where: str, fault: Callable[[FusectlError], None] | None) -> None:

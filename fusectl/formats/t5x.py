@@ -63,7 +63,7 @@ def open_t5x(
             _agree(specs[name], stored, f"{where}: {name}")
             store = directory(str(location.index / file_of[name]))
             leaves[name] = Leaf(name, dict_keys(name), stored.shape, stored.dtype, stored=stored, store=store)
-    kinds = record.origin.random_keys if record is not None and record.origin is not None else {}
+    kinds = record.random_keys if record is not None else {}
     leaves |= {name: replace(leaves[name], random_key=kind) for name, kind in kinds.items() if name in leaves}
     # T5X itself gives its arrays no fill value, and stores every chunk.
     return Checkpoint(

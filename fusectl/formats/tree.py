@@ -29,7 +29,7 @@ from fusectl.record import LEFT_OUT, UNREAD, Record, require_crc32
 
 # The kinds of key in Orbax's tree metadata: a position in a sequence, a key of a dictionary.
 SEQUENCE, DICT = 1, 2
-# And of a node without tensors, of which T5X's index can only tell the first two.
+# And of a node without tensors. T5X's index tells these three, and takes empty lists and tuples for empty dictionaries.
 NONE, EMPTY_DICT, STRING = "None", "Dict", "string"
 _CARRIED = frozenset({NONE, EMPTY_DICT, STRING, "List", "Tuple", "NamedTuple"})
 

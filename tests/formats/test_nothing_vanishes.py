@@ -362,7 +362,7 @@ def foreign_files(root):
     np.savez(root / "model.npz", w=np.ones(3))
     files = {
         "a Flax msgpack file": ("checkpoint_7", packed),
-        "a stream of EasyLM's": ("streaming_train_state_100", msgpack.packb((("params", "w"), packed))),
+        "an EasyLM stream": ("streaming_train_state_100", msgpack.packb((("params", "w"), packed))),
         "a NumPy archive": ("model.npz", (root / "model.npz").read_bytes()),
         "safetensors": ("model.safetensors", (20).to_bytes(8, "little") + b'{"w": {}}'),
         "a PyTorch file": ("pytorch_model.bin", b"PK\x03\x04" + bytes(26) + b"archive/data.pkl"),
