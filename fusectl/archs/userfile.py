@@ -411,9 +411,7 @@ class _Draft:
             for role in dict.fromkeys(row.roles):
                 if role not in ROLES:
                     continue
-                if role not in STEM and not numbered:
-                    self._wrong(f"role {role}: of each layer, and the path names one tensor", at, "role", role)
-                elif role in STEM and numbered:
+                if role in STEM and numbered:
                     self._wrong(f"role {role}: of one tensor, not one of each layer", at, "role", role)
                 elif len(row.alternatives) > 1:
                     n = len(row.alternatives)
