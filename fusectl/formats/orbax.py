@@ -188,7 +188,7 @@ def _require_one_database(index: Place, base: str) -> None:
         raise Incompatible(
             f"{index}: {base} lies in a database of its own, {parent}",
             details=("Orbax before 0.4 with OCDBT made one for every name with a slash",),
-            hint="save it again with a newer Orbax, which restores it",
+            hint="restore it with Orbax 0.3, which wrote it, and save it with a newer one",
         )
 
 
