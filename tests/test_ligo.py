@@ -249,7 +249,7 @@ def test_the_executor_computes_what_jax_learns(tmp_path, family, tie):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("format", ["t5x", "orbax"])
+@pytest.mark.parametrize("format", ["t5x", "orbax-ocdbt-zarr3"])
 def test_small_chunks_and_budgets_change_nothing(tmp_path, format):
     path = checkpoint(tmp_path / "small", "scalable-t5-1.1-scanned", format=format)
     sizes = {"embed": 40, "heads": 9, "mlp": 60}
