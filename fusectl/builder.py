@@ -223,7 +223,7 @@ class Builder:
             raise Incompatible(
                 f"{len(unknown)} tensors that fusectl does not know what to do with",
                 details=shorten(unknown, 5),
-                hint="--drop PATTERN leaves them out",
+                hint="--drop PATTERN leaves out what the network does without",
             )
         plan = Plan(
             outputs=tuple(self.outputs),

@@ -344,11 +344,29 @@ def test_a_state_is_reset_if_all_of_it_is_told_apart(trained, tmp_path, name):
     assert verify(str(tmp_path / "f"), settings=WEIGHTS).passed
 
 
-@pytest.mark.parametrize("name", ["muon", "momentum", "adam of some"])
+@pytest.mark.parametrize("name", ["muon", "sgd", "momentum", "adam of some"])
 def test_a_state_that_cannot_be_carried_says_that_it_can_be_reset(trained, name):
     with pytest.raises(Incompatible, match="of an optimizer that fusectl does not know") as error:
         plan_fusion([trained(name)] * 2, Options())
     assert error.value.hint.startswith("--optimizer reset makes zeros of its slots")
+
+
+@pytest.mark.parametrize("name", ["muon", "sgd", "skip", "half"])
+def test_a_state_of_stock_is_sound_and_half_of_adams_is_not(trained, tmp_path, fusectl, name):
+    path = trained("skip" if name == "half" else name)
+    if name == "half":
+        opened = open_checkpoint(path)
+        save(tmp_path / name, {n: opened.read(n) for n in opened.leaves if "/nu/" not in n}, "orbax", item=None)
+
+    done = fusectl("inspect", tmp_path / name, "--fsck")
+
+    lacks = "no slots nu, expected one" in done.out + done.err
+    assert (done.code, lacks) == ((5, True) if name == "half" else (0, False)), done.err
+    unknown = "the optimizer is none that fusectl knows" in done.out + done.err
+    assert unknown == (name in {"muon", "sgd"})
+    if name == "half":
+        with pytest.raises(Incompatible, match="does not fit its parameters"):
+            plan_fusion([str(tmp_path / name)] * 2, Options(optimizer="reset"))
 
 
 def test_what_is_no_slot_is_named_and_not_made_zero(trained):
@@ -480,6 +498,17 @@ def test_olmo_3_is_called_so_and_qwen_3_next_is_not():
 
     assert "(OLMo 3)" in refusal({**tree, **olmo}).message
     assert "OLMo" not in refusal({**tree, **qwen}).message
+
+
+def test_an_optimizers_state_alone_leads_to_its_model(posttrained):
+    tree = recognize(open_checkpoint(str(posttrained / "rl_scanned/7")).shapes, "")
+    slots = {f"opt_state/1/0/mu/{tree.full(name)}": shape for name, shape in tree.shapes.items()}
+
+    error = refusal({**slots, "opt_state/1/0/count/value": (), "step/value": ()})
+
+    assert error.message == "here: an optimizer's state without its model, which fusectl does not fuse"
+    assert error.hint == "name the step, or its item model_params"
+    assert "optimizer" not in refusal({**slots, "decoder/mine/value": (3,)}).message
 
 
 def test_packed_queries_of_gpt_3_lack_no_output_projection():

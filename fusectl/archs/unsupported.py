@@ -34,6 +34,13 @@ class Refusal:
 
 _GPT3 = r"decoder_norm/bias|position_embedder|/mlp/mlp_layer_norm/"
 _REFUSALS = (
+    Refusal(
+        "an optimizer's state without its model",
+        r"^opt_state/",
+        "Tunix saves them as two items of a step",
+        "name the step, or its item model_params",
+        unless=r"^(?!opt_state/|step(/|$))",
+    ),
     Refusal("a mixture of experts (MoE)", r"(^|/)(Moe|moe|MoE)\w*/|/gate/kernel|experts?/|router|shared_experts?"),
     Refusal("multi-head latent attention (MLA)", r"/(wq_a|wq_b|wkv_a|wkv_b|kv_norm|q_norm)/|kv_a_proj|kv_lora"),
     Refusal("attention to compressed or chosen tokens (DeepSeek 3.2 and 4)", r"_compressor/|/indexer/"),
