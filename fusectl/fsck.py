@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fusectl.errors import Corrupt, FusectlError, Incompatible, counted
+from fusectl.errors import Corrupt, FusectlError, Incompatible, counted, shorten
 from fusectl.formats import open_location
 from fusectl.formats.locate import ARRAY_METADATAS, COMMITTED, ORBAX_INDEX, STEP_METADATA, locate, place
 from fusectl.formats.objects import Place, read_small
@@ -312,6 +312,11 @@ def _slot_problems(checkpoint: Checkpoint, arch: str | None, notes: list[str]) -
         yield from unlike_their_parameters(checkpoint.shapes)
         return
     try:
-        find_state(checkpoint.shapes, tree, checkpoint.path).require_known(checkpoint.path, "")
+        state = find_state(checkpoint.shapes, tree, checkpoint.path)
     except Incompatible as error:
         yield from error.details
+        return
+    if state.kind == "unknown":
+        notes.append("the optimizer is none that fusectl knows: whether it lacks slots cannot be told")
+    else:
+        yield from shorten(state.problems, 5)

@@ -49,7 +49,9 @@ def plan_state(builder: Builder, opened: Sequence[Opened], fusion: Fusion, optio
             hint="--optimizer drop leaves it out, --optimizer reset makes zeros of that of the first source",
         )
     state = state_of(first)
-    if options.optimizer != "reset":
+    if state.kind != "unknown":
+        state.require_known(first.label, "--optimizer drop leaves it out")
+    elif options.optimizer != "reset":
         state.require_known(first.label, "--optimizer reset makes zeros of its slots, --optimizer drop leaves it out")
     fused_shapes = {name: fusion.fused_shape(name) for name in first.tree.shapes}
     slots: Iterable[tuple[str, tuple[int, ...], tuple[Block, ...]]]

@@ -344,11 +344,29 @@ def test_a_state_is_reset_if_all_of_it_is_told_apart(trained, tmp_path, name):
     assert verify(str(tmp_path / "f"), settings=WEIGHTS).passed
 
 
-@pytest.mark.parametrize("name", ["muon", "momentum", "adam of some"])
+@pytest.mark.parametrize("name", ["muon", "sgd", "momentum", "adam of some"])
 def test_a_state_that_cannot_be_carried_says_that_it_can_be_reset(trained, name):
     with pytest.raises(Incompatible, match="of an optimizer that fusectl does not know") as error:
         plan_fusion([trained(name)] * 2, Options())
     assert error.value.hint.startswith("--optimizer reset makes zeros of its slots")
+
+
+@pytest.mark.parametrize("name", ["muon", "sgd", "skip", "half"])
+def test_a_state_of_stock_is_sound_and_half_of_adams_is_not(trained, tmp_path, fusectl, name):
+    path = trained("skip" if name == "half" else name)
+    if name == "half":
+        opened = open_checkpoint(path)
+        save(tmp_path / name, {n: opened.read(n) for n in opened.leaves if "/nu/" not in n}, "orbax", item=None)
+
+    done = fusectl("inspect", tmp_path / name, "--fsck")
+
+    lacks = "no slots nu, expected one" in done.out + done.err
+    assert (done.code, lacks) == ((5, True) if name == "half" else (0, False)), done.err
+    unknown = "the optimizer is none that fusectl knows" in done.out + done.err
+    assert unknown == (name in {"muon", "sgd"})
+    if name == "half":
+        with pytest.raises(Incompatible, match="does not fit its parameters"):
+            plan_fusion([str(tmp_path / name)] * 2, Options(optimizer="reset"))
 
 
 def test_what_is_no_slot_is_named_and_not_made_zero(trained):

@@ -566,7 +566,11 @@ def test_maxtext_is_told_what_a_config_told(trained, logits, tmp_path, fusectl):
     # Two pairs: the tree holds four layers.
     assert any("counts pairs" in note for note in notes(printed))
     assert sum(recognize(open_checkpoint(str(out)).shapes, "").depths.values()) == 4
-    plain = overrides(fusectl("restart-config", trained("gemma2_scan")))
+    assumed = "normalize_embedding_logits as the public models have it"
+    assert not any(assumed in note for note in notes(printed))
+    untold = fusectl("restart-config", trained("gemma2_scan"))
+    assert any(assumed in note for note in notes(untold))
+    plain = overrides(untold)
     assert plain["normalize_embedding_logits"] is True
     assert not plain.keys() & {"mlp_activations", "attn_logits_soft_cap", "rope_max_timescale", "sliding_window_size"}
 

@@ -187,6 +187,11 @@ def _notes_on_network(tree: Recognized) -> Iterator[str]:
     if len(blocks) > 1:
         names = f"{', '.join(blocks[:-1])} or {blocks[-1]}"
         yield f"decoder_block, or a model_name that sets it, as before: {names}, whose trees are the same"
+    if tree.family.tied and "tied_logits_power" not in tree.network.told:
+        yield (
+            "normalize_embedding_logits as the public models have it, since no --config has told it when it was fused: "
+            "if the small model's run had another, the function is another one"
+        )
     if "gemma2" in blocks:
         yield "base_num_decoder_layers counts pairs of layers, as MaxText's gemma2 does"
     if "gemma3" in blocks:

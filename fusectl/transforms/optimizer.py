@@ -55,8 +55,8 @@ _FLAX_COLLECTION = "params/"
 class OptimizerState:
     """The optimizer whose state a checkpoint holds, as far as its slots tell.
 
-    `kind` is adafactor, adam, sgd (without moments, it only counts), unknown or none. `factored` and `momentum` are
-    Adafactor's settings; `names` all slots' names.
+    `kind` is adafactor, adam, unknown or none. `factored` and `momentum` are Adafactor's settings; `names` all slots'
+    names.
     """
 
     kind: str
@@ -164,10 +164,12 @@ def find_state(shapes: Mapping[str, tuple[int, ...]], tree: Recognized, where: s
         state, wrong = OptimizerState("unknown", tuple(own)), []
     if state.kind != "unknown" and not wrong:
         return state
-    state, strange = _by_structure(own, tree)
+    known, strange = _by_structure(own, tree)
     if strange:
         raise _unknown(where, wrong or strange, "--optimizer drop leaves it out; mu and nu are taken for Adam's")
-    return state if state.kind == "sgd" else replace(state, problems=tuple(wrong or _fields(state)))
+    # Counts alone are SGD's, or Adam's that has lost all of its moments; some of these are Adam's that lacks slots.
+    kind = state.kind if wrong and len(known.beside) < len(own) else "unknown"
+    return replace(known, kind=kind, problems=tuple(wrong or _fields(known)))
 
 
 def _adam(own: Mapping[str, tuple[int, ...]], tree: Recognized) -> tuple[OptimizerState, list[str]]:
@@ -211,7 +213,7 @@ def _adafactor(own: Mapping[str, tuple[int, ...]], tree: Recognized) -> tuple[Op
 
 
 def _by_structure(own: Mapping[str, tuple[int, ...]], tree: Recognized) -> tuple[OptimizerState, list[str]]:
-    """The state of any of optax's optimizers, and what of it cannot be told apart: sgd where it only counts."""
+    """The state of any of optax's optimizers, and what of it cannot be told apart."""
     inside = _FLAX_COLLECTION if any(f"/{_FLAX_COLLECTION}" in name for name in own) else ""
     moments = {name: _moment(name, inside, _SLOT) for name in own}
     settings = frozenset(name for name in own if _SETTING.fullmatch(without_root(name)))
@@ -227,8 +229,7 @@ def _by_structure(own: Mapping[str, tuple[int, ...]], tree: Recognized) -> tuple
         if name not in known and own[name] != _shape_of(moment, tree)
     ]
     beside = {name: own[name] for name in own if name in known}
-    kind = "sgd" if len(known) == len(own) and not settings else "unknown"
-    return OptimizerState(kind, tuple(own), inside=inside, beside=beside, anew=anew, settings=settings), strange
+    return OptimizerState("unknown", tuple(own), inside=inside, beside=beside, anew=anew, settings=settings), strange
 
 
 def _fields(state: OptimizerState) -> list[str]:
