@@ -2,11 +2,14 @@
 
 import json
 
+import numpy as np
 import pytest
 import tensorstore as ts
 
 from fusectl.errors import Corrupt, FusectlError, Incompatible
+from fusectl.formats.sink import save
 from fusectl.formats.zarr import DRIVER, METADATA_FILE, parse_metadata
+from fusectl.fsck import fsck
 
 
 V2 = {
@@ -211,6 +214,13 @@ def test_metadata_of_the_other_version_are_not_taken(tmp_path):
         assert not opens(tmp_path, zarr, raw)
         with pytest.raises(FusectlError):
             parse_metadata(raw, "here", zarr)
+
+
+def test_a_checkpoint_with_metadata_of_the_other_version_has_a_fault(tmp_path):
+    save(tmp_path / "a", {"target/w": np.ones((6, 4), np.float32)}, "t5x")
+    (tmp_path / "a/target.w/.zarray").write_text(json.dumps(V3))
+
+    assert any("zarr_format 3 in a .zarray" in problem for problem in fsck(str(tmp_path / "a")).problems)
 
 
 def test_a_fill_value_of_minus_zero_is_not_zero():
