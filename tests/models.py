@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import multiprocessing
 import os
+import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from fusectl.archs import FAMILIES, family_named
@@ -33,6 +36,36 @@ FAMILY_NAMES = [family.name for family in FAMILIES if family.trainer == "t5x"]
 DECODER_NAMES = [family.name for family in FAMILIES if family.trainer != "t5x"]
 # Not recognised by itself; the tests that need no --arch leave it out.
 RECOGNIZED = [family.name for family in FAMILIES if not family.by_name_only]
+
+# What the names of a trainer's families are put together of.
+PARTS = re.compile(
+    r"maxtext-(?P<block>llama|qwen2|qwen3|gemma3|gemma2|gemma)(?P<mlp>-fused-mlp)?(?P<head>-tied)?(?P<layers>-scanned-0|-scanned)?"
+    r"|(?P<model>gemma3|gemma2|gemma)(?P<packed>-qkv)?(?P<gates>-transposed)?(?P<names>-flat)?"
+)
+
+
+def parts_of(family: str) -> frozenset[tuple[str, str | None]]:
+    """The choices that a decoder's family is one of, with their values."""
+    match = PARTS.fullmatch(family)
+    assert match, family
+    trainer = ("block", "mlp", "head", "layers") if match["block"] else ("model", "packed", "gates", "names")
+    return frozenset((part, match[part]) for part in trainer)
+
+
+def covering(families: Sequence[str], first: Sequence[str] = ()) -> list[str]:
+    """Some of the decoders' families, `first` among them, in which any two values of two choices occur together.
+
+    One function makes all families of a trainer out of these choices, so what one of them breaks, or two that meet,
+    breaks a family of these. Of the 96, these are 25 or so.
+    """
+    pairs = {family: {frozenset(pair) for pair in itertools.combinations(parts_of(family), 2)} for family in families}
+    found = list(first)
+    left = set().union(*pairs.values()).difference(*(pairs[family] for family in found))
+    while left:
+        best = max(families, key=lambda family: len(pairs[family] & left))
+        found.append(best)
+        left -= pairs[best]
+    return found
 
 
 def state(family: str, seed: int, sizes=None, layers=None, **kwargs):

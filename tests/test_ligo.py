@@ -35,6 +35,12 @@ WHOLE, OTHER = "twice as large", "by no whole ratio"
 QUICK = {("t5-1.0", OTHER), ("gemma2", WHOLE), ("maxtext-gemma2-scanned", "pinv"), ("t5-1.1", "paper")}
 
 
+def in_turn(one, other):
+    """The families, every second one with one of two, and those that are quick."""
+    turn = {(each, other if i % 2 else one) for i, each in enumerate((*FAMILY_NAMES, *DECODERS))}
+    return sorted(turn | {(each, what) for each, what in QUICK if what in {one, other}})
+
+
 def larger(family, ratio=OTHER):
     """Sizes and depths that a family's test model grows to."""
     if family_named(family).trainer == "t5x":
@@ -77,8 +83,7 @@ def parameters(path):
     ("family", "ratio"),
     [
         pytest.param(each, ratio, marks=[] if (each, ratio) in QUICK else pytest.mark.slow)
-        for each in (*FAMILY_NAMES, *DECODERS)
-        for ratio in (WHOLE, OTHER)
+        for each, ratio in in_turn(WHOLE, OTHER)
     ],
 )
 def test_a_duplicate_computes_what_the_small_model_does(tmp_path, family, ratio):
@@ -236,8 +241,7 @@ def _sizes(operator):
     ("family", "tie"),
     [
         pytest.param(each, tie, marks=[] if (each, tie) in QUICK else pytest.mark.slow)
-        for each in (*FAMILY_NAMES, *DECODERS)
-        for tie in ("pinv", "paper")
+        for each, tie in in_turn("pinv", "paper")
     ],
 )
 def test_the_executor_computes_what_jax_learns(tmp_path, family, tie):
