@@ -290,7 +290,7 @@ def of_all_kinds():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "how"), of_all_kinds())
+@pytest.mark.parametrize(("family", "how"), list(of_all_kinds()))
 def test_a_family_of_every_kind_is_stacked_and_proved(tmp_path, family, how):
     now, then = small(family)
     source = checkpoint(tmp_path / "a", family, layers=now, format="orbax")
