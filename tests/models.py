@@ -86,6 +86,12 @@ def sizes_of(family) -> dict[str, int]:
     return {axis: n for axis, n in DECODER_SIZES.items() if grouped or axis != "kv_heads"}
 
 
+def wider_of(family) -> dict[str, int]:
+    """Other sizes for the same axes: heads as many for each kv head."""
+    other = WIDER if family.trainer == "t5x" else WIDER_DECODER
+    return {axis: other[axis] for axis in sizes_of(family)}
+
+
 def layers_of(family) -> dict[str, int]:
     """The depths that the tests give a family's stacks: whole groups of layers, and some that remain."""
     if family.trainer == "t5x":

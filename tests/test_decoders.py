@@ -16,8 +16,8 @@ from models import (
     WIDER_DECODER,
     checkpoint,
     covering,
-    sizes_of,
     state,
+    wider_of,
     write_record,
 )
 
@@ -48,11 +48,6 @@ def write(at, family, seed, sizes=None, dtype=np.float64):
     values |= {n: rng.uniform(0.5, 1.5, v.shape) for n, v in values.items() if "query_norm" in n or "key_norm" in n}
     save(at, {name: v.astype(dtype) for name, v in values.items()}, "orbax", item=None)
     return str(at)
-
-
-def wider(family):
-    """Sizes other than the tests' usual ones, heads as many for each kv head."""
-    return {axis: WIDER_DECODER[axis] for axis in sizes_of(family_named(family))}
 
 
 def fuse(paths, output, options=None, **kwargs):
@@ -94,7 +89,11 @@ def test_a_model_fused_with_itself_is_the_same_function(tmp_path, family, copies
 
 @pytest.mark.parametrize("family", EVERY)
 def test_models_of_unequal_widths_become_their_mean_with_a_norm_each(tmp_path, family):
-    a, b, c = write(tmp_path / "a", family, 1), write(tmp_path / "b", family, 2, wider(family)), tmp_path / "c"
+    a, b, c = (
+        write(tmp_path / "a", family, 1),
+        write(tmp_path / "b", family, 2, wider_of(family_named(family))),
+        tmp_path / "c",
+    )
     fuse([a, b, write(c, family, 3)], tmp_path / "f", weights=[0.5, 0.3, 0.2])
 
     report = verify(str(tmp_path / "f"), settings=EXACT)

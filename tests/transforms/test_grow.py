@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from models import FAMILY_NAMES, LAYERS, SIZES, state
+from models import ALL_NAMES, FAMILY_NAMES, LAYERS, SIZES, sizes_of, state, wider_of
 
 from fusectl.archs import family_named, recognize
 from fusectl.errors import Incompatible
-from fusectl.layout import Noise, Term
+from fusectl.layout import Noise, Product, Term
 from fusectl.record import Fill
 from fusectl.transforms.grow import check_fill, fused, line_up
 
@@ -25,11 +25,15 @@ def tree(family, *, embed, heads, mlp, layers=LAYERS, **sizes):
 
 
 def evaluate(layout, sources):
-    """The layout's values, without the executor: only for layouts of source terms."""
+    """The layout's values, without the executor: only for layouts of source terms and constants."""
     out = np.zeros(layout.shape)
     for block in layout.blocks:
         at = tuple(slice(r.start, r.stop) for r in block.at)
         for term in block.terms:
+            if isinstance(term, Product):
+                assert term.factors == ()
+                out[at] += term.scale
+                continue
             assert isinstance(term, Term)
             out[at] += term.scale * sources[term.source][tuple(slice(r.start, r.stop) for r in term.region)]
     return out
@@ -95,6 +99,57 @@ def test_the_tied_head_makes_the_divided_logits_their_mean(models):
     logits = np.hstack(tables) @ (np.concatenate(hidden) * scale) / math.sqrt(total)
 
     np.testing.assert_allclose(logits, mean, rtol=1e-12, atol=1e-14)
+
+
+def factor(tree, name, weight, part):
+    """What a source's values are multiplied with, as its network needs it; `part` is its share of the width.
+
+    The gemma package multiplies what it embeds with the square root of the width; T5 1.0 and MaxText, but for Qwen,
+    divide a tied head's logits by it. A tied head is the embedding, so the norm before it has to make up for both;
+    another head takes the weight itself.
+    """
+    row = tree.rows[name]
+    tied = not any("head" in each.roles for each in tree.rows.values())
+    embedded = part**0.5 if tree.family.name.startswith("gemma") else 1.0
+    divided = not tree.family.name.startswith(("gemma", "maxtext-qwen"))
+    logits = part**-0.5 if divided else 1.0
+    if row.role == "embedding":
+        return embedded
+    if row.role == "head":
+        return weight
+    if row.role == "final_norm" and tied and not name.startswith("encoder"):
+        return weight * logits / embedded
+    return 1.0
+
+
+@pytest.mark.parametrize("family", ALL_NAMES)
+def test_every_tensor_of_every_family_stands_where_its_axes_say(family):
+    """Three models, one of them wider: each tensor against a loop over its entries' places."""
+    usual, wide = sizes_of(family_named(family)), wider_of(family_named(family))
+    weights, sources = (0.5, 0.3, 0.2), [state(family, seed, each) for seed, each in enumerate((usual, wide, usual))]
+    found = [recognize({n: v.shape for n, v in each.items()}, "here", family) for each in sources]
+    fusion = line_up(found, weights, ["a", "b", "c"])
+    full = {name.removeprefix("target/").removeprefix("params/params/"): name for name in sources[0]}
+    total = 2 * usual["embed"] + wide["embed"]
+
+    for name, row in found[0].rows.items():
+        values = [each[full[name]].astype(np.float64) for each in sources]
+        got = evaluate(fused(fusion, name, "float64", Fill(), [full[name]] * 3), values)
+
+        wider = [len({v.shape[i] for v in values}) > 1 for i in range(values[0].ndim)]
+        if not any(wider):
+            np.testing.assert_array_equal(got, values[0], err_msg=name)
+            continue
+        expected = np.zeros([sum(v.shape[i] for v in values) if w else values[0].shape[i] for i, w in enumerate(wider)])
+        ends = np.zeros(len(wider), int)
+        for value, weight, tree in zip(values, weights, found):
+            at = tuple(slice(e, e + n) if w else slice(n) for e, n, w in zip(ends, value.shape, wider))
+            times = factor(tree, name, weight, tree.sizes["embed"] / total)
+            # The gemma package's norms multiply with 1 + scale.
+            one = 1.0 if family.startswith("gemma") and row.is_norm else 0.0
+            expected[at] = times * (value + one) - one
+            ends += value.shape
+        np.testing.assert_allclose(got, expected, rtol=1e-15, atol=1e-15, err_msg=name)
 
 
 def test_antisymmetric_noise_is_taken_off_where_it_is_added():
