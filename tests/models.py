@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
+import hashlib
 import itertools
 import math
 import multiprocessing
 import os
 import re
+import shutil
 import sys
+import tempfile
+from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 from fusectl.archs import FAMILIES, family_named
@@ -140,9 +146,32 @@ def ends_at(n: int, error: BaseException, monkeypatch) -> None:
     monkeypatch.setattr(Journal, "add", failing)
 
 
+@cache
+def _copies() -> Path:
+    """A directory for checkpoints that are wanted again; it goes with the process."""
+    at = tempfile.mkdtemp(prefix="fusectl-tests-", dir=os.environ.get("PYTEST_DEBUG_TEMPROOT"))
+    atexit.register(shutil.rmtree, at, ignore_errors=True)
+    return Path(at)
+
+
+# How often a checkpoint was asked for.
+_asked: Counter[str] = Counter()
+
+
 def checkpoint(at: Path, family: str = "t5-1.1", seed: int = 0, sizes=None, layers=None, format="t5x", **kwargs) -> str:
-    """Writes a random training state as T5X would; its path."""
-    save(at, state(family, seed, sizes, layers, **kwargs), format)
+    """Writes a random training state as T5X would; its path.
+
+    One that was asked for before is copied from the second time on: 30 ms instead of 270.
+    """
+    key = repr((family, seed, sizes, layers, format, sorted(kwargs.items())))
+    _asked[key] += 1
+    if _asked[key] == 1 or Path(at).exists():
+        save(at, state(family, seed, sizes, layers, **kwargs), format)
+        return str(at)
+    copied = _copies() / hashlib.sha256(key.encode()).hexdigest()
+    if not copied.exists():
+        save(copied, state(family, seed, sizes, layers, **kwargs), format)
+    shutil.copytree(copied, at, copy_function=shutil.copyfile)
     return str(at)
 
 
