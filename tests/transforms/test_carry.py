@@ -86,8 +86,11 @@ def adam(tree, parameters):
     return {**state, f"{STATE}0/count": np.array(BATCHES, np.int32)}
 
 
-def adafactor(tree, parameters, *, factored=True, momentum=False):
-    """T5X's Adafactor after these batches (t5x/adafactor.py), with parameter scale and clipping, written anew."""
+def adafactor(tree, parameters, *, factored=True, momentum=False, least=None):
+    """T5X's Adafactor after these batches (t5x/adafactor.py), with parameter scale and clipping, written anew.
+
+    `least` takes the smallest squared deviation that each gradient was divided by.
+    """
     state = {}
     for step, gradient in enumerate(gradients(tree, parameters)):
         decay = 1.0 - (step + 1.0) ** -0.8
@@ -104,6 +107,8 @@ def adafactor(tree, parameters, *, factored=True, momentum=False):
                 for slot, dropped in zip(("v_row", "v_col"), axes, strict=True):
                     old[slot] = decay * old[slot] + (1 - decay) * squared.mean(axis=tuple(dropped))
                 update = None
+            if least is not None and axes is None:
+                least[name] = np.minimum(least.get(name, np.inf), old["v"])
             if momentum:
                 update = update / max(1.0, math.sqrt((update**2).mean()))
                 update = 0.01 * math.sqrt((parameters[name] ** 2).mean()) * update
@@ -115,7 +120,9 @@ def adafactor(tree, parameters, *, factored=True, momentum=False):
 OPTIMIZERS = {
     "adam": adam,
     "adafactor": adafactor,
-    "adafactor with momentum": lambda tree, parameters: adafactor(tree, parameters, factored=False, momentum=True),
+    "adafactor with momentum": lambda tree, parameters, least=None: adafactor(
+        tree, parameters, factored=False, momentum=True, least=least
+    ),
 }
 
 
@@ -151,13 +158,17 @@ def test_carried_is_what_the_fused_model_gathers_itself(tmp_path, family, optimi
 
     tree = recognize(fused.shapes, "fused")
     parameters = {name: fused.read(tree.full(name)) for name in tree.shapes}
-    wanted = OPTIMIZERS[optimizer](tree, parameters)
+    least = {}
+    momentum = {"least": least} if "momentum" in optimizer else {}
+    wanted = OPTIMIZERS[optimizer](tree, parameters, **momentum)
     found = {name: fused.read(name) for name in fused.leaves if name.startswith(STATE)}
     assert found.keys() == wanted.keys()
     assert {n: v.shape for n, v in found.items()} == {n: np.shape(v) for n, v in wanted.items()}
-    # An update is a gradient over its deviation: where that is tiny it consists of rounding errors. As gradients:
-    weight = {name: np.sqrt(wanted[f"{name[:-1]}v"]) if name.endswith("/m") else 1.0 for name in found}
-    errors = {name: off(found[name] * weight[name], wanted[name] * weight[name]) for name in found}
+    # An update is a gradient over its deviation in that step, and the momentum sums them: rounding errors of gradients
+    # are the larger in it the smaller the smallest of these deviations is. As gradients:
+    weight = {f"{STATE}{name}/m": np.sqrt(v) for name, v in least.items()}
+    weighed = lambda values, name: values * weight.get(name, 1.0)
+    errors = {name: off(weighed(found[name], name), weighed(wanted[name], name)) for name in found}
     assert {name: error for name, error in errors.items() if error > TOLERANCE} == {}
     assert verify(str(tmp_path / "fused"), settings=Settings(("files", "weights"))).passed
 
