@@ -21,7 +21,7 @@ from fusectl.record import Fill
 from fusectl.surgery import carry_out, plan_fusion
 
 
-MUTANTS = 2000
+MUTANTS = 400
 LONGEST_S = 10.0
 # Beyond what the process takes anyway.
 MOST_BYTES = 500 << 20
