@@ -17,13 +17,13 @@ from typing import Any
 __version__ = "0.1.0"
 
 _VERBS = {
-    "Options": "fusectl.builder",
-    "carry_out": "fusectl.surgery",
-    "plan_conversion": "fusectl.conversion",
-    "plan_fusion": "fusectl.surgery",
-    "plan_noise_fill": "fusectl.surgery",
+    "Options": "fusectl.planning.builder",
+    "carry_out": "fusectl.operations.surgery",
+    "plan_conversion": "fusectl.operations.convert",
+    "plan_fusion": "fusectl.operations.surgery",
+    "plan_noise_fill": "fusectl.operations.surgery",
     "open_checkpoint": "fusectl.formats",
-    "verify": "fusectl.verify",
+    "verify": "fusectl.verification",
 }
 
 __all__ = ["__version__", *_VERBS]  # noqa: PLE0604

@@ -14,15 +14,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fusectl.archs import family_named, recognize
-from fusectl.archs.table import Family, Row, stack_of
-from fusectl.builder import Options
 from fusectl.errors import OutputExists
+from fusectl.families import family_named, recognize
+from fusectl.families.table import Family, Row, stack_of
+from fusectl.formats.record import Fill
 from fusectl.formats.sink import save
-from fusectl.record import Fill
-from fusectl.surgery import carry_out, plan_fusion, plan_noise_fill
-from fusectl.transforms.optimizer import STATE, OptimizerState, fresh_slots
-from fusectl.verify import Report, verify
+from fusectl.operations.surgery import carry_out, plan_fusion, plan_noise_fill
+from fusectl.optimizer.slots import STATE, OptimizerState, fresh_slots
+from fusectl.planning.builder import Options
+from fusectl.verification import Report, verify
 
 
 SIZES = {"vocab": 384, "embed": 96, "joined_kv": 80, "heads": 5, "mlp": 224, "relpos_buckets": 32}

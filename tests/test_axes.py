@@ -2,7 +2,7 @@
 
 import pytest
 
-from fusectl.axes import PatternError, expand, parse_axes
+from fusectl.layout.axes import PatternError, expand, parse_axes
 
 
 def test_axes_keep_the_order_of_storage_and_the_arrow_says_the_sides():

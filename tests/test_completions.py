@@ -10,9 +10,9 @@ import pytest
 from test_cli import COMMANDS
 
 from fusectl.cli import options
-from fusectl.equalize import MEASURES
 from fusectl.formats import FORMATS, ORBAX
-from fusectl.record import FILLS, NORMS
+from fusectl.formats.record import FILLS, NORMS
+from fusectl.operations.equalize import MEASURES
 from fusectl.restart import TRAINERS
 
 

@@ -8,25 +8,25 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import fusectl.plan
 import msgpack
 import numpy as np
 import pytest
 from cases import first_soon
 from models import SIZES, checkpoint, contents, ends_at, state, write_record
 
-import fusectl.plan
-from fusectl.archs import recognize
-from fusectl.builder import Options
-from fusectl.conversion import plan_conversion
 from fusectl.errors import Incompatible, NotEnoughSpace, UsageError
+from fusectl.families import recognize
 from fusectl.formats import FORMATS, format_named, open_checkpoint
+from fusectl.formats.record import Fill, crc32_of
 from fusectl.formats.sink import save
 from fusectl.formats.tree import Checkpoint, Key
-from fusectl.layout import whole
-from fusectl.record import Fill, crc32_of
+from fusectl.layout.blocks import whole
+from fusectl.operations.convert import plan_conversion
+from fusectl.operations.surgery import carry_out, plan_fusion, plan_noise_fill
+from fusectl.planning.builder import Options
 from fusectl.restart import restart
-from fusectl.surgery import carry_out, plan_fusion, plan_noise_fill
-from fusectl.verify import Settings, verify
+from fusectl.verification import Settings, verify
 
 
 # Large enough for both layouts of the layers to factor the same kernels: T5X does so from 128 on, or by their axes.
@@ -446,7 +446,7 @@ def test_a_stack_of_layers_is_decoded_once_and_within_the_budget(tmp_path, monke
     # A unit that decodes a stack pays for all of it.
     layer = next(o for o in plan.outputs if o.name == "target/encoder/layers_3/mlp/wi_0/kernel")
     assert chunk < layer.cost_bytes <= budget
-    monkeypatch.setattr(fusectl.plan, "TOLERATED_EXCESS_BYTES", 0)
+    monkeypatch.setattr(fusectl.planning.plan, "TOLERATED_EXCESS_BYTES", 0)
     with pytest.raises(NotEnoughSpace, match="does not fit into the memory budget"):
         plan_conversion(source, Options(max_memory_bytes=chunk), "unscanned")
 

@@ -7,8 +7,8 @@ import sys
 import numpy as np
 import pytest
 
-from fusectl.curves import read_curve
 from fusectl.errors import Corrupt, NotFound, UsageError
+from fusectl.research.curves import read_curve
 
 
 STEPS = [100, 200, 400]

@@ -21,16 +21,16 @@ from models import (
     write_record,
 )
 
-from fusectl.archs import family_named
-from fusectl.archs.network import Network
-from fusectl.builder import Options
 from fusectl.errors import Incompatible
+from fusectl.families import family_named
+from fusectl.families.settings import Network
 from fusectl.formats import open_checkpoint
+from fusectl.formats.record import FILE_NAME, Fill
 from fusectl.formats.sink import save
-from fusectl.record import FILE_NAME, Fill
-from fusectl.surgery import carry_out, plan_fusion, plan_noise_fill
-from fusectl.transforms.optimizer import is_state
-from fusectl.verify import Declared, Settings, verify
+from fusectl.operations.surgery import carry_out, plan_fusion, plan_noise_fill
+from fusectl.optimizer.slots import is_state
+from fusectl.planning.builder import Options
+from fusectl.verification import Declared, Settings, verify
 
 
 # One of most blocks and layouts; and, slow, as many as any two choices meet in. That each tensor of all of them is put
@@ -581,7 +581,7 @@ def test_streams_are_equalized_where_norms_stand_behind(tmp_path):
     """Gemma's blocks write through a norm: its 1 + scale is multiplied, and not the kernels."""
     for family in ("gemma2", "maxtext-llama"):
         a, b = write(tmp_path / f"{family}-a", family, 1), write(tmp_path / f"{family}-b", family, 2)
-        from fusectl.equalize import Equalize
+        from fusectl.operations.equalize import Equalize
 
         for by in ("trace", "weights"):
             plan = fuse([a, b], tmp_path / f"{family}-{by}", equalize=Equalize(by=by))

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from models import checkpoint, state
 
-from fusectl.diff import diff
 from fusectl.errors import UsageError
 from fusectl.formats import FORMATS
 from fusectl.formats.sink import save
+from fusectl.inspection.diff import diff
 
 
 NAME = "target/decoder/layers_0/mlp/wo/kernel"
@@ -84,7 +84,7 @@ def test_steps_are_compared_where_only_the_directory_has_one(tmp_path):
 
 
 def test_grids_that_cut_across_each_other_stay_within_the_memory():
-    from fusectl.layout import common_tile
+    from fusectl.layout.blocks import common_tile
 
     assert common_tile((8192, 2048), [(8192, 16), (64, 2048)], 8192 * 2048) == (8192, 2048)
     assert common_tile((8192, 2048), [(8192, 16), (64, 2048)], 8192 * 2047) == (8192, 16)

@@ -7,15 +7,15 @@ import pytest
 from cases import first_soon
 from models import checkpoint, state, write_record
 
-from fusectl.archs import recognize
-from fusectl.builder import Options
-from fusectl.equalize import Equalize
 from fusectl.errors import Corrupt, Incompatible, UsageError
+from fusectl.families import recognize
 from fusectl.formats import open_checkpoint
+from fusectl.formats.record import FILE_NAME, Fill
 from fusectl.formats.sink import save
-from fusectl.record import FILE_NAME, Fill
-from fusectl.surgery import carry_out, plan_fusion, plan_noise_fill
-from fusectl.verify import Settings, verify
+from fusectl.operations.equalize import Equalize
+from fusectl.operations.surgery import carry_out, plan_fusion, plan_noise_fill
+from fusectl.planning.builder import Options
+from fusectl.verification import Settings, verify
 
 
 VARIANTS = ["t5_1_1", "t5_1_0", "scalable_1_1"]

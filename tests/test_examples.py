@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fusectl.errors import Corrupt, Incompatible, NotFound, StorageError, UsageError
-from fusectl.examples import corrupt_spans, full_target_length, read_examples, span_counts, window_of
+from fusectl.networks.examples import corrupt_spans, full_target_length, read_examples, span_counts, window_of
 
 
 def lines(path, *examples):
@@ -345,7 +345,7 @@ def test_sentinels_of_tokens_are_those_of_their_vocabulary(tmp_path, vocab, sent
 
 def test_sentinels_that_are_tokens_are_refused(tmp_path, monkeypatch):
     """Windows of 36 tokens have two spans: 99 and 98."""
-    monkeypatch.setattr("fusectl.examples._PIECE", 3)
+    monkeypatch.setattr("fusectl.networks.examples._PIECE", 3)
     tokens = np.full((20, 20), 7)
     tokens[3, 4:6] = tokens[9, 1] = 98
     path = arrays(tmp_path / "t.npz", tokens=tokens)

@@ -12,13 +12,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import SIZES, WIDER, checkpoint, state
 
-from fusectl import execute, plan
-from fusectl.builder import Options
 from fusectl.errors import Corrupt, NotEnoughSpace
 from fusectl.formats import FORMATS, open_checkpoint
+from fusectl.formats.record import Fill
 from fusectl.formats.sink import save
-from fusectl.record import Fill
-from fusectl.surgery import carry_out, plan_fusion
+from fusectl.operations.surgery import carry_out, plan_fusion
+from fusectl.planning import plan
+from fusectl.planning.builder import Options
+from fusectl.writing import execute
 
 
 def fuse(paths, output, jobs=2, **options):

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusectl.fill import Moments, tile_shape, unit_noise
-from fusectl.layout import tiles, whole
+from fusectl.layout.blocks import tiles, whole
+from fusectl.layout.noise import Moments, tile_shape, unit_noise
 
 
 def noise(seed, name, shape):

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from models import DECODER_SIZES, LAYERS, SIZES, metadata_only
 
-from fusectl.archs.table import ENCODER
 from fusectl.errors import Incompatible, UsageError
-from fusectl.flops import flops_per_step
+from fusectl.families.table import ENCODER
 from fusectl.formats import open_checkpoint
-from fusectl.ligo.learn import random_parameters
-from fusectl.packed import unpacked
-from fusectl.sources import recognized
-from fusectl.tokens import Tokens
-from fusectl.training import batch_of, loss_of
+from fusectl.networks.tokens import Tokens
+from fusectl.networks.training import batch_of, loss_of
+from fusectl.operations.ligo.learn import random_parameters
+from fusectl.research.flops import flops_per_step
+from fusectl.sources.opened import recognized
+from fusectl.sources.packed_qkv import unpacked
 
 
 def tree_of(tmp_path, family, sizes, layers):

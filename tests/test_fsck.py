@@ -16,15 +16,15 @@ import pytest
 import zstandard
 from models import checkpoint, contents, state
 
-from fusectl.builder import Options
 from fusectl.formats import FORMATS, open_checkpoint
 from fusectl.formats.encoding import Encoding
+from fusectl.formats.record import FILE_NAME, Fill
 from fusectl.formats.sink import save
 from fusectl.formats.store import Extent
-from fusectl.fsck import fsck
-from fusectl.memory import peak_rss_bytes
-from fusectl.record import FILE_NAME, Fill
-from fusectl.surgery import carry_out, plan_fusion
+from fusectl.inspection.fsck import fsck
+from fusectl.operations.surgery import carry_out, plan_fusion
+from fusectl.planning.builder import Options
+from fusectl.system.memory import peak_rss_bytes
 
 
 KERNEL = "target.decoder.layers_1.mlp.wo.kernel"

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusectl.layout import Block, Layout, Term, intersect, shifted, size, tiles, whole
+from fusectl.layout.blocks import Block, Layout, Term, intersect, shifted, size, tiles, whole
 
 
 shapes = st.lists(st.integers(1, 7), min_size=0, max_size=3).map(tuple)

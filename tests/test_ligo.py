@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 from models import FAMILY_NAMES, LAYERS, SIZES, checkpoint, contents, ends_at, layers_of, sizes_of, state
 
-from fusectl.archs import family_named
-from fusectl.builder import Options
 from fusectl.cli import run
+from fusectl.families import family_named
 from fusectl.formats import open_checkpoint
 from fusectl.formats.sink import save
-from fusectl.growth import begin_operator, plan_with_operator
-from fusectl.ligo import network
-from fusectl.ligo.operator import CUSTOM, open_operator, save_operator
-from fusectl.surgery import carry_out
-from fusectl.verify import Settings, verify
+from fusectl.operations.growth import begin_operator, plan_with_operator
+from fusectl.operations.ligo import network
+from fusectl.operations.ligo.operator import CUSTOM, open_operator, save_operator
+from fusectl.operations.surgery import carry_out
+from fusectl.planning.builder import Options
+from fusectl.verification import Settings, verify
 
 
 PROOF = Settings(levels=("files", "weights", "native"), x64=True)

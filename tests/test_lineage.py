@@ -6,14 +6,14 @@ import shutil
 import pytest
 from models import checkpoint, write_record
 
-from fusectl.builder import Options
 from fusectl.errors import Incompatible, UsageError
 from fusectl.formats import open_checkpoint
-from fusectl.inspection import inspect
-from fusectl.lineage import Lineage, for_each, lineages, remembered
-from fusectl.record import FILE_NAME
+from fusectl.formats.record import FILE_NAME
+from fusectl.inspection.inspect import inspect
+from fusectl.operations.surgery import carry_out, plan_fusion
+from fusectl.planning.builder import Options
 from fusectl.restart import restart
-from fusectl.surgery import carry_out, plan_fusion
+from fusectl.sources.lineage import Lineage, for_each, lineages, remembered
 
 
 LAYERS = {"encoder": 1, "decoder": 1}

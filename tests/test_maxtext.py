@@ -13,16 +13,16 @@ import pytest
 from cases import first_soon
 from models import contents, state, write_record
 
-from fusectl.archs import recognize
-from fusectl.builder import Options
-from fusectl.conversion import plan_conversion
 from fusectl.errors import Incompatible
+from fusectl.families import recognize
 from fusectl.formats import FORMATS, open_checkpoint
+from fusectl.formats.record import crc32_of
 from fusectl.formats.sink import save
-from fusectl.growth import plan_stack
-from fusectl.record import crc32_of
-from fusectl.surgery import carry_out, plan_fusion
-from fusectl.verify import Settings, verify
+from fusectl.operations.convert import plan_conversion
+from fusectl.operations.growth import plan_stack
+from fusectl.operations.surgery import carry_out, plan_fusion
+from fusectl.planning.builder import Options
+from fusectl.verification import Settings, verify
 
 
 WEIGHTS = Settings(levels=("files", "weights"))

@@ -11,19 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import FAMILY_NAMES, SIZES, WIDER, checkpoint, contents, state
 
-from fusectl.archs import family_named, recognize
-from fusectl.builder import Options
-from fusectl.chunks import SMALLEST_CHUNK_BYTES, choose_chunks
 from fusectl.errors import Incompatible, UsageError
+from fusectl.families import family_named, recognize
 from fusectl.formats import open_checkpoint
+from fusectl.formats.record import Fill
 from fusectl.formats.sink import save
-from fusectl.journal import digest_of, stamps_of
-from fusectl.layout import Block, Layout, Term
-from fusectl.mesh import STANDARD_RULES, Mesh, fits, parse_mesh
-from fusectl.plan import summary
-from fusectl.record import Fill
-from fusectl.surgery import carry_out, plan_fusion, plan_noise_fill
-from fusectl.transforms.optimizer import slot_axes
+from fusectl.layout.blocks import Block, Layout, Term
+from fusectl.layout.mesh import STANDARD_RULES, Mesh, fits, parse_mesh
+from fusectl.operations.surgery import carry_out, plan_fusion, plan_noise_fill
+from fusectl.optimizer.slots import slot_axes
+from fusectl.planning.builder import Options
+from fusectl.planning.chunking import SMALLEST_CHUNK_BYTES, choose_chunks
+from fusectl.planning.plan import summary
+from fusectl.writing.journal import digest_of, stamps_of
 
 
 LAYERS = {"encoder": 1, "decoder": 1}

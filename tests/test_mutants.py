@@ -12,13 +12,13 @@ import msgpack
 import pytest
 from models import checkpoint, contents
 
-from fusectl.builder import Options
 from fusectl.cli import run
 from fusectl.formats import FORMATS
+from fusectl.formats.record import Fill
 from fusectl.formats.staging import staging_of
-from fusectl.memory import peak_rss_bytes
-from fusectl.record import Fill
-from fusectl.surgery import carry_out, plan_fusion
+from fusectl.operations.surgery import carry_out, plan_fusion
+from fusectl.planning.builder import Options
+from fusectl.system.memory import peak_rss_bytes
 
 
 MUTANTS = 2000

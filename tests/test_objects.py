@@ -7,13 +7,13 @@ import servers
 from models import checkpoint as whole_checkpoint
 from models import contents
 
-from fusectl.builder import Options
 from fusectl.errors import NotFound, StorageError
 from fusectl.formats import FORMATS, fingerprint, locate, open_checkpoint
-from fusectl.fsck import fsck
-from fusectl.record import Fill
-from fusectl.surgery import carry_out, plan_fusion
-from fusectl.verify import Settings, verify
+from fusectl.formats.record import Fill
+from fusectl.inspection.fsck import fsck
+from fusectl.operations.surgery import carry_out, plan_fusion
+from fusectl.planning.builder import Options
+from fusectl.verification import Settings, verify
 
 
 def checkpoint(at, **kwargs):

@@ -6,18 +6,19 @@ import numpy as np
 import pytest
 from models import write_record
 
-from fusectl.archs import decoder_twin, recognize
-from fusectl.archs.config import read_config
-from fusectl.archs.twin import Step
-from fusectl.builder import Options
 from fusectl.errors import Incompatible
+from fusectl.families import recognize
+from fusectl.families.config import read_config
 from fusectl.formats import open_checkpoint
+from fusectl.formats.record import FILE_NAME, Fill
 from fusectl.formats.sink import save
-from fusectl.packed import unpacked
-from fusectl.record import FILE_NAME, Fill
-from fusectl.surgery import carry_out, plan_fusion, plan_noise_fill
-from fusectl.tokens import Tokens
-from fusectl.verify import Settings, verify
+from fusectl.networks import decoder_stages as decoder_twin
+from fusectl.networks.stages import Step
+from fusectl.networks.tokens import Tokens
+from fusectl.operations.surgery import carry_out, plan_fusion, plan_noise_fill
+from fusectl.planning.builder import Options
+from fusectl.sources.packed_qkv import unpacked
+from fusectl.verification import Settings, verify
 
 
 CASES = ["llama2_unscan_fusedqkv", "llama2_scan_fused_3layers"]
@@ -123,7 +124,7 @@ def test_a_head_in_a_wrong_part_is_noticed(case, tmp_path):
             values[name] = kernel.take(order, axis=axis)
     save(tmp_path / "wrong", values, "orbax")
     (tmp_path / "wrong" / FILE_NAME).unlink(missing_ok=True)
-    from fusectl.verify import Declared
+    from fusectl.verification import Declared
 
     report = verify(str(tmp_path / "wrong"), Declared(sources=(a, b)), EXACT)
     assert not report.weights.passed

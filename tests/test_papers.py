@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from fusectl.papers import PAPERS, names, table
+from fusectl.research.papers import PAPERS, names, table
 
 
 DEEP_FUSION, LIGO = PAPERS

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from fusectl.errors import Corrupt
-from fusectl.parallel import Budget, in_parallel
+from fusectl.system.threads import Budget, in_parallel
 
 
 def test_the_budget_is_never_exceeded():

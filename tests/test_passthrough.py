@@ -14,15 +14,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import SIZES, WIDER, contents, state
 
-from fusectl.builder import Options
 from fusectl.errors import Corrupt
 from fusectl.formats import FORMATS, open_checkpoint
 from fusectl.formats.encoding import Encoding
+from fusectl.formats.record import FILE_NAME, LEFT_OUT, UNREAD, Fill
 from fusectl.formats.sink import save
 from fusectl.formats.store import copy, directory, link, ocdbt
 from fusectl.formats.zarr import METADATA_FILE
-from fusectl.record import FILE_NAME, LEFT_OUT, UNREAD, Fill
-from fusectl.surgery import carry_out, plan_fusion, plan_noise_fill
+from fusectl.operations.surgery import carry_out, plan_fusion, plan_noise_fill
+from fusectl.planning.builder import Options
 
 
 LAYERS = {"encoder": 1, "decoder": 1}

@@ -9,12 +9,13 @@ import pytest
 from cases import first_soon
 from models import SIZES, WIDER, checkpoint, state
 
-from fusectl import heatmap, picture
 from fusectl.errors import Incompatible, NotFound, UsageError
 from fusectl.formats import open_checkpoint
 from fusectl.formats.sink import save
 from fusectl.formats.tree import Checkpoint
-from fusectl.heatmap import measure
+from fusectl.inspection import heatmap
+from fusectl.inspection.heatmap import measure
+from fusectl.research import pictures as picture
 
 
 NAME = "encoder/layers_0/mlp/wi_0/kernel"

@@ -14,20 +14,32 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fusectl import reproduce as reproduction
 from fusectl.cli import experiments as command
 from fusectl.cli import run as fusectl
 from fusectl.errors import Corrupt, FusectlError, UsageError
-from fusectl.examples import window_of
 from fusectl.formats import open_checkpoint
-from fusectl.reproduce import laboratory as module
-from fusectl.reproduce.arms import OTHER, THIRD, Arm, Baseline, Curve, Judged, Result, compare, grown, judged, sweep
-from fusectl.reproduce.experiments import EXPERIMENTS, FUSE, NOISE, SELF
-from fusectl.reproduce.laboratory import Growth, Laboratory, Model, Point, Run, held_out_of
-from fusectl.reproduce.presets import PRESETS
-from fusectl.reproduce.report import Report, Table, comparison, verdicts
-from fusectl.reproduce.texts import TASKS, task
-from fusectl.training import batch_of
+from fusectl.networks.examples import window_of
+from fusectl.networks.training import batch_of
+from fusectl.research import reproduce as reproduction
+from fusectl.research.reproduce import laboratory as module
+from fusectl.research.reproduce.arms import (
+    OTHER,
+    THIRD,
+    Arm,
+    Baseline,
+    Curve,
+    Judged,
+    Result,
+    compare,
+    grown,
+    judged,
+    sweep,
+)
+from fusectl.research.reproduce.experiments import EXPERIMENTS, FUSE, NOISE, SELF
+from fusectl.research.reproduce.laboratory import Growth, Laboratory, Model, Point, Run, held_out_of
+from fusectl.research.reproduce.presets import PRESETS
+from fusectl.research.reproduce.report import Report, Table, comparison, verdicts
+from fusectl.research.reproduce.texts import TASKS, task
 
 
 SMOKE = PRESETS["smoke"]
@@ -347,7 +359,7 @@ def test_a_report_stands_beside_the_papers_numbers(tmp_path):
 
 
 def paper():
-    from fusectl.papers import table
+    from fusectl.research.papers import table
 
     return table("table1")
 
@@ -473,8 +485,8 @@ def test_models_are_trained_side_by_side_on_one_device_only(monkeypatch):
 def test_batches_lie_over_all_devices(laboratory, tmp_path):
     script = (
         "import sys, pathlib, jax\n"
-        "from fusectl.reproduce.laboratory import Laboratory, Model\n"
-        "from fusectl.reproduce.presets import PRESETS\n"
+        "from fusectl.research.reproduce.laboratory import Laboratory, Model\n"
+        "from fusectl.research.reproduce.presets import PRESETS\n"
         "made = Laboratory(pathlib.Path(sys.argv[1]), PRESETS['smoke'], print, 1)\n"
         "run = made.run(Model('small', 0, 0.05, 4))\n"
         "print(len(jax.devices()), run.end.loss)\n"

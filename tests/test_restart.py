@@ -14,11 +14,12 @@ import pytest
 import yaml
 from models import LAYERS, SIZES, checkpoint, state
 
-from fusectl.archs import family_named, recognize, t5_flax
 from fusectl.errors import Incompatible
+from fusectl.families import family_named, recognize
 from fusectl.formats import FORMATS, open_checkpoint
 from fusectl.formats.sink import save
 from fusectl.formats.tree import Checkpoint, Leaf, Location
+from fusectl.networks import t5_flax
 from fusectl.restart import restart, restart_of
 
 

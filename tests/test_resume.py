@@ -17,22 +17,22 @@ import tensorstore as ts
 from cases import first_soon
 from models import checkpoint, contents, ends_at, start, state
 
-from fusectl import builder
-from fusectl.builder import Options
 from fusectl.errors import Corrupt, FusectlError, Incompatible, NotEnoughSpace, OutputExists, StorageError
 from fusectl.formats import FORMATS, open_checkpoint, target
 from fusectl.formats.encoding import Encoding
 from fusectl.formats.locate import JOURNAL
+from fusectl.formats.record import Fill
 from fusectl.formats.sink import Sink, save
 from fusectl.formats.staging import can_be_resumed, staging_of
 from fusectl.formats.store import new_ocdbt
 from fusectl.formats.target import Database
-from fusectl.growth import begin_operator
-from fusectl.journal import Journal
-from fusectl.ligo.operator import save_operator
-from fusectl.memory import peak_rss_bytes
-from fusectl.record import Fill
-from fusectl.surgery import carry_out, plan_fusion
+from fusectl.operations.growth import begin_operator
+from fusectl.operations.ligo.operator import save_operator
+from fusectl.operations.surgery import carry_out, plan_fusion
+from fusectl.planning import builder
+from fusectl.planning.builder import Options
+from fusectl.system.memory import peak_rss_bytes
+from fusectl.writing.journal import Journal
 
 
 NOISES = {kind: Fill(kind, 0.1) for kind in ("gaussian", "antisymmetric")}

@@ -5,12 +5,12 @@ import json
 import pytest
 from models import checkpoint
 
-from fusectl.archs import recognize
 from fusectl.cli import run
 from fusectl.errors import Incompatible, NotFound, UsageError
+from fusectl.families import recognize
 from fusectl.formats import open_checkpoint
-from fusectl.routes import ROUTES, read_target, routes
-from fusectl.verify import Settings, verify
+from fusectl.research.routes import ROUTES, read_target, routes
+from fusectl.verification import Settings, verify
 
 
 T5 = "t5-1.1"

@@ -15,24 +15,24 @@ import pytest
 from models import checkpoint as whole_checkpoint
 from models import contents, write_record
 
-from fusectl.archs.config import read_config
-from fusectl.archs.userfile import parse_family
-from fusectl.builder import Options
-from fusectl.conversion import plan_conversion
 from fusectl.errors import Corrupt, FusectlError, NotFound, OutputExists, UsageError
-from fusectl.escape import caption
+from fusectl.families.config import read_config
+from fusectl.families.userfile import parse_family
 from fusectl.formats import FORMATS, open_checkpoint, staging
 from fusectl.formats.locate import JOURNAL
 from fusectl.formats.sink import Sink, save
 from fusectl.formats.staging import can_be_resumed, staging_of
-from fusectl.fsck import fsck
-from fusectl.given import read_given
-from fusectl.surgery import carry_out, plan_fusion
-from fusectl.tokens import read_tokens
-from fusectl.verify import Report
-from fusectl.verify.claim import nothing_known
-from fusectl.verify.page import page
-from fusectl.verify.report import FilesResult
+from fusectl.inspection.fsck import fsck
+from fusectl.networks.tokens import read_tokens
+from fusectl.operations.convert import plan_conversion
+from fusectl.operations.surgery import carry_out, plan_fusion
+from fusectl.planning.builder import Options
+from fusectl.system.escape import caption
+from fusectl.system.given import read_given
+from fusectl.verification import Report
+from fusectl.verification.claim import nothing_known
+from fusectl.verification.page import page
+from fusectl.verification.report import FilesResult
 
 
 LAYERS = {"encoder": 1, "decoder": 1}

@@ -15,19 +15,19 @@ from models import DECODER_NAMES, FAMILY_NAMES, checkpoint, contents, covering, 
 from test_convert import FACTORED, restored, tree, written_by_orbax
 from test_packed import trained
 
-from fusectl.archs import family_named
-from fusectl.builder import Options
-from fusectl.conversion import plan_conversion
 from fusectl.errors import Incompatible
+from fusectl.families import family_named
 from fusectl.formats import open_checkpoint
+from fusectl.formats.record import FILE_NAME, Fill
 from fusectl.formats.sink import save
-from fusectl.growth import plan_stack
-from fusectl.record import FILE_NAME, Fill
+from fusectl.networks.tokens import random_tokens
+from fusectl.operations.convert import plan_conversion
+from fusectl.operations.growth import plan_stack
+from fusectl.operations.surgery import carry_out, plan_fusion, plan_noise_fill
+from fusectl.planning.builder import Options
 from fusectl.restart import restart
-from fusectl.surgery import carry_out, plan_fusion, plan_noise_fill
-from fusectl.tokens import random_tokens
-from fusectl.transforms.depth import HOWS
-from fusectl.verify import Settings, verify
+from fusectl.rules.depth import HOWS
+from fusectl.verification import Settings, verify
 
 
 T5_LAYERS = {"encoder": 4, "decoder": 2}
@@ -521,9 +521,9 @@ def test_the_layers_that_were_there_learn_as_they_did(tmp_path):
     import jax
     import jax.numpy as jnp
 
-    from fusectl.archs import recognize
-    from fusectl.archs.t5_twin import config_of, whole
-    from fusectl.archs.twin import Step
+    from fusectl.families import recognize
+    from fusectl.networks.stages import Step
+    from fusectl.networks.t5_stages import config_of, whole
 
     out = grown(tmp_path, "t5-1.0")
     tokens = random_tokens(41, 2, 8, 0)

@@ -9,19 +9,19 @@ import numpy as np
 import pytest
 from models import LAYERS, SIZES, checkpoint, state, write_record
 
-from fusectl.archs import family_named
-from fusectl.builder import Options
-from fusectl.chunks import Storing, choose_chunks
 from fusectl.demo import random_parameters
 from fusectl.errors import Corrupt, Incompatible, OutputExists, UsageError
+from fusectl.families import family_named
 from fusectl.formats import fingerprint, open_checkpoint
 from fusectl.formats.encoding import Encoding
+from fusectl.formats.record import FILE_NAME, Fill, Record
 from fusectl.formats.sink import save
 from fusectl.formats.tree import Leaf
 from fusectl.formats.zarr import new_storage
-from fusectl.layout import Block, Layout, Term, whole
-from fusectl.record import FILE_NAME, Fill, Record
-from fusectl.surgery import carry_out, plan_fusion, plan_noise_fill
+from fusectl.layout.blocks import Block, Layout, Term, whole
+from fusectl.operations.surgery import carry_out, plan_fusion, plan_noise_fill
+from fusectl.planning.builder import Options
+from fusectl.planning.chunking import Storing, choose_chunks
 
 
 def parameters(seed, **changes):
@@ -297,7 +297,7 @@ def test_a_source_with_the_record_of_another_checkpoint_is_refused(pair, tmp_pat
 
 
 def test_an_output_that_is_not_as_planned_never_gets_its_name(pair, tmp_path, monkeypatch):
-    from fusectl import surgery
+    from fusectl.operations import surgery
 
     plan, sources = plan_fusion(pair, Options())
     forget = dict(list(sources[0].leaves.items())[1:])

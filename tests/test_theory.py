@@ -10,23 +10,23 @@ import pytest
 from cases import first_soon
 from models import SIZES, WIDER, checkpoint, state
 
-from fusectl.builder import Options
 from fusectl.errors import Incompatible, NotEnoughSpace
 from fusectl.formats import open_checkpoint
+from fusectl.formats.record import Fill
 from fusectl.formats.sink import save
-from fusectl.layout import slices
-from fusectl.parallel import Silent
-from fusectl.record import Fill
-from fusectl.sources import open_source
-from fusectl.surgery import open_sources
-from fusectl.theory import field
-from fusectl.theory.field import LARGEST_STEP, Losses, combined, convergence, derivatives, norm
-from fusectl.theory.fusion import Batch, _arrays, _lemmas, theory
-from fusectl.theory.space import Space
-from fusectl.theory.symmetry import exchanged, of_checkpoint, of_fusion
-from fusectl.tokens import random_tokens
-from fusectl.training import batch_of
-from fusectl.transforms.grow import line_up
+from fusectl.layout.blocks import slices
+from fusectl.networks.tokens import random_tokens
+from fusectl.networks.training import batch_of
+from fusectl.operations.surgery import open_sources
+from fusectl.planning.builder import Options
+from fusectl.research.theory import field
+from fusectl.research.theory.field import LARGEST_STEP, Losses, combined, convergence, derivatives, norm
+from fusectl.research.theory.fusion import Batch, _arrays, _lemmas, theory
+from fusectl.research.theory.space import Space
+from fusectl.research.theory.symmetry import exchanged, of_checkpoint, of_fusion
+from fusectl.rules.fusion import line_up
+from fusectl.sources.opened import open_source
+from fusectl.system.threads import Silent
 
 
 SMALL = {"encoder": 1, "decoder": 1}

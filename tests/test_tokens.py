@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fusectl.errors import Corrupt, Incompatible, NotFound
-from fusectl.tokens import random_tokens, read_tokens
+from fusectl.networks.tokens import random_tokens, read_tokens
 
 
 def lines(path, *examples):

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from models import SIZES, checkpoint
 
-from fusectl.archs import recognize
-from fusectl.builder import Options
-from fusectl.examples import read_examples
+from fusectl.families import recognize
 from fusectl.formats import open_checkpoint
 from fusectl.formats.sink import save
-from fusectl.surgery import carry_out, plan_fusion
-from fusectl.training import Recipe, Trainer, random_parameters
-from fusectl.transforms.optimizer import find_state
+from fusectl.networks.examples import read_examples
+from fusectl.networks.training import Recipe, Trainer, random_parameters
+from fusectl.operations.surgery import carry_out, plan_fusion
+from fusectl.optimizer.slots import find_state
+from fusectl.planning.builder import Options
 
 
 @pytest.fixture(scope="module")

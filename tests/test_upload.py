@@ -11,19 +11,19 @@ from cases import first_soon
 from models import checkpoint as whole_checkpoint
 from models import contents, ends_at, start
 
-from fusectl import builder
-from fusectl.builder import Options
 from fusectl.errors import Corrupt, Incompatible, NotFound, OutputExists, VerificationFailed
 from fusectl.formats import FORMATS, locate, objects, open_checkpoint, servercopy, target, upload
 from fusectl.formats.locate import COMMITTED, JOURNAL, LEASE, T5X_INDEX
 from fusectl.formats.objects import ObjectPath
+from fusectl.formats.record import Fill
 from fusectl.formats.sink import Sink
 from fusectl.formats.store import Files
-from fusectl.fsck import fsck
-from fusectl.journal import Journal
-from fusectl.record import Fill
-from fusectl.surgery import carry_out, plan_fusion
-from fusectl.verify import Settings, verify
+from fusectl.inspection.fsck import fsck
+from fusectl.operations.surgery import carry_out, plan_fusion
+from fusectl.planning import builder
+from fusectl.planning.builder import Options
+from fusectl.verification import Settings, verify
+from fusectl.writing.journal import Journal
 
 
 def checkpoint(at, **kwargs):

@@ -7,13 +7,13 @@ import pytest
 from models import SIZES, checkpoint
 from test_curves import csv_of, events_of, lines_of
 
-from fusectl.archs import recognize
-from fusectl.curves import Curve
 from fusectl.errors import Incompatible, UsageError
-from fusectl.flops import flops_per_step
+from fusectl.families import recognize
 from fusectl.formats import open_checkpoint
-from fusectl.papers import table
-from fusectl.when import Costs, advise
+from fusectl.research.curves import Curve
+from fusectl.research.flops import flops_per_step
+from fusectl.research.papers import table
+from fusectl.research.when import Costs, advise
 
 
 def power(limit, scale, exponent):

@@ -9,8 +9,8 @@ import typer
 
 from fusectl.cli.options import Debug, Json, Quiet
 from fusectl.cli.process import stay_on_the_cpu
+from fusectl.cli.screen import Screen
 from fusectl.errors import VerificationFailed
-from fusectl.render import Screen
 
 
 commands = typer.Typer()

@@ -26,8 +26,8 @@ from fusectl.cli.options import (
     path_of,
 )
 from fusectl.cli.process import stay_on_the_cpu
+from fusectl.cli.screen import Screen
 from fusectl.errors import UsageError
-from fusectl.render import Screen
 
 
 commands = typer.Typer()
@@ -93,14 +93,14 @@ def theory(
     screen = Screen("theory", json=json, quiet=quiet, debug=debug)
     with screen.errors():
         stay_on_the_cpu()
-        from fusectl.builder import Options
-        from fusectl.lineage import lineages
-        from fusectl.theory.fusion import Batch, is_fusion, paths_of
-        from fusectl.theory.fusion import symmetry as run_symmetry
-        from fusectl.theory.fusion import theory as run_theory
+        from fusectl.planning.builder import Options
+        from fusectl.research.theory.fusion import Batch, is_fusion, paths_of
+        from fusectl.research.theory.fusion import symmetry as run_symmetry
+        from fusectl.research.theory.fusion import theory as run_theory
+        from fusectl.sources.lineage import lineages
 
         if plot is not None:
-            from fusectl.picture import draw_theory, require_picture
+            from fusectl.research.pictures import draw_theory, require_picture
 
             require_picture(plot, "--plot")
         paths = sources or [path_of(None)]
@@ -179,9 +179,9 @@ def when(
     """Say at which step of the small model fusing it with itself saves most compute, how much, by what assumptions."""
     screen = Screen("when", json=json, quiet=quiet, debug=debug)
     with screen.errors():
-        from fusectl.curves import read_curve
-        from fusectl.picture import draw_advice, new_picture
-        from fusectl.when import advise, budget_of, costs_of
+        from fusectl.research.curves import read_curve
+        from fusectl.research.pictures import draw_advice, new_picture
+        from fusectl.research.when import advise, budget_of, costs_of
 
         picture = None if plot is None else new_picture(plot, "--plot", force=force)
         counted = (small, copies, large, arch, batch, length, target_length)
@@ -228,6 +228,6 @@ def reproduce(
     """
     screen = Screen("reproduce", json=json, quiet=quiet, debug=debug)
     with screen.errors():
-        from fusectl.reproduce import reproduce as run_experiment
+        from fusectl.research.reproduce import reproduce as run_experiment
 
         screen.reproduced(run_experiment(experiment, preset, output, screen.note))

@@ -43,10 +43,10 @@ from fusectl.cli.options import (
     options_of,
     path_of,
 )
+from fusectl.cli.screen import Screen
 from fusectl.cli.writing import Writing, final_place, write
 from fusectl.errors import Incompatible, UsageError
-from fusectl.ligo.lesson import Data, Learning
-from fusectl.render import Screen
+from fusectl.operations.ligo.lesson import Data, Learning
 
 
 if TYPE_CHECKING:
@@ -101,8 +101,8 @@ def stack(
     """Make a checkpoint deeper: its layers again, or new ones that keep the function, the optimizer's state along."""
     screen = Screen("stack", json=json, quiet=quiet, debug=debug)
     with screen.errors():
-        from fusectl.growth import plan_stack
-        from fusectl.record import Fill
+        from fusectl.formats.record import Fill
+        from fusectl.operations.growth import plan_stack
 
         stored = Stored(codec, sparse, link, check, mesh_of(mesh, axis_rules))
         options = options_of(Fill(), optimizer, format, arch, drop, dtype, stored, max_memory, step)
@@ -197,9 +197,9 @@ def ligo(
     """Grow a checkpoint to any larger sizes by a linear operator that is learned in some hundred steps (LiGO)."""
     screen = Screen("ligo", json=json, quiet=quiet, debug=debug)
     with screen.errors():
-        from fusectl.growth import begin_operator, plan_with_operator
-        from fusectl.ligo.operator import kept, open_operator
-        from fusectl.record import Fill
+        from fusectl.formats.record import Fill
+        from fusectl.operations.growth import begin_operator, plan_with_operator
+        from fusectl.operations.ligo.operator import kept, open_operator
 
         stored = Stored(codec, sparse, link=False, check=check, mesh=mesh_of(mesh, axis_rules))
         options = options_of(Fill(), "drop", format, arch, drop, dtype, stored, max_memory, step)
@@ -251,8 +251,8 @@ def _learned(
     One that an interrupted run has left is taken when it is resumed.
     """
     from fusectl.formats.locate import local
-    from fusectl.ligo.operator import open_operator, require_same_run, save_operator
-    from fusectl.surgery import check_output
+    from fusectl.operations.ligo.operator import open_operator, require_same_run, save_operator
+    from fusectl.operations.surgery import check_output
 
     growing, checkpoint, operator = start
     if not isinstance(final, Path) and operator_out is None:
@@ -268,7 +268,7 @@ def _learned(
         check_output(place, [checkpoint], force=how.force)
     stopped = None
     if lesson is not None:
-        from fusectl.ligo.learn import examples_of, learn
+        from fusectl.operations.ligo.learn import examples_of, learn
 
         data, learning = lesson
         examples = examples_of(data, growing.tree, operator.seed)
@@ -318,9 +318,9 @@ def grow(
     screen = Screen("grow", json=json, quiet=quiet, debug=debug)
     with screen.errors():
         from fusectl.formats import open_checkpoint
-        from fusectl.packed import unpacked
-        from fusectl.routes import read_target, routes
-        from fusectl.sources import recognized
+        from fusectl.research.routes import read_target, routes
+        from fusectl.sources.opened import recognized
+        from fusectl.sources.packed_qkv import unpacked
 
         path = path_of(source)
         if to is None:

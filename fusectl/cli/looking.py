@@ -21,8 +21,8 @@ from fusectl.cli.options import (
     parse_bytes,
     path_of,
 )
+from fusectl.cli.screen import Screen
 from fusectl.errors import Corrupt
-from fusectl.render import Screen
 
 
 commands = typer.Typer()
@@ -55,8 +55,8 @@ def inspect(
         if fsck:
             _fsck(screen, path_of(source), arch, max_memory, jobs)
             return
-        from fusectl.inspection import inspect as run_inspect
-        from fusectl.lineage import for_each, lineages
+        from fusectl.inspection.inspect import inspect as run_inspect
+        from fusectl.sources.lineage import for_each, lineages
 
         (lineage,) = for_each(lineages(fused_from, norm_groups), 1)
         seen = run_inspect(path_of(source), arch, lineage)
@@ -66,7 +66,7 @@ def inspect(
 
 
 def _fsck(screen: Screen, path: str, arch: str | None, max_memory: str | None, jobs: int | None) -> None:
-    from fusectl.fsck import fsck as run_fsck
+    from fusectl.inspection.fsck import fsck as run_fsck
 
     with screen.progress() as progress:
         budget_bytes = parse_bytes(max_memory, "--max-memory")
@@ -104,8 +104,8 @@ def plot(
     """Draw |W| of a kernel with the borders between its sources, and from step to step how its zero blocks catch up."""
     screen = Screen("plot", json=json, quiet=quiet, debug=debug)
     with screen.errors():
-        from fusectl.heatmap import measure
-        from fusectl.picture import draw_heat_map, new_picture
+        from fusectl.inspection.heatmap import measure
+        from fusectl.research.pictures import draw_heat_map, new_picture
 
         file = new_picture(output, force=force)
         with screen.progress() as progress:
@@ -150,8 +150,8 @@ def restart_config(
     """Print what T5X (gin), MaxText (overrides) or Gemma (Python) goes on with: sizes, path, what is to be restored."""
     screen = Screen("restart-config", json=json, quiet=quiet, debug=debug)
     with screen.errors():
-        from fusectl.lineage import for_each, lineages
         from fusectl.restart import restart
+        from fusectl.sources.lineage import for_each, lineages
 
         (lineage,) = for_each(lineages(fused_from, norm_groups), 1)
         path = path_of(source)

@@ -13,9 +13,9 @@ from fusectl.errors import UsageError
 
 
 if TYPE_CHECKING:
-    from fusectl.builder import Options
-    from fusectl.mesh import Mesh
-    from fusectl.record import Fill
+    from fusectl.formats.record import Fill
+    from fusectl.layout.mesh import Mesh
+    from fusectl.planning.builder import Options
 
 
 Source = Annotated[str | None, typer.Argument(metavar="[CKPT]", help="The checkpoint; read from a pipe if left out.")]
@@ -54,7 +54,7 @@ Optimizer = Annotated[
 Norm = Annotated[
     Literal["rule", "property"] | None,
     typer.Option(
-        help="What it will train with: the trainer's one norm, or a norm per source (fusectl.archs). "
+        help="What it will train with: the trainer's one norm, or a norm per source (fusectl.families). "
         "[default: rule; property if a source has it]"
     ),
 ]
@@ -227,7 +227,7 @@ def parse_bytes(text: str | None, option: str) -> int | None:
 
 def mesh_of(sizes: str | None, rules: str | None) -> Mesh | None:
     """The mesh that chunks are to suit; None where none is given."""
-    from fusectl.mesh import parse_mesh
+    from fusectl.layout.mesh import parse_mesh
 
     if sizes is None and rules is not None:
         raise UsageError("--axis-rules: of which mesh?", hint="--mesh data=8,model=4")
@@ -236,7 +236,7 @@ def mesh_of(sizes: str | None, rules: str | None) -> Mesh | None:
 
 def fill_of(kind: str, noise_scale: float | None, seed: int | None) -> Fill:
     """What is to stand where no source does; raises UsageError for a scale of no noise, or that is no scale."""
-    from fusectl.record import DEFAULT_NOISE_SCALE, Fill
+    from fusectl.formats.record import DEFAULT_NOISE_SCALE, Fill
 
     if kind == "zeros":
         if noise_scale is not None:
@@ -276,8 +276,8 @@ def options_of(
     norm: str | None = None,
 ) -> Options:
     """What the library is to be told: the options that say what is written."""
-    from fusectl.builder import Options
-    from fusectl.parallel import default_max_memory_bytes
+    from fusectl.planning.builder import Options
+    from fusectl.system.threads import default_max_memory_bytes
 
     return Options(
         fill=fill,

@@ -24,8 +24,8 @@ from fusectl.cli.options import (
     require_scale,
 )
 from fusectl.cli.process import stay_on_the_cpu
+from fusectl.cli.screen import Screen
 from fusectl.errors import FusectlError, VerificationFailed
-from fusectl.render import Screen
 
 
 commands = typer.Typer()
@@ -101,11 +101,11 @@ def verify(
     with screen.errors():
         stay_on_the_cpu()
         from fusectl.formats import open_checkpoint
-        from fusectl.lineage import lineages
-        from fusectl.verify import Declared, Settings, verify_checkpoint, write_report
+        from fusectl.sources.lineage import lineages
+        from fusectl.verification import Declared, Settings, verify_checkpoint, write_report
 
         if plot is not None:
-            from fusectl.picture import require_picture
+            from fusectl.research.pictures import require_picture
 
             require_picture(plot, "--plot")
         if noise_scale is not None:
@@ -133,7 +133,7 @@ def verify(
             if report:
                 write_report(found, opened.location.home)
             if plot is not None and found.trace:
-                from fusectl.verify.page import draw
+                from fusectl.verification.page import draw
 
                 draw(found.trace, plot)
         except FusectlError as error:
@@ -162,7 +162,7 @@ def diff(
     """Compare two checkpoints tensor by tensor: names, shapes, dtypes, steps, values. Exit code 3 if they differ."""
     screen = Screen("diff", json=json, quiet=quiet, debug=debug)
     with screen.errors():
-        from fusectl.diff import diff as run_diff
+        from fusectl.inspection.diff import diff as run_diff
 
         budget_bytes = parse_bytes(max_memory, "--max-memory")
         with screen.progress() as progress:

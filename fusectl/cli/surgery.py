@@ -52,9 +52,9 @@ from fusectl.cli.options import (
     path_of,
 )
 from fusectl.cli.process import stay_on_the_cpu
+from fusectl.cli.screen import Screen
 from fusectl.cli.writing import Writing, write
 from fusectl.errors import UsageError
-from fusectl.render import Screen
 
 
 commands = typer.Typer()
@@ -121,9 +121,9 @@ def fuse(
     screen = Screen("fuse", json=json, quiet=quiet, debug=debug)
     with screen.errors():
         stay_on_the_cpu()
-        from fusectl.equalize import Equalize
-        from fusectl.lineage import lineages
-        from fusectl.surgery import plan_fusion
+        from fusectl.operations.equalize import Equalize
+        from fusectl.operations.surgery import plan_fusion
+        from fusectl.sources.lineage import lineages
 
         if not equalize and (equalize_by != "trace" or tokens is not None):
             raise UsageError("--equalize-by and --tokens say how to --equalize", hint="--equalize")
@@ -185,8 +185,8 @@ def self_fuse(
     """Fuse a checkpoint with itself: K times as wide, the same function."""
     screen = Screen("self-fuse", json=json, quiet=quiet, debug=debug)
     with screen.errors():
-        from fusectl.lineage import lineages
-        from fusectl.surgery import plan_fusion
+        from fusectl.operations.surgery import plan_fusion
+        from fusectl.sources.lineage import lineages
 
         if copies < 2:
             raise UsageError(f"--copies {copies}: fusing takes two or more")
@@ -240,7 +240,7 @@ def noise_fill(
     """Fill the zero blocks of a fused checkpoint with low-variance noise."""
     screen = Screen("noise-fill", json=json, quiet=quiet, debug=debug)
     with screen.errors():
-        from fusectl.surgery import plan_noise_fill
+        from fusectl.operations.surgery import plan_noise_fill
 
         if fill == "zeros":
             raise UsageError("--fill zeros: there are zeros already", hint="--fill gaussian or antisymmetric")
@@ -291,8 +291,8 @@ def convert(
     """Write a checkpoint in another format or dtype, with its layers stacked or not, the optimizer's state included."""
     screen = Screen("convert", json=json, quiet=quiet, debug=debug)
     with screen.errors():
-        from fusectl.conversion import plan_conversion
-        from fusectl.record import Fill
+        from fusectl.formats.record import Fill
+        from fusectl.operations.convert import plan_conversion
 
         stored = Stored(codec, sparse, link, check, mesh_of(mesh, axis_rules))
         optimizer = "drop" if drop_optimizer else "carry"

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fusectl.cli.options import parse_bytes
 from fusectl.cli.process import ARGUMENTS, stay_on_the_cpu
+from fusectl.cli.screen import Screen
 from fusectl.errors import FusectlError, UsageError, VerificationFailed
-from fusectl.render import Screen
 
 
 if TYPE_CHECKING:
     from fusectl.formats.objects import Place
     from fusectl.formats.tree import Checkpoint
-    from fusectl.plan import Plan
+    from fusectl.planning.plan import Plan
 
 
 class Writing(NamedTuple):
@@ -38,7 +38,7 @@ class Writing(NamedTuple):
 def final_place(output: str | None, opened: Sequence[Any], plan: Plan) -> Place:
     """Where the output is going to be."""
     from fusectl.formats.locate import place
-    from fusectl.surgery import default_output
+    from fusectl.operations.surgery import default_output
 
     return default_output(opened, plan) if output is None else place(output)
 
@@ -46,7 +46,7 @@ def final_place(output: str | None, opened: Sequence[Any], plan: Plan) -> Place:
 def write(screen: Screen, plan: Plan, opened: Sequence[Any], how: Writing) -> None:
     """What every writing command ends with: the plan shown, or carried out and the output's path printed."""
     from fusectl.formats.locate import local
-    from fusectl.surgery import carry_out, check_output, check_table, write_table
+    from fusectl.operations.surgery import carry_out, check_output, check_table, write_table
 
     if how.verify and how.allow_nonfinite:
         raise UsageError("--verify proves nothing about NaN and Inf", hint="without --allow-nonfinite or --verify")
@@ -73,7 +73,7 @@ def write(screen: Screen, plan: Plan, opened: Sequence[Any], how: Writing) -> No
 
         def check(written: Checkpoint) -> None:
             stay_on_the_cpu()
-            from fusectl.verify import Settings, verify_checkpoint, write_report
+            from fusectl.verification import Settings, verify_checkpoint, write_report
 
             # Where it is going to appear, not where it has been staged.
             budget_bytes = parse_bytes(how.max_memory, "--max-memory")

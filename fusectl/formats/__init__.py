@@ -15,22 +15,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from fusectl.errors import Corrupt, FusectlError, NotFound, UsageError
-from fusectl.formats.locate import (
-    COMMITTED,
-    ORBAX_INDEX,
-    PACKED_INDEX,
-    STEP_METADATA,
-    STRINGS,
-    T5X_INDEX,
-    locate,
-)
+from fusectl.formats.locate import COMMITTED, ORBAX_INDEX, PACKED_INDEX, STEP_METADATA, STRINGS, T5X_INDEX, locate
 from fusectl.formats.objects import ObjectPath, read_small
 from fusectl.formats.orbax import open_orbax
+from fusectl.formats.record import FILE_NAME, Record, require_crc32
 from fusectl.formats.store import MANIFEST, walk
 from fusectl.formats.t5x import open_t5x
 from fusectl.formats.tree import Checkpoint, Location, told
-from fusectl.memory import available_bytes
-from fusectl.record import FILE_NAME, Record, require_crc32
+from fusectl.system.memory import available_bytes
 
 
 # A record has about twelve bytes for each chunk. What JSON can hide in a byte takes thirty in memory.

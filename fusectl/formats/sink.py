@@ -20,6 +20,7 @@ from fusectl.formats.encoding import ZSTD_LEVEL, BadChunk, Buffer, Encoding, che
 from fusectl.formats.locate import ARRAY_METADATAS, COMMITTED, JOURNAL, ORBAX_INDEX, STEP_METADATA, STRINGS, T5X_INDEX
 from fusectl.formats.objects import Place
 from fusectl.formats.orbax import Form, array_metadatas, item_metadata, marker, step_metadata, strings
+from fusectl.formats.record import FILE_NAME, Record, crc32_of
 from fusectl.formats.staging import remove_any, staged, storage_errors
 from fusectl.formats.store import MANIFEST, translate
 from fusectl.formats.t5x import kept_in_index, new_index
@@ -35,8 +36,7 @@ from fusectl.formats.zarr import (
     parse_metadata,
     zero_chunk,
 )
-from fusectl.layout import Region, place_in_grid, slices, tiles, whole
-from fusectl.record import FILE_NAME, Record, crc32_of
+from fusectl.layout.blocks import Region, place_in_grid, slices, tiles, whole
 
 
 # Put together in one piece, and once more by the client that sends it.

@@ -11,15 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fusectl.archs import Recognized
 from fusectl.errors import Incompatible, UsageError
+from fusectl.families import Recognized
 from fusectl.formats import open_checkpoint
 from fusectl.formats.tree import Checkpoint
-from fusectl.lineage import Lineage, remembered
-from fusectl.packed import unpacked
 from fusectl.restart import gemma, maxtext, t5x
 from fusectl.restart.base import TRAINERS, NotRead, Restart
-from fusectl.sources import recognized
+from fusectl.sources.lineage import Lineage, remembered
+from fusectl.sources.opened import recognized
+from fusectl.sources.packed_qkv import unpacked
 
 
 __all__ = ["TRAINERS", "NotRead", "Restart", "restart", "restart_of"]

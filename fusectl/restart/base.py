@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from fusectl.errors import Incompatible
-from fusectl.escape import visible
 from fusectl.formats import format_named, orbax_for
+from fusectl.formats.record import Record
 from fusectl.formats.tree import Checkpoint
-from fusectl.lineage import is_told
-from fusectl.record import Record
+from fusectl.sources.lineage import is_told
+from fusectl.system.escape import visible
 
 
 # By the names of the option, what they are called.
@@ -89,7 +89,7 @@ def notes_on_norm(record: Record | None, trainer: str) -> Iterator[str]:
         groups = ", ".join(map(str, record.norm_groups))
         yield (
             f"meant for a norm per source, which {TRAINERS[trainer]} does not have: one norm over the whole width "
-            f"deviates; fusectl.archs.decoder_flax has it, norm_groups = ({groups})"
+            f"deviates; fusectl.networks.decoder_flax has it, norm_groups = ({groups})"
         )
 
 

@@ -12,17 +12,17 @@ import shlex
 from collections.abc import Iterator
 from typing import Any
 
-from fusectl.archs import Recognized
-from fusectl.archs.config import MAXTEXT_SIZES, counted_sizes
-from fusectl.archs.naming import MAXTEXT
+from fusectl.families import Recognized
+from fusectl.families.config import MAXTEXT_SIZES, counted_sizes
+from fusectl.families.naming import MAXTEXT
 from fusectl.formats import format_named
 from fusectl.formats.locate import names_in
 from fusectl.formats.objects import Place
+from fusectl.formats.record import Record
 from fusectl.formats.tree import Checkpoint, Location
-from fusectl.packed import PACKED
-from fusectl.record import Record
+from fusectl.optimizer.slots import is_state
 from fusectl.restart.base import Restart, notes_on_history, notes_on_norm, require_read
-from fusectl.transforms.optimizer import is_state
+from fusectl.sources.packed_qkv import PACKED
 
 
 _STEPS, _ITEM = "checkpoints", "items"

@@ -13,15 +13,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fusectl.archs import Recognized
-from fusectl.archs.ginfile import GinFiles, literal, read_gin
-from fusectl.builder import LARGEST_STEP
 from fusectl.errors import Incompatible, UsageError
+from fusectl.families import Recognized
 from fusectl.formats.locate import T5X_STEP
 from fusectl.formats.tree import Checkpoint
 from fusectl.formats.zarr import np_dtype
+from fusectl.optimizer.slots import is_state
+from fusectl.planning.builder import LARGEST_STEP
 from fusectl.restart.base import Restart, not_read, notes_on_history, notes_on_lineage, require_read
-from fusectl.transforms.optimizer import is_state
+from fusectl.restart.ginfile import GinFiles, literal, read_gin
 
 
 _HEAD, _GATE = "decoder/logits_dense/kernel", re.compile(r"mlp/wi_0/kernel$")
@@ -163,7 +163,7 @@ def _imports(
     yield f"from t5x.examples.{_example(tree)} import network"
     if groups:
         yield "from t5x import models"
-        yield "from fusectl.archs import t5_flax"
+        yield "from fusectl.families import t5_flax"
     if files is not None:
         yield from (line for value in settings.values() for line in files.imports_for(value.text))
 

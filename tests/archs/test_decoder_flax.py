@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from fusectl.archs.decoder_flax import Decoder, DecoderConfig, rotated, seen
-from fusectl.archs.network import Attending
+from fusectl.families.settings import Attending
 from fusectl.formats import open_checkpoint
+from fusectl.networks.decoder_flax import Decoder, DecoderConfig, rotated, seen
 
 
 # The fixture's config.json, and what the package does with it.

@@ -8,15 +8,16 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fusectl.archs import decoder_twin, recognize
-from fusectl.archs.config import read_config
-from fusectl.archs.twin import Step
-from fusectl.builder import Options
 from fusectl.errors import Incompatible
+from fusectl.families import recognize
+from fusectl.families.config import read_config
 from fusectl.formats import open_checkpoint
-from fusectl.surgery import carry_out, plan_fusion
-from fusectl.tokens import Tokens
-from fusectl.verify.function import capped
+from fusectl.networks import decoder_stages as decoder_twin
+from fusectl.networks.stages import Step
+from fusectl.networks.tokens import Tokens
+from fusectl.operations.surgery import carry_out, plan_fusion
+from fusectl.planning.builder import Options
+from fusectl.verification.function import capped
 
 
 MAXTEXT = {

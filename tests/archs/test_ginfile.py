@@ -6,8 +6,8 @@ import os
 import pytest
 from gin import config_parser
 
-from fusectl.archs.ginfile import literal, read_gin
 from fusectl.errors import NotFound, UsageError
+from fusectl.restart.ginfile import literal, read_gin
 
 
 ODD = """\

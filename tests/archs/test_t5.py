@@ -3,8 +3,8 @@
 import pytest
 from models import ALL_NAMES, RECOGNIZED, SIZES, layers_of, sizes_of, state
 
-from fusectl.archs import FAMILIES, family_named, recognize
 from fusectl.errors import Incompatible
+from fusectl.families import FAMILIES, family_named, recognize
 from fusectl.formats import open_checkpoint
 
 

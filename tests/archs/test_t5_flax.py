@@ -10,9 +10,15 @@ import pytest
 from cases import first_soon
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from fusectl.archs import recognize
-from fusectl.archs.t5_flax import ScalableT5Config, T5Config, Transformer, relative_position_buckets, with_norm_groups
+from fusectl.families import recognize
 from fusectl.formats import open_checkpoint
+from fusectl.networks.t5_flax import (
+    ScalableT5Config,
+    T5Config,
+    Transformer,
+    relative_position_buckets,
+    with_norm_groups,
+)
 
 
 CONFIGS = {

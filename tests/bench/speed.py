@@ -35,7 +35,7 @@ from fusectl.formats.sink import NewTensor, Sink
 from fusectl.formats.staging import staged
 from fusectl.formats.tree import dict_keys
 from fusectl.formats.zarr import new_storage
-from fusectl.layout import slices, tiles
+from fusectl.layout.blocks import slices, tiles
 
 
 CHUNK_BYTES = 64 << 20

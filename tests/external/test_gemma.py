@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fusectl.builder import Options
-from fusectl.surgery import carry_out, plan_fusion
+from fusectl.operations.surgery import carry_out, plan_fusion
+from fusectl.planning.builder import Options
 
 
 PYTHON = os.environ.get("FUSECTL_GEMMA_PYTHON")

@@ -10,13 +10,13 @@ import pytest
 import tensorstore as ts
 from models import checkpoint, state
 
-from fusectl.builder import Options
 from fusectl.errors import Corrupt
 from fusectl.formats import FORMATS, open_checkpoint
 from fusectl.formats.sink import save
 from fusectl.formats.store import directory, ocdbt
-from fusectl.layout import tiles
-from fusectl.surgery import carry_out, plan_fusion
+from fusectl.layout.blocks import tiles
+from fusectl.operations.surgery import carry_out, plan_fusion
+from fusectl.planning.builder import Options
 
 
 ORBAX = [name for name in FORMATS if name != "t5x"]

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 from models import state
 
-from fusectl.builder import Options
-from fusectl.conversion import plan_conversion
-from fusectl.diff import diff
 from fusectl.errors import Corrupt, FusectlError, Incompatible, NotFound, UsageError
 from fusectl.formats import open_checkpoint
 from fusectl.formats.sink import save
-from fusectl.fsck import fsck
-from fusectl.surgery import carry_out, plan_fusion
-from fusectl.verify import verify
-from fusectl.verify.report import FilesResult, FunctionResult, Report
+from fusectl.inspection.diff import diff
+from fusectl.inspection.fsck import fsck
+from fusectl.operations.convert import plan_conversion
+from fusectl.operations.surgery import carry_out, plan_fusion
+from fusectl.planning.builder import Options
+from fusectl.verification import verify
+from fusectl.verification.report import FilesResult, FunctionResult, Report
 
 
 DATA = Path(__file__).parents[1] / "data/orbax-written.tar.xz"
@@ -319,8 +319,8 @@ def function(passed):
     ],
 )
 def test_a_verdict_names_what_was_not_checked(levels, passed, verdict):
-    from fusectl.verify.claim import nothing_known
-    from fusectl.verify.report import WeightsResult
+    from fusectl.verification.claim import nothing_known
+    from fusectl.verification.report import WeightsResult
 
     made = {
         "files": lambda ok: FilesResult(ok, 1, 1, 0, ()),

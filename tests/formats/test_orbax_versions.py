@@ -13,12 +13,12 @@ import pytest
 from cases import some_soon
 from models import state
 
-from fusectl.builder import Options
-from fusectl.conversion import plan_conversion
 from fusectl.errors import Incompatible
 from fusectl.formats import FORMATS, open_checkpoint
-from fusectl.fsck import fsck
-from fusectl.surgery import carry_out
+from fusectl.inspection.fsck import fsck
+from fusectl.operations.convert import plan_conversion
+from fusectl.operations.surgery import carry_out
+from fusectl.planning.builder import Options
 
 
 ARCHIVE = Path(__file__).parent.parent / "data/orbax-written.tar.xz"

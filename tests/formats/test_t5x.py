@@ -6,14 +6,14 @@ import pytest
 import tensorstore as ts
 from models import state
 
-from fusectl.builder import Options
 from fusectl.errors import Corrupt, Incompatible, NotFound
 from fusectl.formats import open_checkpoint
 from fusectl.formats.encoding import Encoding
 from fusectl.formats.flaxpack import to_ext
 from fusectl.formats.sink import save
 from fusectl.formats.t5x import kept_in_index
-from fusectl.surgery import carry_out, plan_fusion
+from fusectl.operations.surgery import carry_out, plan_fusion
+from fusectl.planning.builder import Options
 
 
 @pytest.fixture

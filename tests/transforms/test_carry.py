@@ -15,17 +15,18 @@ from flax.serialization import to_state_dict
 from flax.traverse_util import flatten_dict, unflatten_dict
 from models import checkpoint, write_record
 
-from fusectl.archs import family_named, recognize, t5_twin
-from fusectl.archs.t5_flax import Transformer
-from fusectl.builder import Options
-from fusectl.conversion import plan_conversion
 from fusectl.demo import random_parameters
 from fusectl.errors import Incompatible
+from fusectl.families import family_named, recognize
 from fusectl.formats import FORMATS, open_checkpoint
 from fusectl.formats.sink import save
-from fusectl.surgery import carry_out, plan_fusion, write_table
-from fusectl.transforms.optimizer import STATE, adafactor_slots, factored_axes, find_state
-from fusectl.verify import Settings, verify
+from fusectl.networks import t5_stages as t5_twin
+from fusectl.networks.t5_flax import Transformer
+from fusectl.operations.convert import plan_conversion
+from fusectl.operations.surgery import carry_out, plan_fusion, write_table
+from fusectl.optimizer.slots import STATE, adafactor_slots, factored_axes, find_state
+from fusectl.planning.builder import Options
+from fusectl.verification import Settings, verify
 
 
 # The embedding's slots change places when it is fused, and kernels of 64 come to be factored.

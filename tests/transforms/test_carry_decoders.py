@@ -8,14 +8,15 @@ from cases import first_soon
 from flax.traverse_util import unflatten_dict
 from models import sizes_of, state
 
-from fusectl.archs import decoder_twin, family_named, recognize
-from fusectl.archs.decoder_flax import Decoder
-from fusectl.builder import Options
+from fusectl.families import family_named, recognize
 from fusectl.formats import open_checkpoint
 from fusectl.formats.sink import save
-from fusectl.surgery import carry_out, plan_fusion
-from fusectl.transforms.optimizer import find_state
-from fusectl.verify import Settings, verify
+from fusectl.networks import decoder_stages as decoder_twin
+from fusectl.networks.decoder_flax import Decoder
+from fusectl.operations.surgery import carry_out, plan_fusion
+from fusectl.optimizer.slots import find_state
+from fusectl.planning.builder import Options
+from fusectl.verification import Settings, verify
 
 
 BATCHES = 3

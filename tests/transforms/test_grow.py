@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import ALL_NAMES, FAMILY_NAMES, LAYERS, SIZES, sizes_of, state, wider_of
 
-from fusectl.archs import family_named, recognize
 from fusectl.errors import Incompatible
-from fusectl.layout import Noise, Product, Term
-from fusectl.record import Fill
-from fusectl.transforms.grow import check_fill, fused, line_up
+from fusectl.families import family_named, recognize
+from fusectl.formats.record import Fill
+from fusectl.layout.blocks import Noise, Product, Term
+from fusectl.rules.fusion import check_fill, fused, line_up
 
 
 widths = st.integers(1, 9)

@@ -3,11 +3,11 @@
 import pytest
 from models import state
 
-from fusectl.archs import recognize
-from fusectl.axes import parse_axes
 from fusectl.errors import Incompatible
+from fusectl.families import recognize
 from fusectl.formats import open_checkpoint
-from fusectl.transforms.optimizer import STATE, UNUSED, adafactor_slots, find_state, fresh_slots
+from fusectl.layout.axes import parse_axes
+from fusectl.optimizer.slots import STATE, UNUSED, adafactor_slots, find_state, fresh_slots
 
 
 def slots(shape, axes, **kwargs):

@@ -6,9 +6,9 @@ import sys
 import pytest
 from models import SIZES, checkpoint
 
-from fusectl.builder import Options
 from fusectl.formats import open_checkpoint
-from fusectl.surgery import carry_out, plan_fusion
+from fusectl.operations.surgery import carry_out, plan_fusion
+from fusectl.planning.builder import Options
 
 
 MEASURE = """

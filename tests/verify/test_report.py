@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from models import checkpoint
 
-from fusectl.builder import Options
 from fusectl.formats import fingerprint, open_checkpoint
-from fusectl.surgery import carry_out, plan_fusion
-from fusectl.verify import Settings, verify, write_report
-from fusectl.verify.page import draw, page
-from fusectl.verify.report import FILE_NAME, PAGE_NAME
+from fusectl.operations.surgery import carry_out, plan_fusion
+from fusectl.planning.builder import Options
+from fusectl.verification import Settings, verify, write_report
+from fusectl.verification.page import draw, page
+from fusectl.verification.report import FILE_NAME, PAGE_NAME
 
 
 LAYERS = {"encoder": 1, "decoder": 1}
@@ -128,7 +128,7 @@ def test_fusing_verifies_before_anything_appears(sources, tmp_path, fusectl):
 
 def test_what_fails_its_verification_does_not_appear(sources, tmp_path, fusectl, monkeypatch):
     """An executor that writes one wrong value: the proof finds it, and nothing is left."""
-    from fusectl import execute
+    from fusectl.writing import execute
 
     right = execute.compute
 

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from models import checkpoint
 
-from fusectl.builder import Options
 from fusectl.errors import UsageError
 from fusectl.formats import open_checkpoint
+from fusectl.formats.record import FILE_NAME, Fill
 from fusectl.formats.sink import save
-from fusectl.record import FILE_NAME, Fill
-from fusectl.surgery import carry_out, plan_fusion
-from fusectl.verify import Settings, verify, weights
+from fusectl.operations.surgery import carry_out, plan_fusion
+from fusectl.planning.builder import Options
+from fusectl.verification import Settings, verify, weights
 
 
 LAYERS = {"encoder": 1, "decoder": 1}
@@ -249,7 +249,7 @@ def test_noise_of_another_size_than_declared_is_found(tmp_path, factor):
 
 
 def test_declaring_what_is_recorded_keeps_the_seed(tmp_path):
-    from fusectl.verify import Declared
+    from fusectl.verification import Declared
 
     path = fused(tmp_path, "t5-1.1", Fill("gaussian", 0.1, 3))
     name = "target/encoder/layers_0/mlp/wi_0/kernel"
@@ -263,7 +263,7 @@ def test_declaring_what_is_recorded_keeps_the_seed(tmp_path):
 
 
 def test_noise_of_an_unknown_seed_is_held_to_its_mean_and_deviation(tmp_path):
-    from fusectl.verify import Declared
+    from fusectl.verification import Declared
 
     path = str(fused(tmp_path, "t5-1.1", Fill("gaussian", 0.1, 3)))
 
@@ -287,7 +287,7 @@ def test_antisymmetric_noise_that_does_not_cancel_is_found(tmp_path):
 
 
 def test_sources_in_another_order_are_found(tmp_path):
-    from fusectl.verify import Declared
+    from fusectl.verification import Declared
 
     path = fused(tmp_path, "t5-1.1")
     declared = Declared(sources=(str(tmp_path / "b"), str(tmp_path / "a")))
@@ -312,7 +312,7 @@ def test_a_source_that_changed_since_is_said(tmp_path):
 
 def test_what_was_trained_on_cannot_be_verified(tmp_path):
     """A trainer's save has no fusectl.json, and another step; the control is the fusion without its record."""
-    from fusectl.verify import Declared
+    from fusectl.verification import Declared
 
     declared = Declared(sources=(str(tmp_path / "a"), str(tmp_path / "b")))
     path = fused(tmp_path, "t5-1.1")
@@ -334,7 +334,7 @@ def test_what_was_trained_on_cannot_be_verified(tmp_path):
 
 
 def test_a_source_that_was_copied_elsewhere_is_the_same_source(tmp_path):
-    from fusectl.verify import Declared
+    from fusectl.verification import Declared
 
     path = fused(tmp_path, "t5-1.1")
     (tmp_path / "a").rename(tmp_path / "moved")

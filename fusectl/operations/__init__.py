@@ -1,0 +1,1 @@
+"""One module for each verb that makes a checkpoint: sources and Options become a Plan."""
