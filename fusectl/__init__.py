@@ -18,10 +18,10 @@ __version__ = "0.1.0"
 
 _VERBS = {
     "Options": "fusectl.planning.builder",
-    "carry_out": "fusectl.operations.surgery",
+    "carry_out": "fusectl.writing.carrying_out",
     "plan_conversion": "fusectl.operations.convert",
-    "plan_fusion": "fusectl.operations.surgery",
-    "plan_noise_fill": "fusectl.operations.surgery",
+    "plan_fusion": "fusectl.operations.fuse",
+    "plan_noise_fill": "fusectl.operations.fuse",
     "open_checkpoint": "fusectl.formats",
     "verify": "fusectl.verification",
 }

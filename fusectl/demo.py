@@ -17,12 +17,13 @@ import numpy.typing as npt
 from fusectl.errors import OutputExists
 from fusectl.families import family_named, recognize
 from fusectl.families.table import Family, Row, stack_of
-from fusectl.formats.record import Fill
 from fusectl.formats.sink import save
-from fusectl.operations.surgery import carry_out, plan_fusion, plan_noise_fill
+from fusectl.layout.fill import Fill
+from fusectl.operations.fuse import plan_fusion, plan_noise_fill
 from fusectl.optimizer.slots import STATE, OptimizerState, fresh_slots
 from fusectl.planning.builder import Options
 from fusectl.verification import Report, verify
+from fusectl.writing.carrying_out import carry_out
 
 
 SIZES = {"vocab": 384, "embed": 96, "joined_kv": 80, "heads": 5, "mlp": 224, "relpos_buckets": 32}

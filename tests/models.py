@@ -109,9 +109,7 @@ def layers_of(family) -> dict[str, int]:
 def start(*words) -> multiprocessing.process.BaseProcess:
     """Starts the program in a process of its own, forked from one that has imported it: at a tenth of the time."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["models", "fusectl.operations.surgery", "fusectl.operations.equalize", "rich.console"]
-    )
+    context.set_forkserver_preload(["models", "fusectl.operations.fuse", "fusectl.operations.equalize", "rich.console"])
     process = context.Process(target=_program, args=([str(word) for word in words], dict(os.environ)))
     process.start()
     return process

@@ -11,7 +11,8 @@ from test_cli import COMMANDS
 
 from fusectl.cli import options
 from fusectl.formats import FORMATS, ORBAX
-from fusectl.formats.record import FILLS, NORMS
+from fusectl.formats.record import NORMS
+from fusectl.layout.fill import FILLS
 from fusectl.operations.equalize import MEASURES
 from fusectl.restart import TRAINERS
 

@@ -18,15 +18,17 @@ from models import SIZES, checkpoint, contents, ends_at, state, write_record
 from fusectl.errors import Incompatible, NotEnoughSpace, UsageError
 from fusectl.families import recognize
 from fusectl.formats import FORMATS, format_named, open_checkpoint
-from fusectl.formats.record import Fill, crc32_of
+from fusectl.formats.record import crc32_of
 from fusectl.formats.sink import save
 from fusectl.formats.tree import Checkpoint, Key
 from fusectl.layout.blocks import whole
+from fusectl.layout.fill import Fill
 from fusectl.operations.convert import plan_conversion
-from fusectl.operations.surgery import carry_out, plan_fusion, plan_noise_fill
+from fusectl.operations.fuse import plan_fusion, plan_noise_fill
 from fusectl.planning.builder import Options
 from fusectl.restart import restart
 from fusectl.verification import Settings, verify
+from fusectl.writing.carrying_out import carry_out
 
 
 # Large enough for both layouts of the layers to factor the same kernels: T5X does so from 128 on, or by their axes.

@@ -25,12 +25,14 @@ from fusectl.errors import Incompatible
 from fusectl.families import family_named
 from fusectl.families.settings import Network
 from fusectl.formats import open_checkpoint
-from fusectl.formats.record import FILE_NAME, Fill
+from fusectl.formats.record import FILE_NAME
 from fusectl.formats.sink import save
-from fusectl.operations.surgery import carry_out, plan_fusion, plan_noise_fill
+from fusectl.layout.fill import Fill
+from fusectl.operations.fuse import plan_fusion, plan_noise_fill
 from fusectl.optimizer.slots import is_state
 from fusectl.planning.builder import Options
 from fusectl.verification import Declared, Settings, verify
+from fusectl.writing.carrying_out import carry_out
 
 
 # One of most blocks and layouts; and, slow, as many as any two choices meet in. That each tensor of all of them is put

@@ -10,12 +10,14 @@ from models import checkpoint, state, write_record
 from fusectl.errors import Corrupt, Incompatible, UsageError
 from fusectl.families import recognize
 from fusectl.formats import open_checkpoint
-from fusectl.formats.record import FILE_NAME, Fill
+from fusectl.formats.record import FILE_NAME
 from fusectl.formats.sink import save
+from fusectl.layout.fill import Fill
 from fusectl.operations.equalize import Equalize
-from fusectl.operations.surgery import carry_out, plan_fusion, plan_noise_fill
+from fusectl.operations.fuse import plan_fusion, plan_noise_fill
 from fusectl.planning.builder import Options
 from fusectl.verification import Settings, verify
+from fusectl.writing.carrying_out import carry_out
 
 
 VARIANTS = ["t5_1_1", "t5_1_0", "scalable_1_1"]

@@ -14,12 +14,13 @@ from models import SIZES, WIDER, checkpoint, state
 
 from fusectl.errors import Corrupt, NotEnoughSpace
 from fusectl.formats import FORMATS, open_checkpoint
-from fusectl.formats.record import Fill
 from fusectl.formats.sink import save
-from fusectl.operations.surgery import carry_out, plan_fusion
+from fusectl.layout.fill import Fill
+from fusectl.operations.fuse import plan_fusion
 from fusectl.planning import plan
 from fusectl.planning.builder import Options
 from fusectl.writing import execute
+from fusectl.writing.carrying_out import carry_out
 
 
 def fuse(paths, output, jobs=2, **options):

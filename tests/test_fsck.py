@@ -18,13 +18,15 @@ from models import checkpoint, contents, state
 
 from fusectl.formats import FORMATS, open_checkpoint
 from fusectl.formats.encoding import Encoding
-from fusectl.formats.record import FILE_NAME, Fill
+from fusectl.formats.record import FILE_NAME
 from fusectl.formats.sink import save
 from fusectl.formats.store import Extent
 from fusectl.inspection.fsck import fsck
-from fusectl.operations.surgery import carry_out, plan_fusion
+from fusectl.layout.fill import Fill
+from fusectl.operations.fuse import plan_fusion
 from fusectl.planning.builder import Options
 from fusectl.system.memory import peak_rss_bytes
+from fusectl.writing.carrying_out import carry_out
 
 
 KERNEL = "target.decoder.layers_1.mlp.wo.kernel"

@@ -19,10 +19,10 @@ from fusectl.formats import open_checkpoint
 from fusectl.formats.sink import save
 from fusectl.operations.growth import begin_operator, plan_with_operator
 from fusectl.operations.ligo import network
-from fusectl.operations.ligo.operator import CUSTOM, open_operator, save_operator
-from fusectl.operations.surgery import carry_out
 from fusectl.planning.builder import Options
+from fusectl.sources.operator import CUSTOM, open_operator, save_operator
 from fusectl.verification import Settings, verify
+from fusectl.writing.carrying_out import carry_out
 
 
 PROOF = Settings(levels=("files", "weights", "native"), x64=True)

@@ -10,10 +10,11 @@ from fusectl.errors import Incompatible, UsageError
 from fusectl.formats import open_checkpoint
 from fusectl.formats.record import FILE_NAME
 from fusectl.inspection.inspect import inspect
-from fusectl.operations.surgery import carry_out, plan_fusion
+from fusectl.operations.fuse import plan_fusion
 from fusectl.planning.builder import Options
 from fusectl.restart import restart
 from fusectl.sources.lineage import Lineage, for_each, lineages, remembered
+from fusectl.writing.carrying_out import carry_out
 
 
 LAYERS = {"encoder": 1, "decoder": 1}

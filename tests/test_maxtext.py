@@ -19,10 +19,11 @@ from fusectl.formats import FORMATS, open_checkpoint
 from fusectl.formats.record import crc32_of
 from fusectl.formats.sink import save
 from fusectl.operations.convert import plan_conversion
+from fusectl.operations.fuse import plan_fusion
 from fusectl.operations.growth import plan_stack
-from fusectl.operations.surgery import carry_out, plan_fusion
 from fusectl.planning.builder import Options
 from fusectl.verification import Settings, verify
+from fusectl.writing.carrying_out import carry_out
 
 
 WEIGHTS = Settings(levels=("files", "weights"))

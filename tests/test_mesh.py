@@ -14,15 +14,16 @@ from models import FAMILY_NAMES, SIZES, WIDER, checkpoint, contents, state
 from fusectl.errors import Incompatible, UsageError
 from fusectl.families import family_named, recognize
 from fusectl.formats import open_checkpoint
-from fusectl.formats.record import Fill
 from fusectl.formats.sink import save
 from fusectl.layout.blocks import Block, Layout, Term
+from fusectl.layout.fill import Fill
 from fusectl.layout.mesh import STANDARD_RULES, Mesh, fits, parse_mesh
-from fusectl.operations.surgery import carry_out, plan_fusion, plan_noise_fill
+from fusectl.operations.fuse import plan_fusion, plan_noise_fill
 from fusectl.optimizer.slots import slot_axes
 from fusectl.planning.builder import Options
 from fusectl.planning.chunking import SMALLEST_CHUNK_BYTES, choose_chunks
 from fusectl.planning.plan import summary
+from fusectl.writing.carrying_out import carry_out
 from fusectl.writing.journal import digest_of, stamps_of
 
 

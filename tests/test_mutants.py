@@ -14,11 +14,12 @@ from models import checkpoint, contents
 
 from fusectl.cli import run
 from fusectl.formats import FORMATS
-from fusectl.formats.record import Fill
 from fusectl.formats.staging import staging_of
-from fusectl.operations.surgery import carry_out, plan_fusion
+from fusectl.layout.fill import Fill
+from fusectl.operations.fuse import plan_fusion
 from fusectl.planning.builder import Options
 from fusectl.system.memory import peak_rss_bytes
+from fusectl.writing.carrying_out import carry_out
 
 
 MUTANTS = 2000

@@ -9,11 +9,12 @@ from models import contents
 
 from fusectl.errors import NotFound, StorageError
 from fusectl.formats import FORMATS, fingerprint, locate, open_checkpoint
-from fusectl.formats.record import Fill
 from fusectl.inspection.fsck import fsck
-from fusectl.operations.surgery import carry_out, plan_fusion
+from fusectl.layout.fill import Fill
+from fusectl.operations.fuse import plan_fusion
 from fusectl.planning.builder import Options
 from fusectl.verification import Settings, verify
+from fusectl.writing.carrying_out import carry_out
 
 
 def checkpoint(at, **kwargs):

@@ -10,15 +10,17 @@ from fusectl.errors import Incompatible
 from fusectl.families import recognize
 from fusectl.families.config import read_config
 from fusectl.formats import open_checkpoint
-from fusectl.formats.record import FILE_NAME, Fill
+from fusectl.formats.record import FILE_NAME
 from fusectl.formats.sink import save
+from fusectl.layout.fill import Fill
 from fusectl.networks import decoder_stages as decoder_twin
 from fusectl.networks.stages import Step
 from fusectl.networks.tokens import Tokens
-from fusectl.operations.surgery import carry_out, plan_fusion, plan_noise_fill
+from fusectl.operations.fuse import plan_fusion, plan_noise_fill
 from fusectl.planning.builder import Options
 from fusectl.sources.packed_qkv import unpacked
 from fusectl.verification import Settings, verify
+from fusectl.writing.carrying_out import carry_out
 
 
 CASES = ["llama2_unscan_fusedqkv", "llama2_scan_fused_3layers"]

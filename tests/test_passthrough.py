@@ -17,12 +17,14 @@ from models import SIZES, WIDER, contents, state
 from fusectl.errors import Corrupt
 from fusectl.formats import FORMATS, open_checkpoint
 from fusectl.formats.encoding import Encoding
-from fusectl.formats.record import FILE_NAME, LEFT_OUT, UNREAD, Fill
+from fusectl.formats.record import FILE_NAME, LEFT_OUT, UNREAD
 from fusectl.formats.sink import save
 from fusectl.formats.store import copy, directory, link, ocdbt
 from fusectl.formats.zarr import METADATA_FILE
-from fusectl.operations.surgery import carry_out, plan_fusion, plan_noise_fill
+from fusectl.layout.fill import Fill
+from fusectl.operations.fuse import plan_fusion, plan_noise_fill
 from fusectl.planning.builder import Options
+from fusectl.writing.carrying_out import carry_out
 
 
 LAYERS = {"encoder": 1, "decoder": 1}

@@ -21,17 +21,18 @@ from fusectl.errors import Corrupt, FusectlError, Incompatible, NotEnoughSpace, 
 from fusectl.formats import FORMATS, open_checkpoint, target
 from fusectl.formats.encoding import Encoding
 from fusectl.formats.locate import JOURNAL
-from fusectl.formats.record import Fill
 from fusectl.formats.sink import Sink, save
 from fusectl.formats.staging import can_be_resumed, staging_of
 from fusectl.formats.store import new_ocdbt
 from fusectl.formats.target import Database
+from fusectl.layout.fill import Fill
+from fusectl.operations.fuse import plan_fusion
 from fusectl.operations.growth import begin_operator
-from fusectl.operations.ligo.operator import save_operator
-from fusectl.operations.surgery import carry_out, plan_fusion
 from fusectl.planning import builder
 from fusectl.planning.builder import Options
+from fusectl.sources.operator import save_operator
 from fusectl.system.memory import peak_rss_bytes
+from fusectl.writing.carrying_out import carry_out
 from fusectl.writing.journal import Journal
 
 

@@ -25,7 +25,7 @@ from fusectl.formats.staging import can_be_resumed, staging_of
 from fusectl.inspection.fsck import fsck
 from fusectl.networks.tokens import read_tokens
 from fusectl.operations.convert import plan_conversion
-from fusectl.operations.surgery import carry_out, plan_fusion
+from fusectl.operations.fuse import plan_fusion
 from fusectl.planning.builder import Options
 from fusectl.system.escape import caption
 from fusectl.system.given import read_given
@@ -33,6 +33,7 @@ from fusectl.verification import Report
 from fusectl.verification.claim import nothing_known
 from fusectl.verification.page import page
 from fusectl.verification.report import FilesResult
+from fusectl.writing.carrying_out import carry_out
 
 
 LAYERS = {"encoder": 1, "decoder": 1}

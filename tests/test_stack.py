@@ -18,16 +18,18 @@ from test_packed import trained
 from fusectl.errors import Incompatible
 from fusectl.families import family_named
 from fusectl.formats import open_checkpoint
-from fusectl.formats.record import FILE_NAME, Fill
+from fusectl.formats.record import FILE_NAME
 from fusectl.formats.sink import save
+from fusectl.layout.fill import Fill
 from fusectl.networks.tokens import random_tokens
 from fusectl.operations.convert import plan_conversion
+from fusectl.operations.fuse import plan_fusion, plan_noise_fill
 from fusectl.operations.growth import plan_stack
-from fusectl.operations.surgery import carry_out, plan_fusion, plan_noise_fill
 from fusectl.planning.builder import Options
 from fusectl.restart import restart
 from fusectl.rules.depth import HOWS
 from fusectl.verification import Settings, verify
+from fusectl.writing.carrying_out import carry_out
 
 
 T5_LAYERS = {"encoder": 4, "decoder": 2}

@@ -14,14 +14,16 @@ from fusectl.errors import Corrupt, Incompatible, OutputExists, UsageError
 from fusectl.families import family_named
 from fusectl.formats import fingerprint, open_checkpoint
 from fusectl.formats.encoding import Encoding
-from fusectl.formats.record import FILE_NAME, Fill, Record
+from fusectl.formats.record import FILE_NAME, Record
 from fusectl.formats.sink import save
 from fusectl.formats.tree import Leaf
 from fusectl.formats.zarr import new_storage
 from fusectl.layout.blocks import Block, Layout, Term, whole
-from fusectl.operations.surgery import carry_out, plan_fusion, plan_noise_fill
+from fusectl.layout.fill import Fill
+from fusectl.operations.fuse import plan_fusion, plan_noise_fill
 from fusectl.planning.builder import Options
 from fusectl.planning.chunking import Storing, choose_chunks
+from fusectl.writing.carrying_out import carry_out
 
 
 def parameters(seed, **changes):

@@ -12,12 +12,12 @@ from models import SIZES, WIDER, checkpoint, state
 
 from fusectl.errors import Incompatible, NotEnoughSpace
 from fusectl.formats import open_checkpoint
-from fusectl.formats.record import Fill
 from fusectl.formats.sink import save
 from fusectl.layout.blocks import slices
+from fusectl.layout.fill import Fill
 from fusectl.networks.tokens import random_tokens
 from fusectl.networks.training import batch_of
-from fusectl.operations.surgery import open_sources
+from fusectl.operations.fuse import open_sources
 from fusectl.planning.builder import Options
 from fusectl.research.theory import field
 from fusectl.research.theory.field import LARGEST_STEP, Losses, combined, convergence, derivatives, norm

@@ -12,9 +12,10 @@ from fusectl.formats import open_checkpoint
 from fusectl.formats.sink import save
 from fusectl.networks.examples import read_examples
 from fusectl.networks.training import Recipe, Trainer, random_parameters
-from fusectl.operations.surgery import carry_out, plan_fusion
+from fusectl.operations.fuse import plan_fusion
 from fusectl.optimizer.slots import find_state
 from fusectl.planning.builder import Options
+from fusectl.writing.carrying_out import carry_out
 
 
 @pytest.fixture(scope="module")

@@ -15,14 +15,15 @@ from fusectl.errors import Corrupt, Incompatible, NotFound, OutputExists, Verifi
 from fusectl.formats import FORMATS, locate, objects, open_checkpoint, servercopy, target, upload
 from fusectl.formats.locate import COMMITTED, JOURNAL, LEASE, T5X_INDEX
 from fusectl.formats.objects import ObjectPath
-from fusectl.formats.record import Fill
 from fusectl.formats.sink import Sink
 from fusectl.formats.store import Files
 from fusectl.inspection.fsck import fsck
-from fusectl.operations.surgery import carry_out, plan_fusion
+from fusectl.layout.fill import Fill
+from fusectl.operations.fuse import plan_fusion
 from fusectl.planning import builder
 from fusectl.planning.builder import Options
 from fusectl.verification import Settings, verify
+from fusectl.writing.carrying_out import carry_out
 from fusectl.writing.journal import Journal
 
 

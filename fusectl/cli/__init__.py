@@ -6,7 +6,7 @@ options                                 the options that they have in common, an
 writing                                 what those end with that write a checkpoint
 process                                 arguments, standard streams, signals
 
-fusectl.operations.surgery, fusectl.verification and others do the work, render.py prints. Imports that cost time live in the functions:
+fusectl.operations.fuse, fusectl.verification and others do the work, render.py prints. Imports that cost time live in the functions:
 --help and completion must not pay for numpy, tensorstore or JAX.
 """
 

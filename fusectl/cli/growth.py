@@ -46,7 +46,7 @@ from fusectl.cli.options import (
 from fusectl.cli.screen import Screen
 from fusectl.cli.writing import Writing, final_place, write
 from fusectl.errors import Incompatible, UsageError
-from fusectl.operations.ligo.lesson import Data, Learning
+from fusectl.sources.lesson import Data, Learning
 
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def stack(
     """Make a checkpoint deeper: its layers again, or new ones that keep the function, the optimizer's state along."""
     screen = Screen("stack", json=json, quiet=quiet, debug=debug)
     with screen.errors():
-        from fusectl.formats.record import Fill
+        from fusectl.layout.fill import Fill
         from fusectl.operations.growth import plan_stack
 
         stored = Stored(codec, sparse, link, check, mesh_of(mesh, axis_rules))
@@ -197,9 +197,9 @@ def ligo(
     """Grow a checkpoint to any larger sizes by a linear operator that is learned in some hundred steps (LiGO)."""
     screen = Screen("ligo", json=json, quiet=quiet, debug=debug)
     with screen.errors():
-        from fusectl.formats.record import Fill
+        from fusectl.layout.fill import Fill
         from fusectl.operations.growth import begin_operator, plan_with_operator
-        from fusectl.operations.ligo.operator import kept, open_operator
+        from fusectl.sources.operator import kept, open_operator
 
         stored = Stored(codec, sparse, link=False, check=check, mesh=mesh_of(mesh, axis_rules))
         options = options_of(Fill(), "drop", format, arch, drop, dtype, stored, max_memory, step)
@@ -251,8 +251,8 @@ def _learned(
     One that an interrupted run has left is taken when it is resumed.
     """
     from fusectl.formats.locate import local
-    from fusectl.operations.ligo.operator import open_operator, require_same_run, save_operator
-    from fusectl.operations.surgery import check_output
+    from fusectl.sources.operator import open_operator, require_same_run, save_operator
+    from fusectl.writing.carrying_out import check_output
 
     growing, checkpoint, operator = start
     if not isinstance(final, Path) and operator_out is None:

@@ -13,7 +13,7 @@ from fusectl.errors import UsageError
 
 
 if TYPE_CHECKING:
-    from fusectl.formats.record import Fill
+    from fusectl.layout.fill import Fill
     from fusectl.layout.mesh import Mesh
     from fusectl.planning.builder import Options
 
@@ -236,7 +236,7 @@ def mesh_of(sizes: str | None, rules: str | None) -> Mesh | None:
 
 def fill_of(kind: str, noise_scale: float | None, seed: int | None) -> Fill:
     """What is to stand where no source does; raises UsageError for a scale of no noise, or that is no scale."""
-    from fusectl.formats.record import DEFAULT_NOISE_SCALE, Fill
+    from fusectl.layout.fill import DEFAULT_NOISE_SCALE, Fill
 
     if kind == "zeros":
         if noise_scale is not None:

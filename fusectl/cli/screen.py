@@ -27,11 +27,12 @@ if TYPE_CHECKING:
 
     from fusectl.demo import DemoRow
     from fusectl.formats.objects import Place
-    from fusectl.formats.record import Fill, Growth
+    from fusectl.formats.record import Growth
     from fusectl.inspection.diff import Diff
     from fusectl.inspection.fsck import Fsck
     from fusectl.inspection.heatmap import HeatMap
     from fusectl.inspection.inspect import Inspection
+    from fusectl.layout.fill import Fill
     from fusectl.planning.exactness import Exactness
     from fusectl.planning.plan import Plan
     from fusectl.research.reproduce import Reproduced

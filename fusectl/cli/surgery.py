@@ -122,7 +122,7 @@ def fuse(
     with screen.errors():
         stay_on_the_cpu()
         from fusectl.operations.equalize import Equalize
-        from fusectl.operations.surgery import plan_fusion
+        from fusectl.operations.fuse import plan_fusion
         from fusectl.sources.lineage import lineages
 
         if not equalize and (equalize_by != "trace" or tokens is not None):
@@ -185,7 +185,7 @@ def self_fuse(
     """Fuse a checkpoint with itself: K times as wide, the same function."""
     screen = Screen("self-fuse", json=json, quiet=quiet, debug=debug)
     with screen.errors():
-        from fusectl.operations.surgery import plan_fusion
+        from fusectl.operations.fuse import plan_fusion
         from fusectl.sources.lineage import lineages
 
         if copies < 2:
@@ -240,7 +240,7 @@ def noise_fill(
     """Fill the zero blocks of a fused checkpoint with low-variance noise."""
     screen = Screen("noise-fill", json=json, quiet=quiet, debug=debug)
     with screen.errors():
-        from fusectl.operations.surgery import plan_noise_fill
+        from fusectl.operations.fuse import plan_noise_fill
 
         if fill == "zeros":
             raise UsageError("--fill zeros: there are zeros already", hint="--fill gaussian or antisymmetric")
@@ -291,7 +291,7 @@ def convert(
     """Write a checkpoint in another format or dtype, with its layers stacked or not, the optimizer's state included."""
     screen = Screen("convert", json=json, quiet=quiet, debug=debug)
     with screen.errors():
-        from fusectl.formats.record import Fill
+        from fusectl.layout.fill import Fill
         from fusectl.operations.convert import plan_conversion
 
         stored = Stored(codec, sparse, link, check, mesh_of(mesh, axis_rules))

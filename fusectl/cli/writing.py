@@ -38,7 +38,7 @@ class Writing(NamedTuple):
 def final_place(output: str | None, opened: Sequence[Any], plan: Plan) -> Place:
     """Where the output is going to be."""
     from fusectl.formats.locate import place
-    from fusectl.operations.surgery import default_output
+    from fusectl.writing.carrying_out import default_output
 
     return default_output(opened, plan) if output is None else place(output)
 
@@ -46,7 +46,7 @@ def final_place(output: str | None, opened: Sequence[Any], plan: Plan) -> Place:
 def write(screen: Screen, plan: Plan, opened: Sequence[Any], how: Writing) -> None:
     """What every writing command ends with: the plan shown, or carried out and the output's path printed."""
     from fusectl.formats.locate import local
-    from fusectl.operations.surgery import carry_out, check_output, check_table, write_table
+    from fusectl.writing.carrying_out import carry_out, check_output, check_table, write_table
 
     if how.verify and how.allow_nonfinite:
         raise UsageError("--verify proves nothing about NaN and Inf", hint="without --allow-nonfinite or --verify")

@@ -34,6 +34,8 @@ EMBEDDING = "embedding"
 # Of layers there are thousands at most, and names hold one or two numbers: what claims more is not of a family.
 _NUMBER = re.compile(r"(?<!\d)(0|[1-9]\d{0,5})(?!\d)")
 MOST_NUMBERS = 16
+# Of the table of a family, in characters: a thousand rows.
+LARGEST_TABLE = 1 << 18
 
 
 @dataclass(frozen=True)

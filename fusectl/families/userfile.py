@@ -34,8 +34,7 @@ from typing import Any
 from fusectl.errors import UsageError, shorten
 from fusectl.families.roles import GROWN, ROLES, STEM, TWIN, lacking
 from fusectl.families.settings import ACTIVATIONS, QUERY_SCALES, ROPE_TYPES, Attending, Network
-from fusectl.families.table import Family, Row, stack_of
-from fusectl.formats.record import LARGEST_TABLE
+from fusectl.families.table import LARGEST_TABLE, Family, Row, stack_of
 from fusectl.layout.axes import STACKED, PatternError, expand, parse_axes
 from fusectl.system.given import read_given
 

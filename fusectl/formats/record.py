@@ -27,6 +27,8 @@ from typing import Any
 
 from fusectl.errors import Corrupt, UsageError
 from fusectl.families.settings import T5, Network
+from fusectl.families.table import LARGEST_TABLE
+from fusectl.layout.fill import Fill
 from fusectl.system.jsontree import parsed
 
 
@@ -37,14 +39,10 @@ _OLDER = frozenset({"fusectl/record/2", "fusectl/record/1"})
 _OWN_CRC32 = re.compile(rb',\n "crc32": "([0-9a-f]{8})"\n}\n\Z')
 # What a residual stream may be multiplied with, or its inverse: float32 holds the squares.
 _SMALLEST_SCALE = 1e-18
-# Of the table of a family, in characters: a thousand rows.
-LARGEST_TABLE = 1 << 18
 _OPERATOR = ("operator", "operator_fingerprint")
 # How far the weights of a mean may be from summing to one.
 SUM_TOLERANCE = 1e-6
 # Relative to the kernel's standard deviation.
-DEFAULT_NOISE_SCALE = 0.1
-FILLS = ("zeros", "gaussian", "antisymmetric")
 # Which norm the fused model will be trained with: one over the whole width, or one per source (Deep Fusion, section 3).
 NORMS = ("rule", "property")
 # Whether layers are stacked along an axis, or stand each for itself.
@@ -60,25 +58,6 @@ class SourceRecord:
     step: int | None
     fingerprint: str
     norm_groups: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Fill:
-    """What stands where no source does: `zeros`, `gaussian` or `antisymmetric` noise.
-
-    `noise_scale` is the noise's standard deviation relative to that of the kernel whose outputs it disturbs.
-    """
-
-    kind: str = "zeros"
-    noise_scale: float = 0.0
-    # None for noise from elsewhere, whose seed nobody knows.
-    seed: int | None = 0
-
-    def __post_init__(self) -> None:
-        if self.kind not in FILLS:
-            raise ValueError(f"no fill is called {self.kind!r}; there are {', '.join(FILLS)}")
-        if self.kind != "zeros" and not 0.0 < self.noise_scale < math.inf:
-            raise ValueError(f"noise of scale {self.noise_scale}")
 
 
 @dataclass(frozen=True, slots=True)

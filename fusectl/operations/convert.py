@@ -14,9 +14,10 @@ from fusectl.errors import Incompatible, UsageError
 from fusectl.families import UNKNOWN, Recognized
 from fusectl.families.naming import Naming
 from fusectl.formats import open_checkpoint
-from fusectl.formats.record import LAYERS, Copy, Fill, Origin, Record
+from fusectl.formats.record import LAYERS, Copy, Origin, Record
 from fusectl.formats.tree import DICT, T5X_STEP, Checkpoint, Key, Node, dict_keys, is_dropped, kept_shapes
 from fusectl.layout.blocks import Block, Layout, Term, whole
+from fusectl.layout.fill import Fill
 from fusectl.optimizer.slots import STATES, slot_axes
 from fusectl.planning.builder import (
     Builder,

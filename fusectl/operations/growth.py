@@ -9,11 +9,11 @@ from fusectl.errors import UsageError
 from fusectl.families import Recognized
 from fusectl.families.config import read_config
 from fusectl.formats import fingerprint
-from fusectl.formats.record import Fill, Growth, Origin, Record
+from fusectl.formats.record import Growth, Origin, Record
 from fusectl.formats.tree import DICT, T5X_STEP, Checkpoint, Key, is_dropped, keys_beside
 from fusectl.formats.zarr import epsilon
 from fusectl.layout.blocks import Layout
-from fusectl.operations.ligo.operator import Kept, Operator, initial
+from fusectl.layout.fill import Fill
 from fusectl.optimizer.slots import STATES, is_state, unnamed
 from fusectl.planning.builder import (
     Builder,
@@ -33,6 +33,7 @@ from fusectl.rules.depth import Deepening, deepen
 from fusectl.rules.fusion import widths_of
 from fusectl.rules.linear import Application, Growing, growing_to
 from fusectl.sources.opened import Opened, open_source
+from fusectl.sources.operator import Kept, Operator, initial
 
 
 # Matrices that are kept in memory: those of two kernels' sides.

@@ -14,7 +14,7 @@ from fusectl.families import Recognized
 from fusectl.families.naming import T5X, Naming, is_stream
 from fusectl.formats import ORBAX, Format, fingerprint, format_named, orbax_for
 from fusectl.formats.flaxpack import CHUNKED
-from fusectl.formats.record import NORMS, Fill, Record, SourceRecord
+from fusectl.formats.record import NORMS, Record, SourceRecord
 from fusectl.formats.t5x import kept_in_index
 from fusectl.formats.tree import (
     SEQUENCE,
@@ -30,6 +30,7 @@ from fusectl.formats.tree import (
 )
 from fusectl.formats.zarr import np_dtype
 from fusectl.layout.blocks import Block, Layout, Product, Term, whole
+from fusectl.layout.fill import Fill
 from fusectl.layout.mesh import Mesh
 from fusectl.optimizer.slots import STATES, is_state, unnamed
 from fusectl.planning.chunking import CODECS, Storing

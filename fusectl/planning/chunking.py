@@ -28,6 +28,7 @@ from fusectl.layout.blocks import (
     size,
 )
 from fusectl.layout.mesh import divisors, fits
+from fusectl.system.threads import TOLERATED_EXCESS_BYTES
 
 
 CODECS = ("auto", "zstd", "none")
@@ -43,8 +44,6 @@ OCDBT_COPIES = 1
 CHUNKS_AT_ONCE = 6
 # Larger ones are not written into an OCDBT database in one piece: it takes four times their size.
 LARGEST_VALUE_BYTES = 32 << 20
-# A chunk that is larger than the budget is worked on alone, up to this much more; beyond, the budget is an error.
-TOLERATED_EXCESS_BYTES = 224 << 20
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from fusectl.errors import Incompatible
 from fusectl.layout.blocks import Block, Layout
 from fusectl.optimizer.carry import Carry, same_models
+from fusectl.optimizer.depth import deepened_slots
 from fusectl.optimizer.slots import (
     FIRST_MOMENTS,
     OptimizerState,
@@ -93,7 +94,7 @@ def plan_deeper_state(builder: Builder, opened: Opened, deepening: Deepening, op
         return "drop" if state.kind != "none" else "none"
     reset = options.optimizer == "reset"
     leaves, grown = opened.checkpoint.leaves, deepening.grown
-    for name, like, shape, blocks in deepening.slots(state):
+    for name, like, shape, blocks in deepened_slots(deepening, state):
         axes = slot_axes(name, shape, grown, grown.shapes)
         builder.add(name, Layout(axes, shape, leaves[like].dtype, () if reset else blocks), like=like)
     plan_beside(builder, opened, state, {output.name for output in builder.outputs}, reset=reset)

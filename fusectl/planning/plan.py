@@ -17,8 +17,8 @@ from fusectl.formats.zarr import Storage, np_dtype
 from fusectl.layout.blocks import Block, Layout, Region, Term, place_in_grid, shifted, size, tiles_in
 from fusectl.layout.mesh import Mesh, bytes_read, fits
 from fusectl.optimizer.rates import Rate
-from fusectl.planning.chunking import TOLERATED_EXCESS_BYTES
 from fusectl.planning.exactness import Exactness
+from fusectl.system.threads import TOLERATED_EXCESS_BYTES
 
 
 @dataclass(frozen=True, slots=True)

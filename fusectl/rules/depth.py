@@ -15,13 +15,12 @@ import posixpath
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 
 from fusectl.errors import Incompatible, UsageError, shorten
 from fusectl.families import Recognized
 from fusectl.families.table import stack_of
 from fusectl.layout.blocks import Block, Layout, Product, Region, Term, whole
-from fusectl.optimizer.slots import FIRST_MOMENTS, UNUSED, OptimizerState
 
 
 HOWS = ("stack", "interleave", "identity")
@@ -160,7 +159,7 @@ class Deepening:
             for piece in pieces
             if piece.idle and minus_one
         ]
-        moved = _blocks([piece for piece in pieces if not piece.idle], row.spec.axes, shape, self.tree.full)
+        moved = blocks_of([piece for piece in pieces if not piece.idle], row.spec.axes, shape, self.tree.full)
         return Layout(row.spec.axes, shape, dtype, (*moved, *idle))
 
     def streams(
@@ -194,22 +193,6 @@ class Deepening:
             else:
                 yield as_it_is
 
-    def slots(self, state: OptimizerState) -> Iterator[tuple[str, str, tuple[int, ...], tuple[Block, ...]]]:
-        """Name, that of the source's slot that it is like, shape and blocks of every slot but the counters.
-
-        The moments of a layer go along with it. Where it adds nothing, its first moments are zero: it has not moved.
-        """
-        for parameter, row in self.grown.rows.items():
-            pieces = list(self.pieces(parameter))
-            like = pieces[0].parameter
-            for slot in state.moments:
-                kept = state.axes_of(slot, self.grown.shapes[parameter], row.spec)
-                axes = () if kept is None else tuple(row.spec.axes[axis] for axis in kept)
-                shape = UNUSED if kept is None else tuple(self.grown.shapes[parameter][axis] for axis in kept)
-                moved = [piece for piece in pieces if slot not in FIRST_MOMENTS or not piece.in_idle_layer]
-                blocks = _blocks(moved, axes, shape, partial(state.slot, what=slot)) if kept is not None else ()
-                yield state.slot_beside(like, parameter, slot), state.slot(like, slot), shape, blocks
-
 
 @dataclass(frozen=True)
 class _Module:
@@ -238,7 +221,7 @@ def _modules(tree: Recognized) -> Iterator[_Module]:
             )
 
 
-def _blocks(
+def blocks_of(
     pieces: Sequence[Piece], axes: tuple[str, ...], shape: tuple[int, ...], full: Callable[[str], str]
 ) -> tuple[Block, ...]:
     """The blocks that pieces make in a tensor of these axes; neighbours that were neighbours are one."""

@@ -22,8 +22,8 @@ from dataclasses import dataclass, replace
 from fusectl.errors import Incompatible
 from fusectl.families import Recognized
 from fusectl.families.table import EMBEDDING, Row
-from fusectl.formats.record import Fill, Record
 from fusectl.layout.blocks import Block, Layout, Noise, Product, Region, Term, whole
+from fusectl.layout.fill import Fill
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,21 +279,6 @@ def with_noise(fusion: Fusion, name: str, fill: Fill, own: Sequence[Block], kern
         yield Block(block.at, (*block.terms, *taken_off))
         for at in between:
             yield Block(at, (Noise(at, kernel, fill.noise_scale, stacked),))
-
-
-def require_widths(tree: Recognized, record: Record, where: str) -> None:
-    """Raises Incompatible unless a fused tree is as wide as its record says that its sources are together."""
-    if not record.widths:
-        # It was copied by someone who did not know its family.
-        return
-    grown = {axis: n for axis, n in tree.sizes.items() if axis in tree.family.grown}
-    wrong = [
-        f"axis {axis!r}: {grown.get(axis, 'none')} in {where}, {' + '.join(map(str, sizes)) or 'none'} in its sources"
-        for axis in sorted(grown.keys() | record.widths.keys())
-        if grown.get(axis) != sum(sizes := record.widths.get(axis, ()))
-    ]
-    if wrong:
-        raise Incompatible(f"{where} is no fusion of these {len(record.weights)} sources", details=wrong)
 
 
 def check_fill(fusion: Fusion, fill: Fill) -> None:

@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 
 from fusectl.errors import Incompatible, UsageError
 from fusectl.formats import open_checkpoint
-from fusectl.formats.record import FILE_NAME, Fill, Record
+from fusectl.formats.record import FILE_NAME, Record
 from fusectl.formats.tree import Checkpoint
+from fusectl.layout.fill import Fill
 
 
 # In place of either for a source that is no fusion.

@@ -18,7 +18,6 @@ from fusectl.formats import open_checkpoint
 from fusectl.formats.record import FILE_NAME, norm_groups
 from fusectl.formats.tree import Checkpoint, is_dropped, kept_shapes
 from fusectl.formats.zarr import is_float, nonfinite_at
-from fusectl.rules.fusion import require_widths
 from fusectl.sources.lineage import Lineage, remembered, require_groups
 from fusectl.sources.packed_qkv import unpacked
 
@@ -150,3 +149,18 @@ def require_chunks(checkpoint: Checkpoint, names: Iterable[str]) -> None:
             details=shorten(missing, 5),
             hint="copy it again whole",
         )
+
+
+def require_widths(tree: Recognized, record: Record, where: str) -> None:
+    """Raises Incompatible unless a fused tree is as wide as its record says that its sources are together."""
+    if not record.widths:
+        # It was copied by someone who did not know its family.
+        return
+    grown = {axis: n for axis, n in tree.sizes.items() if axis in tree.family.grown}
+    wrong = [
+        f"axis {axis!r}: {grown.get(axis, 'none')} in {where}, {' + '.join(map(str, sizes)) or 'none'} in its sources"
+        for axis in sorted(grown.keys() | record.widths.keys())
+        if grown.get(axis) != sum(sizes := record.widths.get(axis, ()))
+    ]
+    if wrong:
+        raise Incompatible(f"{where} is no fusion of these {len(record.weights)} sources", details=wrong)

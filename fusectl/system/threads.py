@@ -12,6 +12,10 @@ from typing import Protocol
 from fusectl.system.memory import available_bytes
 
 
+# A chunk that is larger than the budget is worked on alone, up to this much more; beyond, the budget is an error.
+TOLERATED_EXCESS_BYTES = 224 << 20
+
+
 # The most bytes in flight, unless told otherwise, where that is a small share of what is free.
 _MOST_BYTES, _LEAST_BYTES = 256 << 20, 16 << 20
 _SHARE = 16

@@ -15,12 +15,13 @@ from fusectl.families.settings import Network
 from fusectl.families.table import Family
 from fusectl.formats import fingerprint, open_checkpoint
 from fusectl.formats.objects import bucket_of
-from fusectl.formats.record import DEFAULT_NOISE_SCALE, Fill, Record, SourceRecord, mean_weights, norm_groups
+from fusectl.formats.record import Record, SourceRecord, mean_weights, norm_groups
 from fusectl.formats.tree import Checkpoint
-from fusectl.rules.fusion import require_widths, widths_of
+from fusectl.layout.fill import DEFAULT_NOISE_SCALE, Fill
+from fusectl.rules.fusion import widths_of
 from fusectl.sources.kv_heads import expanded
 from fusectl.sources.lineage import Lineage, for_each, remembered
-from fusectl.sources.opened import Opened, own_family, recognized
+from fusectl.sources.opened import Opened, own_family, recognized, require_widths
 from fusectl.sources.packed_qkv import unpacked
 
 

@@ -14,9 +14,8 @@ from fusectl.formats.record import LEFT_OUT, UNREAD, Checksums, Record, require_
 from fusectl.formats.tree import Checkpoint, Leaf
 from fusectl.formats.zarr import nonfinite_at
 from fusectl.layout.blocks import Region, place_in_grid, size, tiles
-from fusectl.planning.chunking import TOLERATED_EXCESS_BYTES
 from fusectl.system.memory import available_bytes
-from fusectl.system.threads import Progress, in_parallel
+from fusectl.system.threads import TOLERATED_EXCESS_BYTES, Progress, in_parallel
 from fusectl.verification.report import FilesResult
 
 

@@ -21,7 +21,7 @@ from fusectl.formats import fingerprint, open_checkpoint
 from fusectl.formats.tree import Checkpoint
 from fusectl.formats.zarr import epsilon
 from fusectl.layout.blocks import Region, whole
-from fusectl.operations.ligo.operator import CUSTOM
+from fusectl.sources.operator import CUSTOM
 from fusectl.system.lru import Cache
 from fusectl.system.threads import Progress
 from fusectl.verification.growth import Grown

@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from fusectl.errors import Corrupt, Incompatible
 from fusectl.formats.encoding import checksum
-from fusectl.formats.record import LEFT_OUT, UNREAD, Checksums, Fill
+from fusectl.formats.record import LEFT_OUT, UNREAD, Checksums
 from fusectl.formats.sink import NewTensor, Sink
 from fusectl.formats.tree import Checkpoint
 from fusectl.formats.zarr import nonfinite_at, np_dtype
@@ -48,6 +48,7 @@ from fusectl.layout.blocks import (
     tiles_in,
     whole,
 )
+from fusectl.layout.fill import Fill
 from fusectl.layout.noise import Moments, lanes, tile_shape, unit_quantiles
 from fusectl.planning.plan import Output, Plan, taken, taken_chunks
 from fusectl.system.lru import Cache

@@ -15,9 +15,10 @@ from fusectl.formats import open_checkpoint
 from fusectl.networks import decoder_stages as decoder_twin
 from fusectl.networks.stages import Step
 from fusectl.networks.tokens import Tokens
-from fusectl.operations.surgery import carry_out, plan_fusion
+from fusectl.operations.fuse import plan_fusion
 from fusectl.planning.builder import Options
 from fusectl.verification.function import capped
+from fusectl.writing.carrying_out import carry_out
 
 
 MAXTEXT = {

@@ -15,8 +15,9 @@ from fusectl.formats import FORMATS, open_checkpoint
 from fusectl.formats.sink import save
 from fusectl.formats.store import directory, ocdbt
 from fusectl.layout.blocks import tiles
-from fusectl.operations.surgery import carry_out, plan_fusion
+from fusectl.operations.fuse import plan_fusion
 from fusectl.planning.builder import Options
+from fusectl.writing.carrying_out import carry_out
 
 
 ORBAX = [name for name in FORMATS if name != "t5x"]

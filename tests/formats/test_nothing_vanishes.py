@@ -15,10 +15,11 @@ from fusectl.formats.sink import save
 from fusectl.inspection.diff import diff
 from fusectl.inspection.fsck import fsck
 from fusectl.operations.convert import plan_conversion
-from fusectl.operations.surgery import carry_out, plan_fusion
+from fusectl.operations.fuse import plan_fusion
 from fusectl.planning.builder import Options
 from fusectl.verification import verify
 from fusectl.verification.report import FilesResult, FunctionResult, Report
+from fusectl.writing.carrying_out import carry_out
 
 
 DATA = Path(__file__).parents[1] / "data/orbax-written.tar.xz"

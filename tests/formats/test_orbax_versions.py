@@ -17,8 +17,8 @@ from fusectl.errors import Incompatible
 from fusectl.formats import FORMATS, open_checkpoint
 from fusectl.inspection.fsck import fsck
 from fusectl.operations.convert import plan_conversion
-from fusectl.operations.surgery import carry_out
 from fusectl.planning.builder import Options
+from fusectl.writing.carrying_out import carry_out
 
 
 ARCHIVE = Path(__file__).parent.parent / "data/orbax-written.tar.xz"

@@ -12,8 +12,9 @@ from fusectl.formats.encoding import Encoding
 from fusectl.formats.flaxpack import to_ext
 from fusectl.formats.sink import save
 from fusectl.formats.t5x import kept_in_index
-from fusectl.operations.surgery import carry_out, plan_fusion
+from fusectl.operations.fuse import plan_fusion
 from fusectl.planning.builder import Options
+from fusectl.writing.carrying_out import carry_out
 
 
 @pytest.fixture

@@ -23,10 +23,11 @@ from fusectl.formats.sink import save
 from fusectl.networks import t5_stages as t5_twin
 from fusectl.networks.t5_flax import Transformer
 from fusectl.operations.convert import plan_conversion
-from fusectl.operations.surgery import carry_out, plan_fusion, write_table
+from fusectl.operations.fuse import plan_fusion
 from fusectl.optimizer.slots import STATE, adafactor_slots, factored_axes, find_state
 from fusectl.planning.builder import Options
 from fusectl.verification import Settings, verify
+from fusectl.writing.carrying_out import carry_out, write_table
 
 
 # The embedding's slots change places when it is fused, and kernels of 64 come to be factored.

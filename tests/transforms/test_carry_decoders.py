@@ -13,10 +13,11 @@ from fusectl.formats import open_checkpoint
 from fusectl.formats.sink import save
 from fusectl.networks import decoder_stages as decoder_twin
 from fusectl.networks.decoder_flax import Decoder
-from fusectl.operations.surgery import carry_out, plan_fusion
+from fusectl.operations.fuse import plan_fusion
 from fusectl.optimizer.slots import find_state
 from fusectl.planning.builder import Options
 from fusectl.verification import Settings, verify
+from fusectl.writing.carrying_out import carry_out
 
 
 BATCHES = 3

@@ -10,8 +10,8 @@ from models import ALL_NAMES, FAMILY_NAMES, LAYERS, SIZES, sizes_of, state, wide
 
 from fusectl.errors import Incompatible
 from fusectl.families import family_named, recognize
-from fusectl.formats.record import Fill
 from fusectl.layout.blocks import Noise, Product, Term
+from fusectl.layout.fill import Fill
 from fusectl.rules.fusion import check_fill, fused, line_up
 
 

@@ -12,16 +12,17 @@ from models import WIDER, checkpoint, state
 from fusectl.errors import NotEnoughSpace
 from fusectl.families import recognize
 from fusectl.formats import open_checkpoint
-from fusectl.formats.record import Fill
 from fusectl.formats.sink import save
+from fusectl.layout.fill import Fill
 from fusectl.networks import t5_stages as t5_twin
 from fusectl.networks.run import read_part
 from fusectl.networks.stages import Part, Step
 from fusectl.networks.tokens import Tokens
-from fusectl.operations.surgery import carry_out, plan_fusion, plan_noise_fill
+from fusectl.operations.fuse import plan_fusion, plan_noise_fill
 from fusectl.planning.builder import Options
 from fusectl.verification import Declared, Settings, verify
 from fusectl.verification.logits import LogitsComparison
+from fusectl.writing.carrying_out import carry_out
 
 
 VARIANTS = ["t5_1_1", "t5_1_0", "scalable_1_1"]

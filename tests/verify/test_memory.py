@@ -7,8 +7,9 @@ import pytest
 from models import SIZES, checkpoint
 
 from fusectl.formats import open_checkpoint
-from fusectl.operations.surgery import carry_out, plan_fusion
+from fusectl.operations.fuse import plan_fusion
 from fusectl.planning.builder import Options
+from fusectl.writing.carrying_out import carry_out
 
 
 MEASURE = """

@@ -8,11 +8,12 @@ import pytest
 from models import checkpoint
 
 from fusectl.formats import fingerprint, open_checkpoint
-from fusectl.operations.surgery import carry_out, plan_fusion
+from fusectl.operations.fuse import plan_fusion
 from fusectl.planning.builder import Options
 from fusectl.verification import Settings, verify, write_report
 from fusectl.verification.page import draw, page
 from fusectl.verification.report import FILE_NAME, PAGE_NAME
+from fusectl.writing.carrying_out import carry_out
 
 
 LAYERS = {"encoder": 1, "decoder": 1}

@@ -9,11 +9,13 @@ from models import checkpoint
 
 from fusectl.errors import UsageError
 from fusectl.formats import open_checkpoint
-from fusectl.formats.record import FILE_NAME, Fill
+from fusectl.formats.record import FILE_NAME
 from fusectl.formats.sink import save
-from fusectl.operations.surgery import carry_out, plan_fusion
+from fusectl.layout.fill import Fill
+from fusectl.operations.fuse import plan_fusion
 from fusectl.planning.builder import Options
 from fusectl.verification import Settings, verify, weights
+from fusectl.writing.carrying_out import carry_out
 
 
 LAYERS = {"encoder": 1, "decoder": 1}

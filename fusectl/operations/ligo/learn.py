@@ -21,11 +21,11 @@ from fusectl.formats.tree import Checkpoint
 from fusectl.networks.examples import Examples, full_target_length, read_examples
 from fusectl.networks.tokens import Tokens
 from fusectl.networks.training import batch_of, loss_of, mean_loss, random_parameters
-from fusectl.operations.ligo.lesson import Data, Learning
 from fusectl.operations.ligo.network import grow
-from fusectl.operations.ligo.operator import Operator, initial
 from fusectl.rules.linear import Growing
+from fusectl.sources.lesson import Data, Learning
 from fusectl.sources.opened import read_finite
+from fusectl.sources.operator import Operator, initial
 
 
 Array = Any

@@ -25,14 +25,14 @@ from fusectl.formats import open_checkpoint
 from fusectl.layout.blocks import slices
 from fusectl.networks.tokens import DEFAULT_BATCH, DEFAULT_LENGTH, Tokens, random_tokens
 from fusectl.networks.training import batch_of
+from fusectl.operations.fuse import open_sources, shared_differ
 from fusectl.operations.ligo.learn import examples_of
-from fusectl.operations.ligo.lesson import Data
-from fusectl.operations.surgery import open_sources, shared_differ
 from fusectl.planning.builder import Options
 from fusectl.research.theory.field import LARGEST_STEP, Convergence, Derivatives, Losses, convergence, derivatives, norm
 from fusectl.research.theory.space import NORM_PROPERTY, Space
 from fusectl.research.theory.symmetry import Symmetry, of_checkpoint, of_fusion, symmetry_of
 from fusectl.rules.fusion import check_fill, line_up
+from fusectl.sources.lesson import Data
 from fusectl.sources.lineage import for_each, remembered
 from fusectl.sources.opened import Opened
 from fusectl.system.memory import available_bytes

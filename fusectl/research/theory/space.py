@@ -21,8 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fusectl.families import Recognized
-from fusectl.formats.record import Fill
 from fusectl.layout.blocks import Block, Layout, Product, Region, Term, slices, whole
+from fusectl.layout.fill import Fill
 from fusectl.networks.training import loss_of
 from fusectl.research.theory.field import Losses
 from fusectl.rules.fusion import Fusion, fused, noisy

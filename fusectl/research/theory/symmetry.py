@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fusectl.errors import Incompatible, UsageError
-from fusectl.formats.record import Fill
 from fusectl.layout.blocks import Layout, Noise, Product, Term, slices
+from fusectl.layout.fill import Fill
 from fusectl.layout.noise import unit_noise
 from fusectl.rules.fusion import Fusion, equal_widths, fused
 from fusectl.sources.opened import Opened, read_finite

@@ -28,9 +28,9 @@ from fusectl.formats import open_checkpoint
 from fusectl.formats.sink import save
 from fusectl.formats.tree import Checkpoint
 from fusectl.formats.zarr import nonfinite_at
-from fusectl.operations.ligo.lesson import Learning
 from fusectl.rules.depth import arrangement, turn_of
 from fusectl.rules.linear import TIES, Growing, growing_to, is_depth
+from fusectl.sources.lesson import Learning
 from fusectl.system.jsontree import finite
 
 
