@@ -2,11 +2,12 @@
 
 The library's verbs, imported on first use so that the command line starts at once:
 
-    Options                                     builder.py
-    plan_fusion, plan_noise_fill, carry_out     surgery.py
-    plan_conversion                             conversion.py
-    open_checkpoint                             formats/
-    verify                                      verify/
+    open_checkpoint                   formats/
+    Options                           planning/builder.py
+    plan_fusion, plan_noise_fill      operations/fuse.py
+    plan_conversion                   operations/convert.py
+    carry_out                         writing/carrying_out.py
+    verify                            verification/
 """
 
 from __future__ import annotations

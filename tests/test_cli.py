@@ -15,7 +15,7 @@ from pkgutil import iter_modules
 import numpy as np
 import pytest
 import typer
-from cases import first_soon
+from cases import COMMANDS, first_soon
 from conftest import process
 from models import SIZES, WIDER, checkpoint, state
 
@@ -24,26 +24,6 @@ from fusectl.cli.options import gather
 from fusectl.formats import FORMATS, open_checkpoint
 from fusectl.formats.locate import JOURNAL
 from fusectl.formats.sink import save
-
-
-COMMANDS = [
-    "fuse",
-    "self-fuse",
-    "noise-fill",
-    "convert",
-    "stack",
-    "ligo",
-    "grow",
-    "verify",
-    "diff",
-    "inspect",
-    "plot",
-    "restart-config",
-    "theory",
-    "when",
-    "reproduce",
-    "demo",
-]
 
 
 @pytest.fixture

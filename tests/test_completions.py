@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
-from test_cli import COMMANDS
+from cases import COMMANDS
 
 from fusectl.cli import options
 from fusectl.formats import FORMATS, ORBAX

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from test_cli import COMMANDS
+from cases import COMMANDS
 
 from fusectl import errors
 from fusectl.formats import FORMATS

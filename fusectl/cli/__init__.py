@@ -6,8 +6,8 @@ options                                 the options that they have in common, an
 writing                                 what those end with that write a checkpoint
 process                                 arguments, standard streams, signals
 
-fusectl.operations.fuse, fusectl.verification and others do the work, render.py prints. Imports that cost time live in the functions:
---help and completion must not pay for numpy, tensorstore or JAX.
+fusectl.operations, fusectl.verification and others do the work, screen.py prints. Imports that cost time live in the
+functions: --help and completion must not pay for numpy, tensorstore or JAX.
 """
 
 from __future__ import annotations

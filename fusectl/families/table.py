@@ -3,7 +3,7 @@
 Roles say what a tensor is in the network, for those who have to know more than its axes:
 
     embedding  head  final_norm                 the stem; a family without a head is tied, its final_norm carries the
-                                                head's factor (transforms/grow.py)
+                                                head's factor (rules/fusion.py)
     pre_attention_norm  post_attention_norm     norms before attention and MLP, and behind them
     pre_mlp_norm  post_mlp_norm
     query  key  value  out                      attention, with biases query_bias key_bias value_bias and norms of each

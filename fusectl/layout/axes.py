@@ -6,7 +6,7 @@
     heads <- embed -> kv            or between outputs
     -> embed                        a norm's scale: written onto embed, reads nothing
 
-From the arrow follow the fusion rule (transforms/grow.py), the blocks that noise fills, and the optimizer's slots. A
+From the arrow follow the fusion rule (rules/fusion.py), the blocks that noise fills, and the optimizer's slots. A
 pattern for paths names the tensors that a row of a family's table is about:
 
     {encoder,decoder}/layers_#/mlp/wo/kernel        braces list alternatives, # stands for a number

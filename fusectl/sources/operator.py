@@ -44,7 +44,7 @@ DEPTH_NOISE = 0.03
 
 @dataclass(frozen=True)
 class Operator:
-    """The matrices by their names (transforms/linear.py), and how they came about.
+    """The matrices by their names (rules/linear.py), and how they came about.
 
     `learned` is the number of steps, `losses` are those of learning; none for a start that is applied as it is.
     """

@@ -1,6 +1,6 @@
 """The grown model as a function of the operator, in JAX: W'_l = sum_j w[l, j] A_j W_j B_j^T.
 
-It shares with the plan what each axis is multiplied with (transforms/linear.py), and computes all layers of a kind at
+It shares with the plan what each axis is multiplied with (rules/linear.py), and computes all layers of a kind at
 once; the executor computes chunks. A test holds the two against each other.
 """
 

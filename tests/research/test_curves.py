@@ -1,11 +1,10 @@
 """Loss curves: the three kinds of files, and what is no curve."""
 
-import json
 import math
 import sys
 
-import numpy as np
 import pytest
+from written import csv_of, events_of, lines_of
 
 from fusectl.errors import Corrupt, NotFound, UsageError
 from fusectl.research.curves import read_curve
@@ -13,35 +12,6 @@ from fusectl.research.curves import read_curve
 
 STEPS = [100, 200, 400]
 LOSSES = [4.5, 3.25, 3.125]
-
-
-def csv_of(at, rows, header="step,loss"):
-    at.write_text("\n".join([header, *(",".join(map(str, row)) for row in rows)]) + "\n")
-    return str(at)
-
-
-def lines_of(at, rows):
-    at.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(at)
-
-
-def events_of(at, points, tag="loss", suffix="", old=False):
-    """Event files as TensorBoard's own writer makes them: scalars as tensors, or as they were before."""
-    from tensorboard.compat.proto.event_pb2 import Event
-    from tensorboard.summary.writer.event_file_writer import EventFileWriter
-    from tensorboard.util.tensor_util import make_tensor_proto
-
-    writer = EventFileWriter(str(at), filename_suffix=suffix)
-    for step, value in points:
-        event = Event(step=step, wall_time=1.0)
-        if old:
-            event.summary.value.add(tag=tag, simple_value=value)
-        else:
-            kept = event.summary.value.add(tag=tag, tensor=make_tensor_proto(np.float32(value)))
-            kept.metadata.plugin_data.plugin_name = "scalars"
-        writer.add_event(event)
-    writer.close()
-    return str(at)
 
 
 def points(curve):

@@ -12,8 +12,7 @@ import pytest
 from cases import slow
 from flax.traverse_util import unflatten_dict
 from models import DECODER_NAMES, FAMILY_NAMES, checkpoint, contents, covering, ends_at, state, write_record
-from test_convert import FACTORED, restored, tree, written_by_orbax
-from test_packed import trained
+from written import FACTORED, restored, trained, tree, written_by_orbax
 
 from fusectl.errors import Incompatible
 from fusectl.families import family_named
@@ -669,7 +668,7 @@ def test_what_cannot_be_is_refused(bad, tmp_path, fusectl, source, words, code, 
 
 def test_tensors_that_only_some_layers_have_are_refused(tmp_path):
     """A table may say that a tensor is optional: nobody knows which of the new layers is to have it."""
-    table = (Path(__file__).parents[1] / "README.md").read_text().split("```toml")[1].split("```")[0]
+    table = (Path(__file__).parents[2] / "README.md").read_text().split("```toml")[1].split("```")[0]
     extra = '\n[[row]]\npath = "blocks_#/bias"\naxes = "-> embed"\nrole = "bias"\noptional = true\n'
     (tmp_path / "own.toml").write_text(table + extra)
     (tmp_path / "plain.toml").write_text(table)

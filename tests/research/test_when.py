@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from models import SIZES, checkpoint
-from test_curves import csv_of, events_of, lines_of
+from written import csv_of, events_of, lines_of
 
 from fusectl.errors import Incompatible, UsageError
 from fusectl.families import recognize

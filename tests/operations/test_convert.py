@@ -3,21 +3,21 @@
 import json
 import re
 import shutil
-import warnings
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-import fusectl.plan
 import msgpack
 import numpy as np
 import pytest
 from cases import first_soon
 from models import SIZES, checkpoint, contents, ends_at, state, write_record
+from written import FACTORED, restored, tree, written_by_orbax
 
+import fusectl.planning.plan
 from fusectl.errors import Incompatible, NotEnoughSpace, UsageError
 from fusectl.families import recognize
-from fusectl.formats import FORMATS, format_named, open_checkpoint
+from fusectl.formats import FORMATS, open_checkpoint
 from fusectl.formats.record import crc32_of
 from fusectl.formats.sink import save
 from fusectl.formats.tree import Checkpoint, Key
@@ -32,7 +32,6 @@ from fusectl.writing.carrying_out import carry_out
 
 
 # Large enough for both layouts of the layers to factor the same kernels: T5X does so from 128 on, or by their axes.
-FACTORED = {**SIZES, "embed": 128, "mlp": 144}
 SCANNED = ["scalable-t5-1.1-scanned", "scalable-t5-1.0-scanned"]
 
 
@@ -47,13 +46,6 @@ def proved(path):
     return verify(path, settings=Settings(levels=("files", "weights")))
 
 
-def tree(path):
-    """All that is known of a checkpoint's tree: the item, and every leaf and empty node by keys and kinds."""
-    opened = open_checkpoint(str(path))
-    leaves = {leaf.keys: (leaf.shape, leaf.dtype) for leaf in opened.leaves.values()}
-    return opened.location.item, leaves, {(node.keys, node.value_type) for node in opened.nodes}
-
-
 def odd_tree():
     """Tuples, lists, None, empty nodes, keys with slashes and dots, scalars, bfloat16: what trainers have in theirs."""
     rng = np.random.default_rng(5)
@@ -66,27 +58,6 @@ def odd_tree():
         "opt_state": [{"count": np.array(3, np.int32), "mu": (array(2), array(3))}, None, {}, [], (array(1),)],
         "step": np.array(9, np.int32),
     }
-
-
-def written_by_orbax(at, values, name):
-    import orbax.checkpoint as ocp
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        handler = ocp.PyTreeCheckpointHandler(
-            use_ocdbt=format_named(name).ocdbt, use_zarr3=format_named(name).zarr == 3
-        )
-        with ocp.CheckpointManager(at.parent, item_names=("items",), item_handlers={"items": handler}) as manager:
-            manager.save(int(at.name), args=ocp.args.Composite(items=ocp.args.PyTreeSave(values)))
-    return at
-
-
-def restored(path):
-    import orbax.checkpoint as ocp
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return ocp.PyTreeCheckpointer().restore(path)
 
 
 # All pairs; in the suite itself those of the formats that T5X writes.
@@ -511,10 +482,10 @@ def test_noise_in_a_restacked_fusion_says_that_its_sources_are_to_be_named(tmp_p
 
 
 def test_the_step_that_was_set_on_the_way_comes_back(tmp_path):
-    for tree in (odd_tree(), {k: v for k, v in odd_tree().items() if k != "step"}):
-        source = written_by_orbax(tmp_path / f"{len(tree)}/20", tree, "orbax")
-        there = convert(source, tmp_path / f"there{len(tree)}", format="t5x", step=77)
-        back = convert(there, tmp_path / f"back{len(tree)}", format="orbax")
+    for values in (odd_tree(), {k: v for k, v in odd_tree().items() if k != "step"}):
+        source = written_by_orbax(tmp_path / f"{len(values)}/20", values, "orbax")
+        there = convert(source, tmp_path / f"there{len(values)}", format="t5x", step=77)
+        back = convert(there, tmp_path / f"back{len(values)}", format="orbax")
         assert open_checkpoint(str(there)).step == open_checkpoint(str(back)).step == 77
         assert open_checkpoint(str(back)).leaves["step"].keys == (Key("step"),)
         assert proved(str(there)).passed

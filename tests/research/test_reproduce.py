@@ -375,7 +375,7 @@ def test_the_losses_that_the_readme_tells_are_those_of_the_reports():
     shown += " ".join(sentence for each in kept for sentence in each["found"])
     shown += " ".join(table["title"] for each in kept for table in each["tables"])
     measured = {f"{float(number):.3f}" for number in re.findall(r"(?<![\d.])[12]\.\d{3,}", shown)}
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
     told = numbers_in(readme.partition("## The papers' claims, put to the test")[2].partition("\n## ")[0])
 
     assert {each["experiment"] for each in kept} <= set(EXPERIMENTS)

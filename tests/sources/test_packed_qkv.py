@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from models import write_record
+from written import trained
 
 from fusectl.errors import Incompatible
 from fusectl.families import recognize
@@ -31,25 +32,6 @@ HEADS, KV_HEADS, WIDTH = 4, 2, 16
 @pytest.fixture(params=CASES)
 def case(request, logits):
     return logits / "maxtext" / request.param
-
-
-def trained(at, home, seed=0, biases=False):
-    """MaxText's parameters, changed by a seed, in float64, with random moments beside them."""
-    found, rng = np.load(home / "model.npz"), np.random.default_rng(seed)
-    values = {}
-    for name in found:
-        if name.startswith("params/"):
-            inside = name.removeprefix("params/")
-            values[inside] = found[name].astype(np.float64) * (rng.uniform(0.9, 1.1, found[name].shape) if seed else 1)
-            if biases and inside.endswith("qkv_proj/kernel"):
-                shape = values[inside].shape[1:]
-                bias = shape[-2:] if len(shape) == 2 else (shape[1], shape[0], shape[2])
-                values[inside.replace("kernel", "bias")] = rng.normal(size=bias)
-    tree = {f"params/params/{name}": v for name, v in values.items()}
-    for moment in ("mu", "nu"):
-        tree |= {f"opt_state/0/{moment}/params/{name}": rng.uniform(0.1, 1, v.shape) for name, v in values.items()}
-    save(at, {**tree, "opt_state/0/count": np.array(7, np.int32), "step": np.array(7, np.int32)}, "orbax")
-    return str(at)
 
 
 def kernel_of(path):
