@@ -448,7 +448,7 @@ def test_a_page_of_a_proof_cannot_be_forged_by_a_path(model, tmp_path, fusectl):
     out = tmp_path / "out"
     assert fusectl("self-fuse", evil, "-o", out, "--no-sync").code == 0
     record = json.loads((out / "fusectl.json").read_text())
-    for source in record["sources"]:
+    for source in record["made"]["sources"]:
         source["fingerprint"] = "1`|<b>\n\n# FORGED"
     write_record(out, record)
     (out / "target.decoder.logits_dense.kernel/0.0").write_bytes(b"")

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from fusectl.demo import DemoRow
     from fusectl.formats.objects import Place
-    from fusectl.formats.record import Growth
+    from fusectl.formats.record import Stacked
     from fusectl.inspection.diff import Diff
     from fusectl.inspection.fsck import Fsck
     from fusectl.inspection.heatmap import HeatMap
@@ -459,7 +459,7 @@ def _print_plan(console: Console, plan: Plan, output: Place) -> None:
             for i, s in enumerate(record.made_from)
             for weight in [f", weight {record.weights[i]:g}" if record.made_from == record.sources else ""]
         ),
-        *([] if record.growth is None else [(f"{s} from", _layers(record.growth, s)) for s in record.growth.layers]),
+        *([(f"{s} from", _layers(made, s)) for s in made.layers] if isinstance(made := record.made, Stacked) else []),
         (
             "widths",
             ", ".join(f"{axis} {_sum(sizes)}" for axis, sizes in record.widths.items()),
@@ -502,10 +502,10 @@ def _sum(sizes: Sequence[int]) -> str:
     return f"{' + '.join(map(str, sizes))} = {sum(sizes)}" if len(sizes) > 1 else str(*sizes)
 
 
-def _layers(growth: Growth, stack: str) -> str:
+def _layers(made: Stacked, stack: str) -> str:
     """The layers that each layer of a stack is made from; those that add nothing are in brackets."""
-    idle = growth.idle[stack]
-    return " ".join(f"[{layer}]" if i in idle else str(layer) for i, layer in enumerate(growth.layers[stack]))
+    idle = made.idle[stack]
+    return " ".join(f"[{layer}]" if i in idle else str(layer) for i, layer in enumerate(made.layers[stack]))
 
 
 def _print_columns(console: Console, rows: Sequence[Sequence[str]]) -> None:

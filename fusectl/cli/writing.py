@@ -111,6 +111,7 @@ def write(screen: Screen, plan: Plan, opened: Sequence[Any], how: Writing) -> No
 
 def _say_how_to_go_on(screen: Screen, plan: Plan, final: Place) -> None:
     """Prints what the trainer has to be told; of a copy only if it does not restore it."""
+    from fusectl.formats.record import Converted
     from fusectl.restart import NotRead, restart
 
     # The command after it in a pipe may have moved it.
@@ -120,5 +121,5 @@ def _say_how_to_go_on(screen: Screen, plan: Plan, final: Place) -> None:
         except NotRead as error:
             screen.note(f"{error.message}; {error.hint}")
             return
-        if plan.record.copy is None:
+        if not isinstance(plan.record.made, Converted):
             screen.restart_lines(found)

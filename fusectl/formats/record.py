@@ -1,14 +1,17 @@
 """fusectl.json: how a checkpoint came to be. Trainers ignore it; noise-fill, verify and later fusions read it.
 
-{"schema": "fusectl/record/3", "version": …, "command": "fuse", "family": "t5-1.1", "parameters": "target/",
- "sources": [{"path": …, "format": …, "step": …, "fingerprint": …, "norm_groups": [512]}, …],
+{"schema": "fusectl/record/4", "version": …, "command": "fuse", "family": "t5-1.1", "parameters": "target/",
+ "made": {"kind": "fused", "sources": [{"path": …, "format": …, "step": …, "fingerprint": …, "norm_groups": [512]}, …]},
  "weights": [0.5, 0.5], "widths": {"embed": [512, 512], …}, "norm_groups": [512, 512],
  "norm": "rule", "residual_scales": [1.0, 0.98], "network": {"tied_logits_power": -0.5, …}, "kv_repeats": [1, 1],
  "means_shared": false, "table": null, "fill": {"kind": "gaussian", "noise_scale": 0.1, "seed": 0},
- "optimizer": "reset", "step": null, "copy": null, "origin": null,
+ "optimizer": "reset", "step": null, "origin": null,
  "tensors": {"target/…": {"shape": […], "dtype": …, "chunks": […], "crc32": ["9ae0daaf", …], "metadata": …}, …},
  "files": {"checkpoint": "5c1f0b2e", …},
  "crc32": "0b77c4de"}
+
+`made` says which operation made it, from which checkpoints; all else describes the model that it holds, whichever
+operation that came from.
 
 Every CRC-32 that it holds can be compared with what is there: of each chunk's values, of each array's metadata, of the
 index and the markers, and, last, of the record itself.
@@ -23,7 +26,7 @@ import re
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, assert_never
 
 from fusectl.errors import Corrupt, UsageError
 from fusectl.families.settings import T5, Network
@@ -33,9 +36,7 @@ from fusectl.system.jsontree import parsed
 
 
 FILE_NAME = "fusectl.json"
-SCHEMA = "fusectl/record/3"
-# Without copies; without checksums of itself and of the index, either.
-_OLDER = frozenset({"fusectl/record/2", "fusectl/record/1"})
+SCHEMA = "fusectl/record/4"
 _OWN_CRC32 = re.compile(rb',\n "crc32": "([0-9a-f]{8})"\n}\n\Z')
 # What a residual stream may be multiplied with, or its inverse: float32 holds the squares.
 _SMALLEST_SCALE = 1e-18
@@ -74,8 +75,47 @@ class Origin:
 
 
 @dataclass(frozen=True, slots=True)
-class Copy:
-    """What a converted checkpoint is a copy of, and what was changed on the way.
+class Fused:
+    """Made by fusing `sources` side by side; empty where nobody knows them any more."""
+
+    sources: tuple[SourceRecord, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Stacked:
+    """Made deeper than `source`, by `how`.
+
+    `layers` has for each layer of each stack the source's layer that it is made from; those of `idle` add nothing to
+    the residual stream.
+    """
+
+    source: SourceRecord
+    how: str
+    layers: Mapping[str, tuple[int, ...]]
+    idle: Mapping[str, tuple[int, ...]]
+
+    @property
+    def keeps_function(self) -> bool:
+        """Whether it computes what its source does."""
+        return self.how == "identity"
+
+
+@dataclass(frozen=True, slots=True)
+class Mapped:
+    """Made from `source` by a linear operator, whose matrices came about by `how`."""
+
+    source: SourceRecord
+    how: str
+    # The operator, a checkpoint: its path, and the digest of its files; None where it was not kept.
+    operator: str | None
+    operator_fingerprint: str | None
+    # Whether it computes what its source does.
+    keeps_function: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Converted:
+    """A copy of `source`, which itself was made as `of` says, and what was changed on the way.
 
     `dtype` is the one that parameters were cast to, `layers` one of LAYERS, `step` the one that was set; None and empty
     for as they were. `drop` are patterns of what was left out.
@@ -86,25 +126,10 @@ class Copy:
     layers: str
     drop: tuple[str, ...]
     step: int | None
+    of: Fused | Stacked | Mapped | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Growth:
-    """How a checkpoint was made larger than one source otherwise than by fusing it.
-
-    `layers` has for each layer of each stack the source's layer that it is made from; those of `idle` add nothing to
-    the residual stream.
-    """
-
-    how: str
-    source: SourceRecord
-    layers: Mapping[str, tuple[int, ...]]
-    idle: Mapping[str, tuple[int, ...]]
-    # The operator that it was grown with, a checkpoint: its path, and the digest of its files; None without one.
-    operator: str | None = None
-    operator_fingerprint: str | None = None
-    # Whether it computes what its source does.
-    keeps_function: bool = False
+Made = Fused | Stacked | Mapped | Converted
 
 
 # In place of a chunk's CRC-32: it is all zeros and not on disk; it was taken over unread.
@@ -137,19 +162,20 @@ class Checksums:
 class Record:
     """The contents of a fusectl.json."""
 
-    version: str
-    command: str
-    family: str
+    version: str = ""
+    command: str = ""
+    family: str = ""
     # The prefix of the parameters in the tree, such as `target/`.
-    parameters: str
-    sources: tuple[SourceRecord, ...]
-    weights: tuple[float, ...]
+    parameters: str = ""
+    # The operation that made it; None where nothing is known of that.
+    made: Made | None = None
+    weights: tuple[float, ...] = (1.0,)
     # Per grown axis, the size that each source brought.
-    widths: Mapping[str, tuple[int, ...]]
+    widths: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     # The widths of the groups over which a norm that upholds the fusion property normalises; they sum up to `embed`.
-    norm_groups: tuple[int, ...]
-    fill: Fill
-    optimizer: str
+    norm_groups: tuple[int, ...] = ()
+    fill: Fill = field(default_factory=Fill)
+    optimizer: str = "kept"
     # Patterns of tensors of the sources that were left out on purpose.
     drop: tuple[str, ...] = ()
     norm: str = "rule"
@@ -164,10 +190,6 @@ class Record:
     means_shared: bool = False
     # The text of the table of its family, where fusectl does not bring that along.
     table: str | None = field(default=None, repr=False)
-    # The checkpoint that it was converted from; all else tells of that one.
-    copy: Copy | None = None
-    # The checkpoint that it was grown from, and how.
-    growth: Growth | None = None
     # Where the tree came from, if its format cannot tell.
     origin: Origin | None = field(default=None, repr=False)
     # The generators of the tensors that are keys of random numbers, where the format cannot tell.
@@ -194,10 +216,22 @@ class Record:
 
     @property
     def made_from(self) -> tuple[SourceRecord, ...]:
-        """The checkpoints that it was fused, grown or converted from."""
-        if self.copy is not None:
-            return (self.copy.source,)
-        return self.sources if self.growth is None else (self.growth.source,)
+        """The checkpoints that the operation was given."""
+        match self.made:
+            case None:
+                return ()
+            case Fused(sources):
+                return sources
+            case Stacked() | Mapped() | Converted():
+                return (self.made.source,)
+            case _:
+                assert_never(self.made)
+
+    @property
+    def sources(self) -> tuple[SourceRecord, ...]:
+        """The checkpoints whose values are its blocks, where it is a fusion or the copy of one; else none."""
+        made = self.made.of if isinstance(self.made, Converted) else self.made
+        return made.sources if isinstance(made, Fused) else ()
 
     @property
     def self_fused(self) -> bool:
@@ -206,7 +240,8 @@ class Record:
 
     def to_json(self) -> bytes:
         """The record as the bytes of its file."""
-        return signed({"schema": SCHEMA, **dataclasses.asdict(self), "network": self.network.as_json()})
+        tree = {**dataclasses.asdict(self), "made": _as_json(self.made), "network": self.network.as_json()}
+        return signed({"schema": SCHEMA, **tree})
 
     @classmethod
     def from_json(cls, raw: bytes, where: str) -> Record:
@@ -216,36 +251,32 @@ class Record:
         """
         try:
             tree = parsed(raw)
-            if tree["schema"] not in {SCHEMA, *_OLDER}:
+            if tree["schema"] != SCHEMA:
                 raise ValueError(f"of schema {tree['schema']}, not {SCHEMA}")  # noqa: TRY301
-            if tree["schema"] != "fusectl/record/1":
-                _require_own_crc32(raw)
+            _require_own_crc32(raw)
             record = cls(
                 version=str(tree["version"]),
                 command=str(tree["command"]),
                 family=_family(tree["family"]),
                 parameters=_text(tree["parameters"]),
-                sources=tuple(_source(entry) for entry in tree["sources"]),
+                made=_made(tree["made"]),
                 weights=tuple(map(float, tree["weights"])),
                 widths={axis: tuple(map(int, sizes)) for axis, sizes in tree["widths"].items()},
                 norm_groups=tuple(map(int, tree["norm_groups"])),
                 fill=Fill(tree["fill"]["kind"], float(tree["fill"]["noise_scale"]), tree["fill"]["seed"]),
                 optimizer=_text(tree["optimizer"]),
-                drop=tuple(map(_text, tree.get("drop", ()))),
-                norm=_text(tree.get("norm", "rule")),
-                residual_scales=tuple(map(float, tree.get("residual_scales", ()))),
-                step=None if tree.get("step") is None else int(tree["step"]),
-                # Before there were other families.
-                network=Network.from_json(tree["network"]) if "network" in tree else T5,
-                kv_repeats=tuple(map(int, tree.get("kv_repeats", ()))),
-                means_shared=bool(tree.get("means_shared", False)),
-                table=None if tree.get("table") is None else _text(tree["table"]),
-                copy=None if tree.get("copy") is None else _copy(tree["copy"]),
-                growth=None if tree.get("growth") is None else _growth(tree["growth"]),
-                origin=None if tree.get("origin") is None else _origin(tree["origin"]),
-                random_keys={_text(name): _text(kind) for name, kind in tree.get("random_keys", {}).items()},
+                drop=tuple(map(_text, tree["drop"])),
+                norm=_text(tree["norm"]),
+                residual_scales=tuple(map(float, tree["residual_scales"])),
+                step=None if tree["step"] is None else int(tree["step"]),
+                network=Network.from_json(tree["network"]),
+                kv_repeats=tuple(map(int, tree["kv_repeats"])),
+                means_shared=bool(tree["means_shared"]),
+                table=None if tree["table"] is None else _text(tree["table"]),
+                origin=None if tree["origin"] is None else _origin(tree["origin"]),
+                random_keys={_text(name): _text(kind) for name, kind in tree["random_keys"].items()},
                 tensors={name: _checksums(entry) for name, entry in tree["tensors"].items()},
-                files={_inside(name): _text(crc32) for name, crc32 in tree.get("files", {}).items()},
+                files={_inside(name): _text(crc32) for name, crc32 in tree["files"].items()},
             )
             record._check()
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
@@ -346,25 +377,45 @@ def _source(entry: Mapping[str, Any]) -> SourceRecord:
     return SourceRecord(_text(entry["path"]), _text(entry["format"]), step, _text(entry["fingerprint"]), groups)
 
 
-def _copy(entry: Mapping[str, Any]) -> Copy:
-    layers = _text(entry["layers"])
-    if layers not in {"", *LAYERS}:
-        raise ValueError(f"layers that are {layers}")
+# The names of the operations in the file.
+_KINDS: Mapping[str, type[Made]] = {"fused": Fused, "stacked": Stacked, "mapped": Mapped, "converted": Converted}
+
+
+def _as_json(made: Made | None) -> Mapping[str, Any] | None:
+    if made is None:
+        return None
+    kind = next(kind for kind, each in _KINDS.items() if isinstance(made, each))
+    tree = {"kind": kind, **dataclasses.asdict(made)}
+    return {**tree, "of": _as_json(made.of)} if isinstance(made, Converted) else tree
+
+
+def _made(entry: Mapping[str, Any] | None) -> Made | None:
+    if entry is None:
+        return None
+    kind = _KINDS[entry["kind"]]
+    if kind is Fused:
+        return Fused(tuple(_source(each) for each in entry["sources"]))
+    source = _source(entry["source"])
+    if kind is Stacked:
+        layers, idle = (
+            {_text(stack): tuple(map(int, found)) for stack, found in entry[each].items()}
+            for each in ("layers", "idle")
+        )
+        if not layers or layers.keys() != idle.keys():
+            raise ValueError(f"layers of {', '.join(layers)}, and idle ones of {', '.join(idle)}")
+        return Stacked(source, _text(entry["how"]), layers, idle)
+    if kind is Mapped:
+        operator, digest = (None if entry[each] is None else _text(entry[each]) for each in _OPERATOR)
+        return Mapped(source, _text(entry["how"]), operator, digest, bool(entry["keeps_function"]))
+    layers_now = _text(entry["layers"])
+    if layers_now not in {"", *LAYERS}:
+        raise ValueError(f"layers that are {layers_now}")
+    of = _made(entry["of"])
+    if isinstance(of, Converted):
+        raise TypeError("a copy of a copy")
     dtype = None if entry["dtype"] is None else _text(entry["dtype"])
     step = None if entry["step"] is None else int(entry["step"])
-    return Copy(_source(entry["source"]), dtype, layers, tuple(map(_text, entry["drop"])), step)
-
-
-def _growth(entry: Mapping[str, Any]) -> Growth:
-    layers, idle = (
-        {_text(stack): tuple(map(int, found)) for stack, found in entry[each].items()} for each in ("layers", "idle")
-    )
-    if layers.keys() != idle.keys():
-        raise ValueError(f"layers of {', '.join(layers)}, and idle ones of {', '.join(idle)}")
-    operator, digest = (None if entry[each] is None else _text(entry[each]) for each in _OPERATOR)
-    return Growth(
-        _text(entry["how"]), _source(entry["source"]), layers, idle, operator, digest, bool(entry["keeps_function"])
-    )
+    return Converted(source, dtype, layers_now, tuple(map(_text, entry["drop"])), step, of)
 
 
 def _origin(entry: Mapping[str, Any]) -> Origin:
@@ -372,9 +423,9 @@ def _origin(entry: Mapping[str, Any]) -> Origin:
         return tuple((_text(name), int(kind)) for name, kind in found)
 
     item = None if entry["item"] is None else _text(entry["item"])
-    # Older ones know no strings, and call them all empty.
-    listed = entry["nodes"] if "nodes" in entry else [(*node, None) for node in entry["empty"]]
-    nodes = tuple((keys(node), _text(kind), None if text is None else _text(text)) for node, kind, text in listed)
+    nodes = tuple(
+        (keys(node), _text(kind), None if text is None else _text(text)) for node, kind, text in entry["nodes"]
+    )
     return Origin(item, {_text(name): keys(found) for name, found in entry["keys"].items()}, nodes)
 
 
@@ -384,7 +435,7 @@ def _checksums(entry: Mapping[str, Any]) -> Checksums:
         _text(entry["dtype"]),
         tuple(map(int, entry["chunks"])),
         tuple(map(_text, entry["crc32"])),
-        None if entry.get("metadata") is None else _text(entry["metadata"]),
+        None if entry["metadata"] is None else _text(entry["metadata"]),
     )
     if min((*sums.chunks, 1)) < 1:
         raise ValueError(f"chunks of shape {list(sums.chunks)}")

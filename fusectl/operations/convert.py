@@ -14,7 +14,7 @@ from fusectl.errors import Incompatible, UsageError
 from fusectl.families import UNKNOWN, Recognized
 from fusectl.families.naming import Naming
 from fusectl.formats import open_checkpoint
-from fusectl.formats.record import LAYERS, Copy, Origin, Record
+from fusectl.formats.record import LAYERS, Converted, Fused, Mapped, Origin, Record, Stacked
 from fusectl.formats.tree import DICT, T5X_STEP, Checkpoint, Key, Node, dict_keys, is_dropped, kept_shapes
 from fusectl.layout.blocks import Block, Layout, Term, whole
 from fusectl.layout.fill import Fill
@@ -77,10 +77,13 @@ def plan_conversion(path: str, options: Options, layers: str | None = None) -> t
         origin = None if origin is None else _changed(origin, options)
     elif origin is not None:
         item, nodes = origin.item, _nodes(origin, options)
+    own = _record(opened, options, layers)
     record = replace(
-        _record(opened, options, layers),
+        own,
         parameters=_prefix(places, opened.tree),
-        copy=Copy(source_record(opened), options.dtype, layers or "", options.drop, options.step),
+        made=Converted(
+            source_record(opened), options.dtype, layers or "", options.drop, options.step, _of(own, layers)
+        ),
         origin=origin if to_t5x else None,
     )
     notes = [*source.location.notes, *builder.notes, *_notes(source, opened, options, layers, to_t5x=to_t5x), *on_mesh]
@@ -229,8 +232,12 @@ def _record(opened: Opened, options: Options, layers: str | None) -> Record:
     return replace(
         own,
         fill=replace(own.fill, seed=None) if moves_noise else own.fill,
-        # Those stand in the other layout.
-        sources=() if layers is not None else own.sources,
         optimizer="drop" if options.optimizer == "drop" and own.optimizer != "none" else own.optimizer,
         step=own.step if options.step is None else options.step,
     )
+
+
+def _of(own: Record, layers: str | None) -> Fused | Stacked | Mapped | None:
+    """How the source itself was made; of a fusion nothing where its layers stand in the other layout now."""
+    of = own.made.of if isinstance(own.made, Converted) else own.made
+    return None if layers is not None and isinstance(of, Fused) else of

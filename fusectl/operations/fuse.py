@@ -19,7 +19,7 @@ from fusectl.errors import Incompatible, UsageError, shorten
 from fusectl.families import Recognized
 from fusectl.families.config import read_config
 from fusectl.families.naming import Naming
-from fusectl.formats.record import Record, mean_weights
+from fusectl.formats.record import Fused, Record, mean_weights
 from fusectl.formats.tree import Checkpoint
 from fusectl.formats.zarr import epsilon, np_dtype
 from fusectl.layout.fill import Fill
@@ -98,7 +98,7 @@ def plan_fusion(
         command=command,
         family=first.tree.family.name,
         parameters=naming.prefix,
-        sources=tuple(source_record(o) for o in opened),
+        made=Fused(tuple(source_record(o) for o in opened)),
         weights=shares,
         widths=fusion.widths,
         norm_groups=tuple(group for o in opened for group in o.norm_groups),
@@ -167,8 +167,7 @@ def plan_noise_fill(path: str, options: Options, *, copies: int | None = None) -
         parameters=naming.prefix,
         optimizer=record.optimizer if kept else "drop",
         step=record.step if options.step is None else options.step,
-        copy=None,
-        growth=None,
+        made=Fused(record.sources),
         origin=record.origin if out_format.name == "t5x" else None,
         tensors={},
         files={},
@@ -361,11 +360,9 @@ def _record_for(opened: Opened, copies: int | None) -> Record:
         command="noise-fill",
         family=opened.tree.family.name,
         parameters=opened.tree.naming.prefix,
-        sources=(),
+        made=Fused(),
         weights=(1.0 / copies,) * copies,
         widths=widths,
         norm_groups=widths["embed"],
-        fill=Fill(),
-        optimizer="kept",
         network=opened.tree.network,
     )

@@ -9,7 +9,7 @@ from fusectl.errors import UsageError
 from fusectl.families import Recognized
 from fusectl.families.config import read_config
 from fusectl.formats import fingerprint
-from fusectl.formats.record import Growth, Origin, Record
+from fusectl.formats.record import Mapped, Origin, Record, Stacked
 from fusectl.formats.tree import DICT, T5X_STEP, Checkpoint, Key, is_dropped, keys_beside
 from fusectl.formats.zarr import epsilon
 from fusectl.layout.blocks import Layout
@@ -68,7 +68,7 @@ def plan_stack(
     leaves = opened.checkpoint.leaves
     for name, like, shape, blocks in deepening.streams({name: leaves[name].shape for name in auxiliary(opened)}):
         builder.add(name, Layout(unnamed(shape), shape, leaves[like].dtype, blocks), like=like)
-    record = _record(opened, builder, options, _growth(opened, deepening, how), optimizer)
+    record = _record(opened, builder, options, _stacked(opened, deepening, how), optimizer)
     again = [] if how == "identity" else [Exactness(APPROXIMATE, (f"layers that come again ({how})",))]
     of_source = [*opened.checkpoint.location.notes, *notes_on_items(opened.checkpoint)]
     notes = [*of_source, *builder.notes, *_notes(deepening, how), *on_mesh]
@@ -138,18 +138,16 @@ def plan_with_operator(path: str, operator: Kept, options: Options) -> tuple[Pla
     # Streams of random numbers go with the state: a trainer begins both anew.
     builder.used.update(auxiliary(opened))
     own = operator.checkpoint
-    growth = Growth(
-        how=operator.how,
-        source=source_record(opened),
-        layers={},
-        idle={},
+    made = Mapped(
+        source_record(opened),
+        operator.how,
         operator=None if own is None else own.path,
         operator_fingerprint=None if own is None else fingerprint(own),
         keeps_function=operator.keeps_function,
     )
     widths = widths_of([grown])
     record = replace(
-        _record(opened, builder, options, growth, "drop" if with_state else "none"),
+        _record(opened, builder, options, made, "drop" if with_state else "none"),
         # One model of one width, whatever the small one was made of.
         weights=(1.0,),
         widths=widths,
@@ -174,21 +172,19 @@ def _largest(growing: Growing) -> int:
     return max((large * small for large, small in pairs), default=0)
 
 
-def _record(opened: Opened, builder: Builder, options: Options, growth: Growth, optimizer: str) -> Record:
+def _record(opened: Opened, builder: Builder, options: Options, made: Stacked | Mapped, optimizer: str) -> Record:
     """The record of a model that was grown from a source: what that one's own says, but for what it was made from."""
-    own = own_record(opened, "stack" if growth.layers else "ligo")
+    own = own_record(opened, "stack" if isinstance(made, Stacked) else "ligo")
     out_format, _, naming = target_of(opened, options)
     return replace(
         own,
         parameters=naming.prefix,
         # What stands there now is another field of noise, and another model than the sources' mean.
         fill=replace(own.fill, seed=None) if own.fill.kind != "zeros" else own.fill,
-        sources=(),
+        made=made,
         optimizer=optimizer,
         drop=options.drop,
         step=own.step if options.step is None else options.step,
-        copy=None,
-        growth=growth,
         origin=None if out_format.name != "t5x" or own.origin is None else _origin(own.origin, builder, options),
     )
 
@@ -222,11 +218,11 @@ def _rounding(opened: Opened, options: Options) -> Iterator[Exactness]:
         yield Exactness(APPROXIMATE, (f"parameters are rounded to {options.dtype}",))
 
 
-def _growth(opened: Opened, deepening: Deepening, how: str) -> Growth:
+def _stacked(opened: Opened, deepening: Deepening, how: str) -> Stacked:
     """What the record says of it."""
     layers = {stack: depth.layers for stack, depth in deepening.depths.items()}
     idle = {stack: tuple(sorted(depth.idle)) for stack, depth in deepening.depths.items()}
-    return Growth(how, source_record(opened), layers, idle, keeps_function=how == "identity")
+    return Stacked(source_record(opened), how, layers, idle)
 
 
 def _notes(deepening: Deepening, how: str) -> Iterator[str]:

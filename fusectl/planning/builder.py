@@ -433,19 +433,7 @@ def own_record(opened: Opened, command: str) -> Record:
     """What a record says of a source's own model: what its own does, or that it is no fusion."""
     own, tree = opened.checkpoint.record, opened.tree
     if own is None:
-        own = Record(
-            version="",
-            command="",
-            family="",
-            parameters="",
-            sources=(),
-            weights=(1.0,),
-            widths=widths_of([tree]),
-            norm_groups=opened.norm_groups,
-            fill=Fill(),
-            optimizer="kept",
-            network=tree.network,
-        )
+        own = Record(widths=widths_of([tree]), norm_groups=opened.norm_groups, network=tree.network)
     return replace(
         own,
         version=fusectl.__version__,

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 
 from fusectl.errors import Incompatible, NotEnoughSpace
-from fusectl.formats.record import Record
+from fusectl.formats.record import Mapped, Record, Stacked
 from fusectl.formats.tree import Key, Node
 from fusectl.formats.zarr import Storage, np_dtype
 from fusectl.layout.blocks import Block, Layout, Region, Term, place_in_grid, shifted, size, tiles_in
@@ -200,7 +200,7 @@ def summary(plan: Plan) -> Mapping[str, object]:
         "format": plan.format,
         "item": plan.item,
         "sources": [{"path": s.path, "format": s.format, "step": s.step} for s in plan.record.made_from],
-        "growth": None if plan.record.growth is None else asdict(plan.record.growth),
+        "growth": asdict(made) if isinstance(made := plan.record.made, Stacked | Mapped) else None,
         "weights": list(plan.record.weights),
         "widths": {axis: list(sizes) for axis, sizes in plan.record.widths.items()},
         "norm": plan.record.norm,

@@ -13,7 +13,6 @@ from fusectl.errors import Incompatible, UsageError
 from fusectl.formats import open_checkpoint
 from fusectl.formats.record import FILE_NAME, Record
 from fusectl.formats.tree import Checkpoint
-from fusectl.layout.fill import Fill
 
 
 # In place of either for a source that is no fusion.
@@ -94,19 +93,8 @@ def require_groups(checkpoint: Checkpoint, width: int) -> None:
 def _record_of(lineage: Lineage) -> Record:
     """What is known of the fusion before it was trained on: nothing of its values, nor of its optimizer."""
     if lineage.fused_from is None:
-        return Record(
-            version="",
-            command="",
-            family="",
-            parameters="",
-            sources=(),
-            weights=(1.0,),
-            widths={},
-            norm_groups=lineage.norm_groups,
-            fill=Fill(),
-            optimizer="kept",
-            norm="property" if len(lineage.norm_groups) > 1 else "rule",
-        )
+        norm = "property" if len(lineage.norm_groups) > 1 else "rule"
+        return Record(norm_groups=lineage.norm_groups, norm=norm)
     record = open_checkpoint(lineage.fused_from).record
     if record is None:
         raise UsageError(
@@ -114,6 +102,4 @@ def _record_of(lineage: Lineage) -> Record:
         )
     if not record.tells_norms:
         raise UsageError(f"--fused-from {lineage.fused_from}: no fusion, by its {FILE_NAME}", hint="name the fusion")
-    return replace(
-        record, sources=(), optimizer="kept", tensors={}, files={}, copy=None, growth=None, origin=None, step=None
-    )
+    return replace(record, made=None, optimizer="kept", tensors={}, files={}, origin=None, step=None)

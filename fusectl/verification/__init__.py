@@ -20,6 +20,7 @@ import time
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import assert_never
 
 import fusectl
 from fusectl.errors import UsageError
@@ -27,6 +28,7 @@ from fusectl.families import Recognized
 from fusectl.families.table import Family
 from fusectl.formats import open_checkpoint
 from fusectl.formats.objects import Place
+from fusectl.formats.record import Converted, Fused, Mapped, Stacked
 from fusectl.formats.staging import storage_errors
 from fusectl.formats.tree import Checkpoint
 from fusectl.networks.tokens import DEFAULT_BATCH, DEFAULT_LENGTH, Tokens, random_tokens, read_tokens
@@ -77,14 +79,18 @@ def verify_checkpoint(
         started = time.monotonic()
         files = check_files(fused, budget_bytes=how.read_bytes, jobs=how.threads, progress=watched)
         report = replace(report, files=replace(files, seconds=time.monotonic() - started))
-    if record is not None and record.copy is not None and len(named) < 2:
-        report = _against_original(fused, next(iter(named), record.copy.source.path), how, watched, report)
-        return replace(report, peak_rss_bytes=peak_rss_bytes())
-    if record is not None and record.growth is not None and record.copy is None and len(named) < 2:
-        report = _against_smaller(fused, next(iter(named), record.growth.source.path), how, watched, report)
-        return replace(report, peak_rss_bytes=peak_rss_bytes())
-    if how.levels != ("files",):
-        report = _against_sources(make_claim(fused, declared or Declared()), how, watched, report)
+    # With two sources or more named it is held against those, whatever it was made from.
+    made = record.made if record is not None and len(named) < 2 else None
+    match made:
+        case Converted(source):
+            report = _against_original(fused, next(iter(named), source.path), how, watched, report)
+        case Stacked(source) | Mapped(source):
+            report = _against_smaller(fused, next(iter(named), source.path), how, watched, report)
+        case Fused() | None:
+            if how.levels != ("files",):
+                report = _against_sources(make_claim(fused, declared or Declared()), how, watched, report)
+        case _:
+            assert_never(made)
     return replace(report, peak_rss_bytes=peak_rss_bytes())
 
 
@@ -121,7 +127,7 @@ def _against_smaller(fused: Checkpoint, path: str, settings: Settings, progress:
     # Of algebra alone nothing would be left.
     if settings.runs("weights") or tokens is None:
         started = time.monotonic()
-        if grown.growth.operator is not None:
+        if isinstance(grown.made, Mapped):
             weights = check_linear(grown, operator, budget_bytes=settings.read_bytes, progress=progress)
         else:
             weights = check_grown(grown, budget_bytes=settings.read_bytes, jobs=settings.threads, progress=progress)

@@ -15,7 +15,7 @@ from fusectl.families.settings import Network
 from fusectl.families.table import Family
 from fusectl.formats import fingerprint, open_checkpoint
 from fusectl.formats.objects import bucket_of
-from fusectl.formats.record import Record, SourceRecord, mean_weights, norm_groups
+from fusectl.formats.record import Converted, Fused, Mapped, Record, SourceRecord, mean_weights, norm_groups
 from fusectl.formats.tree import Checkpoint
 from fusectl.layout.fill import DEFAULT_NOISE_SCALE, Fill
 from fusectl.rules.fusion import widths_of
@@ -141,7 +141,7 @@ def require_named(fused: Checkpoint, declared: Collection[str], named: Collectio
     if record is None:
         return
     sources = [] if declared else list(dict.fromkeys(source.path for source in record.made_from))
-    operator = record.growth.operator if record.growth is not None and record.copy is None else None
+    operator = record.made.operator if isinstance(record.made, Mapped) else None
     known = {bucket_of(path) for path in (fused.path, *declared, *named)}
     strange = [path for path in (*sources, operator or "") if (bucket := bucket_of(path)) and bucket not in known]
     if strange:
@@ -186,7 +186,7 @@ def _record(
         entries = tuple(
             SourceRecord(s.path, s.format, s.step, fingerprint(s), g) for s, g in zip(sources, groups, strict=True)
         )
-        record = replace(record, sources=entries)
+        record = replace(record, made=Fused(entries))
     record = replace(record, norm_groups=tuple(width for each in groups for width in each))
     if declared.weights is not None:
         record = replace(record, weights=mean_weights(declared.weights, count))
@@ -202,9 +202,10 @@ def _source_tree(source: Checkpoint, arch: str | Family | None, record: Record |
     try:
         return recognized(source, arch, record.drop if record else ())
     except Incompatible as error:
-        if record is None or record.copy is None or not record.copy.layers:
+        layers = record.made.layers if record is not None and isinstance(record.made, Converted) else ""
+        if not layers:
             raise
-        hint = f"the fusion's layers are {record.copy.layers}: name copies of its sources that are so, too (convert)"
+        hint = f"the fusion's layers are {layers}: name copies of its sources that are so, too (convert)"
         raise Incompatible(error.message, details=error.details, hint=hint) from error
 
 
@@ -243,15 +244,4 @@ def _require_depths(claim: Claim) -> None:
 
 def nothing_known() -> Record:
     """The Record of a checkpoint without one."""
-    return Record(
-        version=fusectl.__version__,
-        command="",
-        family="",
-        parameters="",
-        sources=(),
-        weights=(),
-        widths={},
-        norm_groups=(),
-        fill=Fill(),
-        optimizer="",
-    )
+    return Record(version=fusectl.__version__, weights=(), optimizer="")

@@ -18,7 +18,7 @@ from fusectl.errors import Incompatible, NotFound
 from fusectl.families import UNKNOWN
 from fusectl.families.table import Family
 from fusectl.formats import fingerprint, open_checkpoint
-from fusectl.formats.record import Copy, Origin, Record
+from fusectl.formats.record import Converted, Origin, Record
 from fusectl.formats.tree import NONE, STEPS, T5X_STEP, Checkpoint, Key, dict_keys, is_dropped
 from fusectl.layout.blocks import Region, common_tile, size, tiles
 from fusectl.optimizer.slots import is_state
@@ -96,8 +96,8 @@ def count_differing(found: npt.NDArray[Any], expected: npt.NDArray[Any]) -> int:
 def _opened(fused: Checkpoint, path: str, budget_bytes: int) -> Checkpoint:
     """The checkpoint that it was copied from, its layers as they are in the copy."""
     assert fused.record is not None
-    assert fused.record.copy is not None
-    copy = fused.record.copy
+    assert isinstance(fused.record.made, Converted)
+    copy = fused.record.made
     try:
         source = open_checkpoint(path)
     except NotFound as error:
@@ -117,8 +117,8 @@ class _Pair:
 
     def __post_init__(self) -> None:
         assert self.fused.record is not None
-        assert self.fused.record.copy is not None
-        self.record, self.copy = self.fused.record, self.fused.record.copy
+        assert isinstance(self.fused.record.made, Converted)
+        self.record, self.copy = self.fused.record, self.fused.record.made
         self.kept = [name for name in self.source.leaves if not is_dropped(name, self.copy.drop)]
         self.step = next((name for name in STEPS if name in self.kept), None)
         self.theirs = self.source.record.origin if self.source.record is not None else None
@@ -242,7 +242,7 @@ def _around(keys: Pairs, parameter: str) -> tuple[Pairs, Pairs]:
     return keys[: own - len(_plain(parameter))], keys[own:]
 
 
-def _parameters(source: Checkpoint, copy: Copy, family: Family | str) -> frozenset[str]:
+def _parameters(source: Checkpoint, copy: Converted, family: Family | str) -> frozenset[str]:
     """The full names of the source's parameters, where they were cast."""
     if copy.dtype is None:
         return frozenset()

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fusectl.families import Recognized
-from fusectl.formats.record import Record
+from fusectl.formats.record import Mapped, Record
 from fusectl.formats.tree import Checkpoint
 from fusectl.formats.zarr import epsilon
 from fusectl.networks.run import Model, Shelf, head_of, plan_passes, run_stages, twin_of
@@ -50,7 +50,7 @@ def check_grown_function(
         unit = float(np.finfo(settings.precision).eps)
         relative = unit * UNITS_PER_LAYER[settings.precision] * layers
         limit_says = f"{UNITS_PER_LAYER[settings.precision]} x {unit:.1e} ({settings.precision}) x {layers} layers"
-        if grown.growth.operator is not None:
+        if isinstance(grown.made, Mapped):
             # What an operator multiplies is rounded anew.
             stored = max({grown.fused.leaves[grown.tree.full(name)].dtype for name in grown.tree.shapes}, key=epsilon)
             relative += epsilon(stored) * UNITS_AS_STORED * math.sqrt(layers)

@@ -21,7 +21,7 @@ from fusectl.families import Recognized
 from fusectl.families.naming import is_stream
 from fusectl.families.table import DECODER, stack_of
 from fusectl.formats import fingerprint, open_checkpoint
-from fusectl.formats.record import Growth, Record
+from fusectl.formats.record import Mapped, Record, Stacked
 from fusectl.formats.tree import STEPS, Checkpoint, kept_shapes
 from fusectl.formats.zarr import epsilon
 from fusectl.layout.blocks import Region, common_tile, shifted, size, tiles, whole
@@ -48,12 +48,12 @@ class Grown:
     tree: Recognized
     source: Checkpoint
     source_tree: Recognized
-    growth: Growth
+    made: Stacked | Mapped
 
     @property
     def keeps_function(self) -> bool:
         """Whether it claims to compute what its source does."""
-        return self.growth.keeps_function
+        return self.made.keeps_function
 
     @property
     def narrowed(self) -> bool:
@@ -71,14 +71,15 @@ class Grown:
         for row in self.tree.rows.values():
             turn = int(np.lcm(turn, row.every))
         return {
-            stack: _layers(self.growth.how, self.source_tree.depths[stack], then, turn)
+            stack: _layers(self.made.how, self.source_tree.depths[stack], then, turn)
             for stack, then in self.tree.depths.items()
         }
 
     def problems(self) -> Iterator[str]:
         """What the record says and is not so, tensors that should be there and are not, and others."""
-        if self.growth.how not in HOWS:
-            yield f"the record's growth: {self.growth.how}, which fusectl does not know"
+        assert isinstance(self.made, Stacked)
+        if self.made.how not in HOWS:
+            yield f"the record says stacked by {self.made.how}, which fusectl does not know"
             return
         for what in ("sizes", "depths"):
             now, then = getattr(self.tree, what), getattr(self.source_tree, what)
@@ -86,9 +87,9 @@ class Grown:
                 yield f"{what}: {now}, grown from {then}"
                 return
         for stack, (layers, idle) in self.layers.items():
-            said, said_idle = self.growth.layers.get(stack, ()), self.growth.idle.get(stack, ())
+            said, said_idle = self.made.layers.get(stack, ()), self.made.idle.get(stack, ())
             if list(said) != layers or [i in said_idle for i in range(len(layers))] != idle:
-                yield f"the record's layers of the {stack} are not those of --how {self.growth.how}"
+                yield f"the record's layers of the {stack} are not those of --how {self.made.how}"
         yield from of_another_model(self._record, self.source)
         yield from self._tensor_problems()
         yield from self._step_problems()
@@ -311,7 +312,7 @@ def open_grown(fused: Checkpoint, path: str) -> Grown:
     """The grown checkpoint and its source at `path`; raises NotFound where that has gone."""
     record = fused.record
     assert record is not None
-    assert record.growth is not None
+    assert isinstance(record.made, Stacked | Mapped)
     fused = unpacked(fused)
     try:
         source = unpacked(open_checkpoint(path))
@@ -321,7 +322,7 @@ def open_grown(fused: Checkpoint, path: str) -> Grown:
     arch = own_family(fused) or record.family
     tree, source_tree = (recognized(each, arch, record.drop) for each in (fused, source))
     # What a config has told of the network is in the record of what was grown.
-    return Grown(fused, tree, source, replace(source_tree, told=tree.network), record.growth)
+    return Grown(fused, tree, source, replace(source_tree, told=tree.network), record.made)
 
 
 def check_grown(grown: Grown, *, budget_bytes: int, jobs: int, progress: Progress) -> WeightsResult:
@@ -362,7 +363,7 @@ def check_grown(grown: Grown, *, budget_bytes: int, jobs: int, progress: Progres
 
 def _changed(grown: Grown) -> Iterator[str]:
     """That the source is another one than it was, if it is."""
-    if fingerprint(grown.source) != grown.growth.source.fingerprint:
+    if fingerprint(grown.source) != grown.made.source.fingerprint:
         yield f"{grown.source.path} has changed since it was grown"
 
 

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from fusectl.errors import NotFound
 from fusectl.families.table import Row, stack_of
 from fusectl.formats import fingerprint, open_checkpoint
+from fusectl.formats.record import Mapped
 from fusectl.formats.tree import Checkpoint
 from fusectl.formats.zarr import epsilon
 from fusectl.layout.blocks import Region, whole
@@ -37,10 +38,10 @@ TABLE_ELEMENTS = 1 << 24
 
 def find_operator(grown: Grown) -> Checkpoint | None:
     """The operator that made a checkpoint, opened; None where none did, or where it is not there any more."""
-    if grown.growth.operator is None:
+    if not isinstance(grown.made, Mapped) or grown.made.operator is None:
         return None
     try:
-        return open_checkpoint(grown.growth.operator)
+        return open_checkpoint(grown.made.operator)
     except NotFound:
         return None
 
@@ -59,15 +60,17 @@ def held_out(operator: Checkpoint) -> str:
 
 def check_linear(grown: Grown, operator: Checkpoint | None, *, budget_bytes: int, progress: Progress) -> WeightsResult:
     """Compares every tensor with the operator's, to the rounding of its dtype; raises NotFound without the operator."""
+    assert isinstance(grown.made, Mapped)
     if operator is None:
-        path = grown.growth.operator
-        raise NotFound(f"the operator {path} is not there any more", hint="move it back, beside what it grew")
+        raise NotFound(
+            f"the operator {grown.made.operator} is not there any more", hint="move it back, beside what it grew"
+        )
     dense = _Dense(grown, operator, budget_bytes)
     problems = [
         f"{each.path} has changed since it was used"
         for each, digest in (
-            (operator, grown.growth.operator_fingerprint),
-            (grown.source, grown.growth.source.fingerprint),
+            (operator, grown.made.operator_fingerprint),
+            (grown.source, grown.made.source.fingerprint),
         )
         if fingerprint(each) != digest
     ]

@@ -13,6 +13,7 @@ from fusectl.errors import Corrupt, OutputExists, UsageError, counted, shorten
 from fusectl.formats import format_named, open_location
 from fusectl.formats.locate import T5X_STEP
 from fusectl.formats.objects import ObjectPath, Place
+from fusectl.formats.record import Converted
 from fusectl.formats.servercopy import missing_library
 from fusectl.formats.sink import Manner, Sink, names_written
 from fusectl.formats.staging import (
@@ -143,7 +144,7 @@ def default_output(sources: Sequence[Checkpoint], plan: Plan) -> Place:
     home = sources[0].location.home
     stem, suffix = (home.stem, ".ckpt") if home.suffix == ".ckpt" else (home.name, "")
     fill = plan.record.fill
-    noisy = fill.kind != "zeros" and plan.record.copy is None
+    noisy = fill.kind != "zeros" and not isinstance(plan.record.made, Converted)
     noise = f".{fill.kind}-{fill.noise_scale:g}" if noisy else ""
     fused_name = {
         "fuse": f".fused-{len(sources)}x",

@@ -274,7 +274,7 @@ def test_a_fusion_stays_a_fusion(tmp_path):
 
     for out, layers in ((other, ""), (apart, "unscanned"), (back, "scanned")):
         record = open_checkpoint(str(out)).record
-        assert (record.command, record.copy.layers) == ("convert", layers)
+        assert (record.command, record.made.layers) == ("convert", layers)
         for what in ("weights", "widths", "norm", "norm_groups", "residual_scales", "optimizer"):
             assert getattr(record, what) == getattr(fused, what), what
         # Those have their layers in the other layout.

@@ -23,7 +23,6 @@ from models import (
 
 from fusectl.errors import Incompatible
 from fusectl.families import family_named
-from fusectl.families.settings import Network
 from fusectl.formats import open_checkpoint
 from fusectl.formats.record import FILE_NAME
 from fusectl.formats.sink import save
@@ -639,19 +638,6 @@ def test_official_sizes_are_planned_from_metadata_alone(tmp_path, family):
         assert by_name["params/params/decoder/layers/self_attention/key/kernel"] == (8192, 32, 16, 128)
     else:
         assert by_name["layer_7/attn/kv_einsum/w"] == (2, 2 * kv_heads, 2 * embed, kv)
-
-
-def test_the_record_of_older_versions_is_t5s(tmp_path):
-    """Records without a network are of T5's families."""
-    path = checkpoint(tmp_path / "a", "t5-1.0")
-    fuse([path] * 2, tmp_path / "f")
-    tree = json.loads((tmp_path / "f" / FILE_NAME).read_text())
-    for name in ("network", "kv_repeats", "means_shared"):
-        del tree[name]
-    write_record(tmp_path / "f", tree)
-    record = open_checkpoint(str(tmp_path / "f")).record
-    assert record.network == Network(tied_logits_power=-0.5)
-    assert verify(str(tmp_path / "f"), settings=Settings(levels=("weights",))).passed
 
 
 # --- how exact a plan is

@@ -228,12 +228,31 @@ def test_force_replaces_nothing_but_checkpoints(tmp_path, obstacle):
         carry_out(plan, sources, tmp_path / "out", force=True)
 
 
+def copied(made):
+    return {
+        "kind": "converted",
+        "source": made.get("source", {"path": "a", "format": "t5x", "step": 1, "fingerprint": "", "norm_groups": [12]}),
+        "dtype": None,
+        "layers": "",
+        "drop": [],
+        "step": None,
+        "of": made,
+    }
+
+
 RECORD_FAULTS = {
     "not json": lambda r: "{",
     "deep": lambda r: "[" * 100_000,
     "another schema": lambda r: {**r, "schema": "fusectl/record/99"},
+    "the schema before": lambda r: {**r, "schema": "fusectl/record/3"},
     "a family that is a number": lambda r: {**r, "family": 5},
-    "a path that is a number": lambda r: {**r, "sources": [{**s, "path": 5} for s in r["sources"]]},
+    "a path that is a number": lambda r: {
+        **r,
+        "made": {**r["made"], "sources": [{**s, "path": 5} for s in r["made"]["sources"]]},
+    },
+    "an unknown operation": lambda r: {**r, "made": {**r["made"], "kind": "melted"}},
+    "no operation": lambda r: {key: value for key, value in r.items() if key != "made"},
+    "a copy of a copy": lambda r: {**r, "made": copied(copied(r["made"]))},
     "one weight for two": lambda r: {**r, "weights": [1.0]},
     "no widths": lambda r: {**r, "widths": {}},
     "groups that do not sum up": lambda r: {**r, "norm_groups": [7]},

@@ -394,7 +394,7 @@ def test_learning_lowers_the_loss_on_what_was_held_out(learned):
     assert found["losses"][-1] < found["losses"][0]
     assert (found["seed"], found["optimizer"], found["learning_rate"]) == (SEED, "adam", 1e-2)
     assert verify(str(learned / "a"), settings=Settings(levels=("files", "weights"))).passed
-    assert not open_checkpoint(str(learned / "a")).record.growth.keeps_function
+    assert not open_checkpoint(str(learned / "a")).record.made.keeps_function
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from written import FACTORED, restored, trained, tree, written_by_orbax
 from fusectl.errors import Incompatible
 from fusectl.families import family_named
 from fusectl.formats import open_checkpoint
-from fusectl.formats.record import FILE_NAME
+from fusectl.formats.record import FILE_NAME, Fused
 from fusectl.formats.sink import save
 from fusectl.layout.fill import Fill
 from fusectl.networks.tokens import random_tokens
@@ -469,7 +469,7 @@ def test_identity_keeps_the_function_in_float32_and_the_others_do_not(tmp_path, 
 
 def idle_writer(found, record):
     """The kernel of a layer that adds nothing."""
-    layer = record["growth"]["idle"]["decoder"][0]
+    layer = record["made"]["idle"]["decoder"][0]
     return next(name for name in found if name.endswith(f"decoder/layers_{layer}/mlp/wo/kernel"))
 
 
@@ -545,7 +545,7 @@ def test_the_layers_that_were_there_learn_as_they_did(tmp_path):
             return {name: np.asarray(value) for name, value in jax.grad(loss)(parameters).items()}
 
     one, two = gradients(tmp_path / "a"), gradients(out)
-    growth = open_checkpoint(str(out)).record.growth
+    made = open_checkpoint(str(out)).record.made
     for name, value in two.items():
         numbered = NUMBERED.fullmatch(name)
         if numbered is None:
@@ -554,8 +554,8 @@ def test_the_layers_that_were_there_learn_as_they_did(tmp_path):
             )
             continue
         part, layer = name.split("/")[0], int(numbered[2])
-        if layer not in growth.idle[part]:
-            was = one[f"{numbered[1]}{growth.layers[part][layer]}{numbered[3]}"]
+        if layer not in made.idle[part]:
+            was = one[f"{numbered[1]}{made.layers[part][layer]}{numbered[3]}"]
             np.testing.assert_allclose(value, was, rtol=0, atol=1e-12 * max(1, abs(was).max()), err_msg=name)
         else:
             assert value.any() == bool(KERNELS.fullmatch(name)), name
@@ -615,7 +615,7 @@ def test_one_stack_grows_and_the_other_stays(tmp_path, fusectl, part, other):
 def test_layers_is_for_both_and_the_others_come_first(tmp_path):
     source = checkpoint(tmp_path / "a", layers=T5_LAYERS)
     plan, _ = plan_stack(source, "stack", 4, {"decoder": 7, "encoder": None}, Options())
-    assert {each: len(found) for each, found in plan.record.growth.layers.items()} == {"encoder": 4, "decoder": 7}
+    assert {each: len(found) for each, found in plan.record.made.layers.items()} == {"encoder": 4, "decoder": 7}
 
 
 @pytest.fixture(scope="module")
@@ -862,8 +862,8 @@ def tell(**fields):
     return lambda found, record: record.update(fields)
 
 
-def tell_growth(**fields):
-    return lambda found, record: record["growth"].update(fields)
+def tell_made(**fields):
+    return lambda found, record: record["made"].update(fields)
 
 
 KERNEL, SLOT = "target/encoder/layers_{}/mlp/wi_0/kernel", "state/param_states/encoder/layers_{}/mlp/wi_0/kernel/v"
@@ -885,12 +885,12 @@ WRONG = {
     ),
     "a tensor that is no part": (put("more/x", np.ones(3, np.float32)), "more/x: no part of"),
     "layers": (
-        tell_growth(layers={"encoder": [0, 1, 0, 1], "decoder": [0, 0, 0, 0]}),
+        tell_made(layers={"encoder": [0, 1, 0, 1], "decoder": [0, 0, 0, 0]}),
         "the record's layers of the encoder",
     ),
-    "idle ones": (tell_growth(idle={"encoder": [], "decoder": []}), "the record's layers of the decoder"),
-    "how": (tell_growth(how="stack"), "not those of --how stack"),
-    "an unknown how": (tell_growth(how="other"), "which fusectl does not know"),
+    "idle ones": (tell_made(idle={"encoder": [], "decoder": []}), "the record's layers of the decoder"),
+    "how": (tell_made(how="stack"), "not those of --how stack"),
+    "an unknown how": (tell_made(how="other"), "which fusectl does not know"),
     "another optimizer": (tell(optimizer="drop"), "no part of"),
     "zeros for a state": (tell(optimizer="reset"), "values are not"),
     "a step that was set": (tell(step=5), "the step: 1000, expected 5"),
@@ -1020,7 +1020,7 @@ def test_a_fusion_is_stacked_and_filled(tmp_path, fusectl, two):
     carry_out(*filling, tmp_path / "noisy", sync=False)
 
     record = open_checkpoint(str(tmp_path / "noisy")).record
-    assert (record.growth, record.fill.kind, record.norm_groups) == (None, "gaussian", (12, 12))
+    assert (record.made, record.fill.kind, record.norm_groups) == (Fused(), "gaussian", (12, 12))
     done = fusectl("verify", tmp_path / "noisy", "--levels", "weights")
     assert (done.code, "--sources" in done.err) == (2, True)
     done = fusectl("verify", tmp_path / "noisy", "--levels", "weights", "--sources", *names)
