@@ -1,14 +1,29 @@
-"""The options that commands have in common, as types of their parameters, and what is made of their values."""
+"""The options that commands have in common, in groups, and what is made of their values.
+
+A group is a dataclass of annotated fields. `spread` replaces a command's parameter of such a type with the group's
+fields, so that no list of options stands twice; --help shows each group under its heading.
+
+    @commands.command(...)
+    @spread
+    def stack(source: Source = None, *, layers: Layers = None, disk: OnDisk, running: Running, common: Common): ...
+"""
 
 from __future__ import annotations
 
 import re
 import sys
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
+from collections.abc import Callable
+from copy import copy
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from inspect import Parameter, Signature, signature
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args, get_type_hints
 
 import typer
+from typer.core import TyperCommand
+from typer.models import OptionInfo
 
 from fusectl.cli.process import ARGUMENTS
+from fusectl.cli.screen import Screen
 from fusectl.errors import UsageError
 
 
@@ -16,6 +31,7 @@ if TYPE_CHECKING:
     from fusectl.layout.fill import Fill
     from fusectl.layout.mesh import Mesh
     from fusectl.planning.builder import Options
+    from fusectl.sources.lineage import Lineage
 
 
 Source = Annotated[str | None, typer.Argument(metavar="[CKPT]", help="The checkpoint; read from a pipe if left out.")]
@@ -153,6 +169,258 @@ DecoderLayers = Annotated[
     int | None, typer.Option(help="How many layers the decoder is to have. [default: --layers, or as it is]", min=1)
 ]
 
+# The headings of --help.
+SOURCES, OPERATION, OPTIMIZER = "Sources", "Operation", "Optimizer"
+ON_DISK, RUNNING, OUTPUT = "Layout on disk", "Running", "Output"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How sources are recognised."""
+
+    heading: ClassVar[str] = SOURCES
+    arch: Arch = None
+    drop: Drop = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Described(Reading):
+    """Sources that a config tells more of."""
+
+    config: Configs = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Norms:
+    """The widths that sources' norms are taken over."""
+
+    heading: ClassVar[str] = SOURCES
+    fused_from: FusedFrom = field(default_factory=list)
+    norm_groups: NormGroups = field(default_factory=list)
+
+    def lineages(self) -> tuple[Lineage | None, ...]:
+        """One for all sources, or one for each."""
+        from fusectl.sources.lineage import lineages
+
+        return lineages(self.fused_from, self.norm_groups)
+
+    def lineage(self) -> Lineage | None:
+        """That of a single source."""
+        from fusectl.sources.lineage import for_each
+
+        (lineage,) = for_each(self.lineages(), 1)
+        return lineage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Filling:
+    """What stands where no source does."""
+
+    heading: ClassVar[str] = OPERATION
+    fill: FillKind = "zeros"
+    noise_scale: NoiseScale = None
+    seed: Seed = 0
+
+    def value(self) -> Fill:
+        """The library's Fill; raises UsageError for a scale of no noise, or that is no scale."""
+        return fill_of(self.fill, self.noise_scale, self.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noise(Filling):
+    """The same, where there are zeros already."""
+
+    fill: FillKind = "gaussian"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepToWrite:
+    """The step of the output."""
+
+    heading: ClassVar[str] = OPTIMIZER
+    step: Step = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class State(StepToWrite):
+    """What becomes of the optimizer's state."""
+
+    optimizer: Optimizer = "carry"
+    lr_table: LrTable = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Copied:
+    """How the output is stored, where chunks are put together anew."""
+
+    heading: ClassVar[str] = ON_DISK
+    format: FormatName = None
+    dtype: Dtype = None
+    codec: Codec = "auto"
+    sparse: Sparse = None
+    mesh: MeshSizes = None
+    axis_rules: AxisRules = None
+    check: Check = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnDisk(Copied):
+    """How the output is stored, where sources' chunks can be linked."""
+
+    link: Link = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proven:
+    """How a plan is carried out, and proved."""
+
+    heading: ClassVar[str] = RUNNING
+    dry_run: DryRun = False
+    verify: Verify = False
+    report: WithReport = True
+    resume: Resume = False
+    max_memory: MaxMemory = None
+    jobs: Jobs = None
+
+    @property
+    def lets_nonfinite_pass(self) -> bool:
+        """Never where values are computed with."""
+        return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Running(Proven):
+    """The same, where NaN and Inf may be moved."""
+
+    allow_nonfinite: AllowNonfinite = False
+
+    @property
+    def lets_nonfinite_pass(self) -> bool:
+        """As the option says."""
+        return self.allow_nonfinite
+
+
+@dataclass(frozen=True, kw_only=True)
+class Writing:
+    """Where the output goes."""
+
+    heading: ClassVar[str] = OUTPUT
+    output: Output = None
+    force: Force = False
+    sync: Sync = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Common:
+    """What every command has."""
+
+    heading: ClassVar[str] = OUTPUT
+    json: Json = False
+    quiet: Quiet = False
+    debug: Debug = False
+
+    def screen(self, command: str) -> Screen:
+        """The Screen of a command's run."""
+        return Screen(command, json=self.json, quiet=self.quiet, debug=self.debug)
+
+
+class Grouped(TyperCommand):
+    """A command whose options stand under headings in plain text too; Typer has them on a terminal only."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Writes the arguments, and the options by their headings."""
+        if self.rich_markup_mode is not None:
+            super().format_options(ctx, formatter)
+            return
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for each in self.get_params(ctx):
+            if (record := each.get_help_record(ctx)) is not None:
+                own = "Arguments" if each.param_type_name == "argument" else "Options"
+                sections.setdefault(getattr(each, "rich_help_panel", None) or own, []).append(record)
+        for heading, records in sections.items():
+            with formatter.section(heading):
+                formatter.write_dl(records)
+
+
+def spread(command: Callable[..., None]) -> Callable[..., None]:
+    """A command that takes the fields of its groups of options instead of the groups.
+
+    In --help each group stands under its heading, and what a writing command has for itself under that of operations.
+    """
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    heading = OPERATION if Writing in groups.values() else None
+    parameters: list[Parameter] = []
+    for parameter in signature(command).parameters.values():
+        name, hint = parameter.name, hints[parameter.name]
+        if name not in groups:
+            parameters.append(parameter.replace(annotation=_under(heading, hint)))
+            continue
+        own = get_type_hints(hint, include_extras=True)
+        parameters += [
+            Parameter(
+                each.name,
+                Parameter.KEYWORD_ONLY,
+                default=_default(each),
+                annotation=_under(hint.heading, own[each.name]),
+            )
+            for each in fields(hint)
+        ]
+    spread_signature = Signature(parameters)
+
+    def spread_out(*args: Any, **values: Any) -> None:
+        bound = spread_signature.bind(*args, **values)
+        bound.apply_defaults()
+        given = bound.arguments
+        for name, group in groups.items():
+            given[name] = group(**{each.name: given.pop(each.name) for each in fields(group)})
+        command(**given)
+
+    spread_out.__name__, spread_out.__doc__ = command.__name__, command.__doc__
+    spread_out.__annotations__ = {each.name: each.annotation for each in parameters}
+    spread_out.__signature__ = spread_signature  # type: ignore[attr-defined]
+    return spread_out
+
+
+def _default(option: Field[Any]) -> object:
+    return option.default if option.default_factory is MISSING else option.default_factory()
+
+
+def _under(heading: str | None, hint: Any) -> Any:
+    """The annotation with its option under a heading, unless it has one."""
+    kind, *rest = get_args(hint) if hasattr(hint, "__metadata__") else (hint,)
+    if not rest or not isinstance(rest[0], OptionInfo) or rest[0].rich_help_panel is not None:
+        return hint
+    option = copy(rest[0])
+    option.rich_help_panel = heading
+    return Annotated[kind, option]
+
+
+def options_of(
+    disk: Copied, running: Proven, reading: Reading, step: StepToWrite, *, optimizer: str = "carry", **more: Any
+) -> Options:
+    """The library's Options for a writing command; `more` are those of some commands only."""
+    from fusectl.planning.builder import Options
+    from fusectl.system.threads import default_max_memory_bytes
+
+    return Options(
+        optimizer=optimizer,
+        format=disk.format,
+        arch=reading.arch,
+        drop=tuple(reading.drop),
+        configs=tuple(reading.config) if isinstance(reading, Described) else (),
+        dtype=disk.dtype,
+        max_memory_bytes=parse_bytes(running.max_memory, "--max-memory") or default_max_memory_bytes(),
+        step=step.step,
+        codec=disk.codec,
+        sparse=disk.sparse,
+        link=isinstance(disk, OnDisk) and disk.link,
+        check=disk.check,
+        mesh=mesh_of(disk.mesh, disk.axis_rules),
+        **more,
+    )
+
+
 # Options that are followed by several values.
 GATHERED = ("--sources", "--over-time")
 
@@ -251,43 +519,3 @@ def require_scale(noise_scale: float) -> None:
     """Raises UsageError for a noise scale that is not a positive number."""
     if not 0.0 < noise_scale < float("inf"):
         raise UsageError(f"--noise-scale {noise_scale:g}: a positive number")
-
-
-class Stored(NamedTuple):
-    """The options that say how what is written is stored."""
-
-    codec: str
-    sparse: bool | None
-    link: bool
-    check: bool
-    mesh: Mesh | None = None
-
-
-def options_of(
-    fill: Fill,
-    optimizer: str,
-    format: str | None,
-    arch: str | None,
-    drop: list[str],
-    dtype: str | None,
-    stored: Stored,
-    max_memory: str | None,
-    step: int | None,
-    norm: str | None = None,
-) -> Options:
-    """What the library is to be told: the options that say what is written."""
-    from fusectl.planning.builder import Options
-    from fusectl.system.threads import default_max_memory_bytes
-
-    return Options(
-        fill=fill,
-        optimizer=optimizer,
-        format=format,
-        arch=arch,
-        drop=tuple(drop),
-        dtype=dtype,
-        max_memory_bytes=parse_bytes(max_memory, "--max-memory") or default_max_memory_bytes(),
-        norm=norm,
-        step=step,
-        **stored._asdict(),
-    )
