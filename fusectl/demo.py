@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fusectl.errors import OutputExists
-from fusectl.families import family_named, recognize
+from fusectl.families.recognition import recognize
+from fusectl.families.registry import family_named
 from fusectl.families.table import Family, Row, stack_of
 from fusectl.formats.sink import save
 from fusectl.layout.fill import Fill

@@ -21,8 +21,8 @@ from models import SIZES, WIDER, checkpoint, state
 
 from fusectl import cli
 from fusectl.cli.options import gather
-from fusectl.formats import FORMATS, open_checkpoint
 from fusectl.formats.locate import JOURNAL
+from fusectl.formats.registry import FORMATS, open_checkpoint
 from fusectl.formats.sink import save
 
 

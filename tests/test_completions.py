@@ -10,8 +10,8 @@ import pytest
 from cases import COMMANDS
 
 from fusectl.cli import options
-from fusectl.formats import FORMATS, ORBAX
 from fusectl.formats.record import NORMS
+from fusectl.formats.registry import FORMATS, ORBAX
 from fusectl.layout.fill import FILLS
 from fusectl.operations.equalize import MEASURES
 from fusectl.restart import TRAINERS

@@ -13,7 +13,7 @@ import pytest
 from models import checkpoint, contents
 
 from fusectl.cli import run
-from fusectl.formats import FORMATS
+from fusectl.formats.registry import FORMATS
 from fusectl.formats.staging import staging_of
 from fusectl.layout.fill import Fill
 from fusectl.operations.fuse import plan_fusion

@@ -7,7 +7,7 @@ import pytest
 from cases import COMMANDS
 
 from fusectl import errors
-from fusectl.formats import FORMATS
+from fusectl.formats.registry import FORMATS
 
 
 README = (Path(__file__).parents[1] / "README.md").read_text()

@@ -18,8 +18,9 @@ from models import contents, write_record
 from fusectl.errors import Corrupt, FusectlError, NotFound, OutputExists, UsageError
 from fusectl.families.config import read_config
 from fusectl.families.userfile import parse_family
-from fusectl.formats import FORMATS, open_checkpoint, staging
+from fusectl.formats import staging
 from fusectl.formats.locate import JOURNAL
+from fusectl.formats.registry import FORMATS, open_checkpoint
 from fusectl.formats.sink import Sink, save
 from fusectl.formats.staging import can_be_resumed, staging_of
 from fusectl.inspection.fsck import fsck

@@ -6,7 +6,7 @@ import warnings
 import numpy as np
 from models import SIZES
 
-from fusectl.formats import format_named, open_checkpoint
+from fusectl.formats.registry import format_named, open_checkpoint
 from fusectl.formats.sink import save
 
 

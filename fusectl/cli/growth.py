@@ -272,7 +272,7 @@ def grow(
     """Say which operators lead from a checkpoint to larger sizes and what each keeps; run the one that is asked for."""
     screen = common.screen("grow")
     with screen.errors():
-        from fusectl.formats import open_checkpoint
+        from fusectl.formats.registry import open_checkpoint
         from fusectl.research.routes import read_target, routes
         from fusectl.sources.opened import recognized
         from fusectl.sources.packed_qkv import unpacked

@@ -70,7 +70,7 @@ Optimizer = Annotated[
 Norm = Annotated[
     Literal["rule", "property"] | None,
     typer.Option(
-        help="What it will train with: the trainer's one norm, or a norm per source (fusectl.families). "
+        help="What it will train with: the trainer's one norm, or a norm per source (fusectl.networks). "
         "[default: rule; property if a source has it]"
     ),
 ]

@@ -20,7 +20,7 @@ from fusectl.system.given import read_given
 
 
 if TYPE_CHECKING:
-    from fusectl.families import Recognized
+    from fusectl.families.recognized import Recognized
 
 
 # Per axis, the key that tells its size.

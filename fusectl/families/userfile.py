@@ -128,7 +128,7 @@ def read_family(path: Path) -> Family:
     Raises NotFound where there is no file, StorageError for one that cannot be read, UsageError with all that is wrong
     with its contents.
     """
-    from fusectl.families import FAMILIES
+    from fusectl.families.registry import FAMILIES
 
     raw = read_given(path, LARGEST_TABLE, "a family's table")
     try:

@@ -15,12 +15,12 @@ import numpy as np
 import numpy.typing as npt
 
 from fusectl.errors import Corrupt, StorageError
-from fusectl.formats import Format, format_named
 from fusectl.formats.encoding import ZSTD_LEVEL, BadChunk, Buffer, Encoding, checksum
 from fusectl.formats.locate import ARRAY_METADATAS, COMMITTED, JOURNAL, ORBAX_INDEX, STEP_METADATA, STRINGS, T5X_INDEX
 from fusectl.formats.objects import Place
 from fusectl.formats.orbax import Form, array_metadatas, item_metadata, marker, step_metadata, strings
 from fusectl.formats.record import FILE_NAME, Record, crc32_of
+from fusectl.formats.registry import Format, format_named
 from fusectl.formats.staging import remove_any, staged, storage_errors
 from fusectl.formats.store import MANIFEST, translate
 from fusectl.formats.t5x import kept_in_index, new_index

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fusectl.errors import Corrupt, Incompatible, counted, shorten
-from fusectl.families import Recognized, family_named, match, nearest_row
 from fusectl.families.naming import namings_of
+from fusectl.families.recognition import match, nearest_row
+from fusectl.families.recognized import Recognized
+from fusectl.families.registry import family_named
 from fusectl.families.table import Family, Row
-from fusectl.formats import FORMATS, open_checkpoint
+from fusectl.formats.registry import FORMATS, open_checkpoint
 from fusectl.formats.tree import Checkpoint
 from fusectl.optimizer.slots import OptimizerState, find_state
 from fusectl.sources.lineage import Lineage, remembered

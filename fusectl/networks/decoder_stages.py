@@ -18,7 +18,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from fusectl.errors import Incompatible, shorten
-from fusectl.families import Recognized
+from fusectl.families.recognized import Recognized
 from fusectl.families.roles import LAYER, ROLES, STEM
 from fusectl.families.table import DECODER, Row
 from fusectl.networks.decoder_flax import (

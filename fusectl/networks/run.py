@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fusectl.errors import NotEnoughSpace
-from fusectl.families import Recognized
+from fusectl.families.recognized import Recognized
 from fusectl.formats.tree import Checkpoint
 from fusectl.layout.blocks import whole
 from fusectl.networks.stages import Part, Stage, State, Step, Tap, Twin

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import flax.linen as nn
 import jax
 
-from fusectl.families import Recognized
+from fusectl.families.recognized import Recognized
 from fusectl.families.table import Row
 from fusectl.networks.tokens import Tokens
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from fusectl.families import Recognized
+from fusectl.families.recognized import Recognized
 from fusectl.networks import t5_flax
 from fusectl.networks.stages import Array, Part, Stage, State, Step, Tap, tapped
 from fusectl.networks.t5_flax import (

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import optax
 
-from fusectl.families import Recognized
+from fusectl.families.recognized import Recognized
 from fusectl.families.table import EMBEDDING
 from fusectl.networks.run import twin_of
 from fusectl.networks.tokens import Tokens

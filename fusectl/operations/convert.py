@@ -11,10 +11,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from fusectl.errors import Incompatible, UsageError
-from fusectl.families import UNKNOWN, Recognized
 from fusectl.families.naming import Naming
-from fusectl.formats import open_checkpoint
+from fusectl.families.recognized import UNKNOWN, Recognized
 from fusectl.formats.record import LAYERS, Converted, Fused, Mapped, Origin, Record, Stacked
+from fusectl.formats.registry import open_checkpoint
 from fusectl.formats.tree import DICT, T5X_STEP, Checkpoint, Key, Node, dict_keys, is_dropped, kept_shapes
 from fusectl.layout.blocks import Block, Layout, Term, whole
 from fusectl.layout.fill import Fill

@@ -16,9 +16,9 @@ import numpy as np
 
 import fusectl
 from fusectl.errors import Incompatible, UsageError, shorten
-from fusectl.families import Recognized
 from fusectl.families.config import read_config
 from fusectl.families.naming import Naming
+from fusectl.families.recognized import Recognized
 from fusectl.formats.record import Fused, Record, mean_weights
 from fusectl.formats.tree import Checkpoint
 from fusectl.formats.zarr import epsilon, np_dtype
@@ -312,7 +312,7 @@ def _notes_on(opened: Sequence[Opened], options: Options, record: Record) -> lis
     if record.norm == "property":
         groups = ", ".join(map(str, record.norm_groups))
         network = "t5_flax" if opened[0].tree.family.trainer == "t5x" else "decoder_flax"
-        notes.append(f"to be trained with a norm per source: fusectl.families.{network}, norm_groups = ({groups})")
+        notes.append(f"to be trained with a norm per source: fusectl.networks.{network}, norm_groups = ({groups})")
     elif not record.self_fused:
         notes.append(
             "with a norm per source this is the mean of the logits; the trainer's one deviates: verify says how far"

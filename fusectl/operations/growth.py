@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from fusectl.errors import UsageError
-from fusectl.families import Recognized
 from fusectl.families.config import read_config
-from fusectl.formats import fingerprint
+from fusectl.families.recognized import Recognized
 from fusectl.formats.record import Mapped, Origin, Record, Stacked
+from fusectl.formats.registry import fingerprint
 from fusectl.formats.tree import DICT, T5X_STEP, Checkpoint, Key, is_dropped, keys_beside
 from fusectl.formats.zarr import epsilon
 from fusectl.layout.blocks import Layout

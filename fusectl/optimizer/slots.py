@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from fusectl.errors import Incompatible, shorten
-from fusectl.families import Recognized
+from fusectl.families.recognized import Recognized
 from fusectl.layout.axes import TensorSpec
 
 

@@ -10,11 +10,11 @@ import numpy as np
 
 import fusectl
 from fusectl.errors import Incompatible, UsageError, shorten
-from fusectl.families import Recognized
 from fusectl.families.naming import T5X, Naming, is_stream
-from fusectl.formats import ORBAX, Format, fingerprint, format_named, orbax_for
+from fusectl.families.recognized import Recognized
 from fusectl.formats.flaxpack import CHUNKED
 from fusectl.formats.record import NORMS, Record, SourceRecord
+from fusectl.formats.registry import ORBAX, Format, fingerprint, format_named, orbax_for
 from fusectl.formats.t5x import kept_in_index
 from fusectl.formats.tree import (
     SEQUENCE,

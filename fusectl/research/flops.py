@@ -20,7 +20,7 @@ import math
 from collections.abc import Mapping
 
 from fusectl.errors import Incompatible, UsageError
-from fusectl.families import Recognized
+from fusectl.families.recognized import Recognized
 from fusectl.families.table import ENCODER, Row, stack_of
 
 

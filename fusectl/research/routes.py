@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fusectl.errors import Incompatible, NotFound, UsageError
-from fusectl.families import Recognized
 from fusectl.families.config import GEMMA_SIZES, MAXTEXT_SIZES, read_config
+from fusectl.families.recognized import Recognized
 from fusectl.families.table import DECODER, ENCODER
-from fusectl.formats import open_checkpoint
+from fusectl.formats.registry import open_checkpoint
 from fusectl.rules.linear import growing_to
 from fusectl.sources.opened import recognized
 from fusectl.sources.packed_qkv import unpacked

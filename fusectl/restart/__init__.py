@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fusectl.errors import Incompatible, UsageError
-from fusectl.families import Recognized
-from fusectl.formats import open_checkpoint
+from fusectl.families.recognized import Recognized
+from fusectl.formats.registry import open_checkpoint
 from fusectl.formats.tree import Checkpoint
 from fusectl.restart import gemma, maxtext, t5x
 from fusectl.restart.base import TRAINERS, NotRead, Restart

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fusectl.errors import Incompatible
-from fusectl.formats import format_named, orbax_for
 from fusectl.formats.record import Record
+from fusectl.formats.registry import format_named, orbax_for
 from fusectl.formats.tree import Checkpoint
 from fusectl.sources.lineage import is_told
 from fusectl.system.escape import visible

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from fusectl.families import Recognized
 from fusectl.families.config import GEMMA_QUERY_SCALES, GEMMA_SIZES, counted_sizes
+from fusectl.families.recognized import Recognized
 from fusectl.families.settings import Attending, Network
 from fusectl.formats.tree import Checkpoint
 from fusectl.restart.base import Restart, notes_on_history, notes_on_norm, require_read

@@ -12,13 +12,13 @@ import shlex
 from collections.abc import Iterator
 from typing import Any
 
-from fusectl.families import Recognized
 from fusectl.families.config import MAXTEXT_SIZES, counted_sizes
 from fusectl.families.naming import MAXTEXT
-from fusectl.formats import format_named
+from fusectl.families.recognized import Recognized
 from fusectl.formats.locate import names_in
 from fusectl.formats.objects import Place
 from fusectl.formats.record import Record
+from fusectl.formats.registry import format_named
 from fusectl.formats.tree import Checkpoint, Location
 from fusectl.optimizer.slots import is_state
 from fusectl.restart.base import Restart, notes_on_history, notes_on_norm, require_read

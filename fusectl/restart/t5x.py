@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fusectl.errors import Incompatible, UsageError
-from fusectl.families import Recognized
+from fusectl.families.recognized import Recognized
 from fusectl.formats.locate import T5X_STEP
 from fusectl.formats.tree import Checkpoint
 from fusectl.formats.zarr import np_dtype
@@ -163,7 +163,7 @@ def _imports(
     yield f"from t5x.examples.{_example(tree)} import network"
     if groups:
         yield "from t5x import models"
-        yield "from fusectl.families import t5_flax"
+        yield "from fusectl.networks import t5_flax"
     if files is not None:
         yield from (line for value in settings.values() for line in files.imports_for(value.text))
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from fusectl.errors import Incompatible, UsageError, shorten
-from fusectl.families import Recognized
+from fusectl.families.recognized import Recognized
 from fusectl.families.table import stack_of
 from fusectl.layout.blocks import Block, Layout, Product, Region, Term, whole
 

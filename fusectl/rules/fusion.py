@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from fusectl.errors import Incompatible
-from fusectl.families import Recognized
+from fusectl.families.recognized import Recognized
 from fusectl.families.table import EMBEDDING, Row
 from fusectl.layout.blocks import Block, Layout, Noise, Product, Region, Term, whole
 from fusectl.layout.fill import Fill

@@ -28,7 +28,7 @@ from typing import Any
 import numpy.typing as npt
 
 from fusectl.errors import Incompatible
-from fusectl.families import Recognized
+from fusectl.families.recognized import Recognized
 from fusectl.families.table import EMBEDDING, Row, stack_of
 from fusectl.layout.blocks import Block, Expansion, Layout, Mapped, Product, Region, Term
 from fusectl.rules.depth import problems_of_depths

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fusectl.families import Recognized
+from fusectl.families.recognized import Recognized
 from fusectl.formats.tree import Checkpoint, Leaf, View
 from fusectl.layout.blocks import Region, whole
 from fusectl.optimizer.slots import slot_axes

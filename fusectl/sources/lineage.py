@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from fusectl.errors import Incompatible, UsageError
-from fusectl.formats import open_checkpoint
 from fusectl.formats.record import FILE_NAME, Record
+from fusectl.formats.registry import open_checkpoint
 from fusectl.formats.tree import Checkpoint
 
 

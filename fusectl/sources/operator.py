@@ -22,9 +22,9 @@ import numpy.typing as npt
 
 import fusectl
 from fusectl.errors import Corrupt, Incompatible, UsageError, shorten
-from fusectl.families import Recognized
+from fusectl.families.recognized import Recognized
 from fusectl.families.table import Row, stack_of
-from fusectl.formats import open_checkpoint
+from fusectl.formats.registry import open_checkpoint
 from fusectl.formats.sink import save
 from fusectl.formats.tree import Checkpoint
 from fusectl.formats.zarr import nonfinite_at

@@ -20,8 +20,9 @@ import numpy as np
 import numpy.typing as npt
 
 from fusectl.errors import Incompatible
-from fusectl.families import FAMILIES, Recognized
 from fusectl.families.naming import is_stream
+from fusectl.families.recognized import Recognized
+from fusectl.families.registry import FAMILIES
 from fusectl.families.table import Family, Row, stack_of
 from fusectl.formats.tree import Checkpoint, Leaf, View, dict_keys, kept_shapes, keys_beside
 from fusectl.formats.zarr import np_dtype

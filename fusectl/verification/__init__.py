@@ -24,11 +24,11 @@ from typing import assert_never
 
 import fusectl
 from fusectl.errors import UsageError
-from fusectl.families import Recognized
+from fusectl.families.recognized import Recognized
 from fusectl.families.table import Family
-from fusectl.formats import open_checkpoint
 from fusectl.formats.objects import Place
 from fusectl.formats.record import Converted, Fused, Mapped, Stacked
+from fusectl.formats.registry import open_checkpoint
 from fusectl.formats.staging import storage_errors
 from fusectl.formats.tree import Checkpoint
 from fusectl.networks.tokens import DEFAULT_BATCH, DEFAULT_LENGTH, Tokens, random_tokens, read_tokens

@@ -9,13 +9,13 @@ from functools import cached_property
 
 import fusectl
 from fusectl.errors import Incompatible, NotFound, UsageError
-from fusectl.families import Recognized
 from fusectl.families.config import read_config
+from fusectl.families.recognized import Recognized
 from fusectl.families.settings import Network
 from fusectl.families.table import Family
-from fusectl.formats import fingerprint, open_checkpoint
 from fusectl.formats.objects import bucket_of
 from fusectl.formats.record import Converted, Fused, Mapped, Record, SourceRecord, mean_weights, norm_groups
+from fusectl.formats.registry import fingerprint, open_checkpoint
 from fusectl.formats.tree import Checkpoint
 from fusectl.layout.fill import DEFAULT_NOISE_SCALE, Fill
 from fusectl.rules.fusion import widths_of

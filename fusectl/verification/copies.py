@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from fusectl.errors import Incompatible, NotFound
-from fusectl.families import UNKNOWN
+from fusectl.families.recognized import UNKNOWN
 from fusectl.families.table import Family
-from fusectl.formats import fingerprint, open_checkpoint
 from fusectl.formats.record import Converted, Origin, Record
+from fusectl.formats.registry import fingerprint, open_checkpoint
 from fusectl.formats.tree import NONE, STEPS, T5X_STEP, Checkpoint, Key, dict_keys, is_dropped
 from fusectl.layout.blocks import Region, common_tile, size, tiles
 from fusectl.optimizer.slots import is_state

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
-from fusectl.families import Recognized
+from fusectl.families.recognized import Recognized
 from fusectl.formats.zarr import epsilon
 from fusectl.networks.run import Model, Outcome, Passes, Shelf, head_of, plan_passes, positions, run_stages, twin_of
 from fusectl.networks.stages import Part, Tap

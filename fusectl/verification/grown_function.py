@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
-from fusectl.families import Recognized
+from fusectl.families.recognized import Recognized
 from fusectl.formats.record import Mapped, Record
 from fusectl.formats.tree import Checkpoint
 from fusectl.formats.zarr import epsilon

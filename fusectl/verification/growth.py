@@ -17,11 +17,11 @@ import numpy as np
 import numpy.typing as npt
 
 from fusectl.errors import NotFound
-from fusectl.families import Recognized
 from fusectl.families.naming import is_stream
+from fusectl.families.recognized import Recognized
 from fusectl.families.table import DECODER, stack_of
-from fusectl.formats import fingerprint, open_checkpoint
 from fusectl.formats.record import Mapped, Record, Stacked
+from fusectl.formats.registry import fingerprint, open_checkpoint
 from fusectl.formats.tree import STEPS, Checkpoint, kept_shapes
 from fusectl.formats.zarr import epsilon
 from fusectl.layout.blocks import Region, common_tile, shifted, size, tiles, whole

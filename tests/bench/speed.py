@@ -29,8 +29,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from fusectl.formats import format_named
 from fusectl.formats.encoding import Encoding
+from fusectl.formats.registry import format_named
 from fusectl.formats.sink import NewTensor, Sink
 from fusectl.formats.staging import staged
 from fusectl.formats.tree import dict_keys

@@ -4,8 +4,9 @@ import pytest
 from models import ALL_NAMES, RECOGNIZED, SIZES, layers_of, sizes_of, state
 
 from fusectl.errors import Incompatible
-from fusectl.families import FAMILIES, family_named, recognize
-from fusectl.formats import open_checkpoint
+from fusectl.families.recognition import recognize
+from fusectl.families.registry import FAMILIES, family_named
+from fusectl.formats.registry import open_checkpoint
 
 
 def shapes(family, **kwargs):

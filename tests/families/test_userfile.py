@@ -9,12 +9,12 @@ import pytest
 from models import SIZES, WIDER_DECODER, checkpoint, contents, sizes_of, state, write_record
 
 from fusectl.errors import UsageError
-from fusectl.families import FAMILIES, family_named
+from fusectl.families.registry import FAMILIES, family_named
 from fusectl.families.roles import ROLES
 from fusectl.families.settings import ACTIVATIONS, Network
 from fusectl.families.table import Row
 from fusectl.families.userfile import ATTENDING, BIAS, NETWORK, ROW, TWIN, parse_family
-from fusectl.formats import open_checkpoint
+from fusectl.formats.registry import open_checkpoint
 from fusectl.formats.sink import save
 from fusectl.networks import decoder_flax
 

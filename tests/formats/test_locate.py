@@ -8,8 +8,8 @@ import pytest
 from models import checkpoint
 
 from fusectl.errors import Corrupt, NotFound, UsageError
-from fusectl.formats import open_checkpoint
 from fusectl.formats.locate import locate
+from fusectl.formats.registry import open_checkpoint
 from fusectl.formats.sink import save
 
 

@@ -14,7 +14,7 @@ from cases import some_soon
 from models import state
 
 from fusectl.errors import Incompatible
-from fusectl.formats import FORMATS, open_checkpoint
+from fusectl.formats.registry import FORMATS, open_checkpoint
 from fusectl.inspection.fsck import fsck
 from fusectl.operations.convert import plan_conversion
 from fusectl.planning.builder import Options

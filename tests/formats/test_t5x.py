@@ -7,9 +7,9 @@ import tensorstore as ts
 from models import state
 
 from fusectl.errors import Corrupt, Incompatible, NotFound
-from fusectl.formats import open_checkpoint
 from fusectl.formats.encoding import Encoding
 from fusectl.formats.flaxpack import to_ext
+from fusectl.formats.registry import open_checkpoint
 from fusectl.formats.sink import save
 from fusectl.formats.t5x import kept_in_index
 from fusectl.operations.fuse import plan_fusion

@@ -5,7 +5,7 @@ import pytest
 from models import checkpoint, state
 
 from fusectl.errors import UsageError
-from fusectl.formats import FORMATS
+from fusectl.formats.registry import FORMATS
 from fusectl.formats.sink import save
 from fusectl.inspection.diff import diff
 

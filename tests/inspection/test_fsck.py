@@ -16,9 +16,9 @@ import pytest
 import zstandard
 from models import checkpoint, contents, state
 
-from fusectl.formats import FORMATS, open_checkpoint
 from fusectl.formats.encoding import Encoding
 from fusectl.formats.record import FILE_NAME
+from fusectl.formats.registry import FORMATS, open_checkpoint
 from fusectl.formats.sink import save
 from fusectl.formats.store import Extent
 from fusectl.inspection.fsck import fsck

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from fusectl.errors import Incompatible
-from fusectl.families import recognize
 from fusectl.families.config import read_config
-from fusectl.formats import open_checkpoint
+from fusectl.families.recognition import recognize
+from fusectl.formats.registry import open_checkpoint
 from fusectl.networks import decoder_stages as decoder_twin
 from fusectl.networks.stages import Step
 from fusectl.networks.tokens import Tokens

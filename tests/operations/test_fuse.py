@@ -11,10 +11,10 @@ from models import LAYERS, SIZES, checkpoint, state, write_record
 
 from fusectl.demo import random_parameters
 from fusectl.errors import Corrupt, Incompatible, OutputExists, UsageError
-from fusectl.families import family_named
-from fusectl.formats import fingerprint, open_checkpoint
+from fusectl.families.registry import family_named
 from fusectl.formats.encoding import Encoding
 from fusectl.formats.record import FILE_NAME, Record
+from fusectl.formats.registry import fingerprint, open_checkpoint
 from fusectl.formats.sink import save
 from fusectl.formats.tree import Leaf
 from fusectl.formats.zarr import new_storage

@@ -14,8 +14,8 @@ import pytest
 from models import FAMILY_NAMES, LAYERS, SIZES, checkpoint, contents, ends_at, layers_of, sizes_of, state
 
 from fusectl.cli import run
-from fusectl.families import family_named
-from fusectl.formats import open_checkpoint
+from fusectl.families.registry import family_named
+from fusectl.formats.registry import open_checkpoint
 from fusectl.formats.sink import save
 from fusectl.operations.growth import begin_operator, plan_with_operator
 from fusectl.operations.ligo import network

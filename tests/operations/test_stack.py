@@ -15,9 +15,9 @@ from models import DECODER_NAMES, FAMILY_NAMES, checkpoint, contents, covering, 
 from written import FACTORED, restored, trained, tree, written_by_orbax
 
 from fusectl.errors import Incompatible
-from fusectl.families import family_named
-from fusectl.formats import open_checkpoint
+from fusectl.families.registry import family_named
 from fusectl.formats.record import FILE_NAME, Fused
+from fusectl.formats.registry import open_checkpoint
 from fusectl.formats.sink import save
 from fusectl.layout.fill import Fill
 from fusectl.networks.tokens import random_tokens
@@ -522,7 +522,7 @@ def test_the_layers_that_were_there_learn_as_they_did(tmp_path):
     import jax
     import jax.numpy as jnp
 
-    from fusectl.families import recognize
+    from fusectl.families.recognition import recognize
     from fusectl.networks.stages import Step
     from fusectl.networks.t5_stages import config_of, whole
 

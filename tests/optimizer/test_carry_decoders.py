@@ -8,8 +8,9 @@ from cases import first_soon
 from flax.traverse_util import unflatten_dict
 from models import sizes_of, state
 
-from fusectl.families import family_named, recognize
-from fusectl.formats import open_checkpoint
+from fusectl.families.recognition import recognize
+from fusectl.families.registry import family_named
+from fusectl.formats.registry import open_checkpoint
 from fusectl.formats.sink import save
 from fusectl.networks import decoder_stages as decoder_twin
 from fusectl.networks.decoder_flax import Decoder

@@ -4,8 +4,8 @@ import pytest
 from models import state
 
 from fusectl.errors import Incompatible
-from fusectl.families import recognize
-from fusectl.formats import open_checkpoint
+from fusectl.families.recognition import recognize
+from fusectl.formats.registry import open_checkpoint
 from fusectl.layout.axes import parse_axes
 from fusectl.optimizer.slots import STATE, UNUSED, adafactor_slots, find_state, fresh_slots
 

@@ -7,8 +7,8 @@ from models import checkpoint
 
 from fusectl.cli import run
 from fusectl.errors import Incompatible, NotFound, UsageError
-from fusectl.families import recognize
-from fusectl.formats import open_checkpoint
+from fusectl.families.recognition import recognize
+from fusectl.formats.registry import open_checkpoint
 from fusectl.research.routes import ROUTES, read_target, routes
 from fusectl.verification import Settings, verify
 

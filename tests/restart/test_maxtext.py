@@ -14,9 +14,9 @@ from cases import first_soon
 from models import contents, state, write_record
 
 from fusectl.errors import Incompatible
-from fusectl.families import recognize
-from fusectl.formats import FORMATS, open_checkpoint
+from fusectl.families.recognition import recognize
 from fusectl.formats.record import crc32_of
+from fusectl.formats.registry import FORMATS, open_checkpoint
 from fusectl.formats.sink import save
 from fusectl.operations.convert import plan_conversion
 from fusectl.operations.fuse import plan_fusion

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from models import ALL_NAMES, FAMILY_NAMES, LAYERS, SIZES, sizes_of, state, wider_of
 
 from fusectl.errors import Incompatible
-from fusectl.families import family_named, recognize
+from fusectl.families.recognition import recognize
+from fusectl.families.registry import family_named
 from fusectl.layout.blocks import Noise, Product, Term
 from fusectl.layout.fill import Fill
 from fusectl.rules.fusion import check_fill, fused, line_up

@@ -10,8 +10,8 @@ from cases import first_soon
 from models import WIDER, checkpoint, state
 
 from fusectl.errors import NotEnoughSpace
-from fusectl.families import recognize
-from fusectl.formats import open_checkpoint
+from fusectl.families.recognition import recognize
+from fusectl.formats.registry import open_checkpoint
 from fusectl.formats.sink import save
 from fusectl.layout.fill import Fill
 from fusectl.networks import t5_stages as t5_twin

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from models import SIZES, WIDER, checkpoint, state
 
 from fusectl.errors import Corrupt, NotEnoughSpace
-from fusectl.formats import FORMATS, open_checkpoint
+from fusectl.formats.registry import FORMATS, open_checkpoint
 from fusectl.formats.sink import save
 from fusectl.layout.fill import Fill
 from fusectl.operations.fuse import plan_fusion

@@ -18,9 +18,10 @@ from cases import first_soon
 from models import checkpoint, contents, ends_at, start, state
 
 from fusectl.errors import Corrupt, FusectlError, Incompatible, NotEnoughSpace, OutputExists, StorageError
-from fusectl.formats import FORMATS, open_checkpoint, target
+from fusectl.formats import target
 from fusectl.formats.encoding import Encoding
 from fusectl.formats.locate import JOURNAL
+from fusectl.formats.registry import FORMATS, open_checkpoint
 from fusectl.formats.sink import Sink, save
 from fusectl.formats.staging import can_be_resumed, staging_of
 from fusectl.formats.store import new_ocdbt

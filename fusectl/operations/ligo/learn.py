@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from fusectl.errors import UsageError
-from fusectl.families import Recognized
+from fusectl.families.recognized import Recognized
 from fusectl.families.table import ENCODER
 from fusectl.formats.tree import Checkpoint
 from fusectl.networks.examples import Examples, full_target_length, read_examples

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fusectl.families import Recognized
+from fusectl.families.recognized import Recognized
 from fusectl.families.table import Row, stack_of
 from fusectl.layout.blocks import Expansion
 from fusectl.rules.linear import Growing, depth_name, is_depth

@@ -28,8 +28,10 @@ import numpy as np
 
 from fusectl.demo import parameter_shapes
 from fusectl.errors import Corrupt, FusectlError, UsageError
-from fusectl.families import Recognized, family_named, recognize
-from fusectl.formats import open_checkpoint
+from fusectl.families.recognition import recognize
+from fusectl.families.recognized import Recognized
+from fusectl.families.registry import family_named
+from fusectl.formats.registry import open_checkpoint
 from fusectl.formats.sink import save
 from fusectl.networks.examples import Examples, read_examples, window_of
 from fusectl.networks.tokens import Tokens

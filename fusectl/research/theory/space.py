@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
-from fusectl.families import Recognized
+from fusectl.families.recognized import Recognized
 from fusectl.layout.blocks import Block, Layout, Product, Region, Term, slices, whole
 from fusectl.layout.fill import Fill
 from fusectl.networks.training import loss_of
