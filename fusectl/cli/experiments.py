@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -13,11 +13,11 @@ from fusectl.cli.options import (
     Common,
     Configs,
     Drop,
-    FillKind,
+    FillOption,
     Force,
     Grouped,
     NoiseScale,
-    Norm,
+    NormOption,
     Norms,
     fill_of,
     parse_bytes,
@@ -26,6 +26,9 @@ from fusectl.cli.options import (
 )
 from fusectl.cli.process import stay_on_the_cpu
 from fusectl.errors import UsageError
+from fusectl.families.kinds import Norm
+from fusectl.layout.fill import FillKind
+from fusectl.research.kinds import Experiment, PresetName
 
 
 commands = typer.Typer()
@@ -59,9 +62,9 @@ def theory(
     sentinel: Annotated[
         int | None, typer.Option(help="With --data: the first span's token. [default: the vocabulary's]")
     ] = None,
-    norm: Norm = "property",
+    norm: NormOption = Norm.PROPERTY,
     norms: Norms,
-    fill: FillKind = "zeros",
+    fill: FillOption = FillKind.ZEROS,
     noise_scale: NoiseScale = None,
     seed: Annotated[
         int, typer.Option(help="The seed of random tokens, of the order of data, and of noise.", min=0)
@@ -210,15 +213,15 @@ def when(
 @spread
 def reproduce(
     experiment: Annotated[
-        Literal["table1", "table2", "table4", "figure4", "figure5", "figure6", "starts", "finetune", "ligo"],
+        Experiment,
         typer.Argument(metavar="EXPERIMENT", help="table1, table2, table4, figure4, 5 or 6, starts, finetune or ligo."),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Where models and reports are kept.")],
     *,
     preset: Annotated[
-        Literal["smoke", "cpu", "gpu"],
+        PresetName,
         typer.Option(help="How large: for a minute, for two cores, for a GPU."),
-    ] = "cpu",
+    ] = PresetName.CPU,
     common: Common,
 ) -> None:
     """Train, grow and train on small models as a paper has, and report it beside a baseline of the same compute.

@@ -35,7 +35,10 @@ from fusectl.cli.options import (
 from fusectl.cli.screen import Screen
 from fusectl.cli.writing import final_place, write
 from fusectl.errors import Incompatible, UsageError
-from fusectl.sources.lesson import Data, Learning
+from fusectl.optimizer.kinds import OnState
+from fusectl.research.kinds import Way
+from fusectl.rules.kinds import How, Tie
+from fusectl.sources.lesson import Data, Init, Learning
 
 
 if TYPE_CHECKING:
@@ -58,13 +61,13 @@ def stack(
     encoder_layers: EncoderLayers = None,
     decoder_layers: DecoderLayers = None,
     how: Annotated[
-        Literal["stack", "interleave", "identity"],
+        How,
         typer.Option(help="The whole stack again, each layer again, or new layers that add nothing at first."),
-    ] = "stack",
+    ] = How.STACK,
     optimizer: Annotated[
-        Literal["carry", "reset", "drop"],
+        Literal[OnState.CARRY, OnState.RESET, OnState.DROP],
         typer.Option(help="The optimizer's state: along with the layers, zeros, or none.", rich_help_panel=OPTIMIZER),
-    ] = "carry",
+    ] = OnState.CARRY,
     step: StepToWrite,
     disk: OnDisk,
     running: Running,
@@ -113,11 +116,11 @@ def ligo(
         str | None, typer.Option(metavar="PATH", help="Where to keep what is learned. [default: OUTPUT.operator]")
     ] = None,
     tie: Annotated[
-        Literal["pinv", "paper"] | None,
+        Tie | None,
         typer.Option(help="Inputs' matrices: the duals of outputs', or the same. [default: pinv]"),
     ] = None,
     init: Annotated[
-        Literal["duplicate", "stack", "interpolate", "random"] | None,
+        Init | None,
         typer.Option(
             help="The start: the small model's function; layers again; or LiGO's released one. [default: duplicate]"
         ),
@@ -155,7 +158,7 @@ def ligo(
         from fusectl.operations.growth import begin_operator, plan_with_operator
         from fusectl.sources.operator import kept, open_operator
 
-        options = options_of(disk, running, reading, step, optimizer="drop")
+        options = options_of(disk, running, reading, step, optimizer=OnState.DROP)
         path = path_of(source)
         sizes = {"embed": emb, "heads": heads, "kv_heads": kv_heads, "mlp": mlp}
         depths = {"encoder": encoder_layers, "decoder": decoder_layers}
@@ -172,7 +175,7 @@ def ligo(
             if steps and data is None:
                 raise UsageError("--data: what to learn the operator from", hint="--steps 0 applies the start as it is")
             growing, opened, start = begin_operator(
-                path, sizes, layers, depths, tie or "pinv", init or "duplicate", seed, options
+                path, sizes, layers, depths, tie or Tie.PINV, init or Init.DUPLICATE, seed, options
             )
             plan, _ = plan_with_operator(path, kept(start, growing), options)
             if running.dry_run:
@@ -257,7 +260,7 @@ def grow(
         ),
     ] = None,
     how: Annotated[
-        Literal["self-fuse", "stack", "duplicate", "ligo"] | None,
+        Way | None,
         typer.Option(help="Grow by this operator. [default: say what there is]"),
     ] = None,
     data: Annotated[str | None, typer.Option(help="For ligo: what to learn from.")] = None,
@@ -292,7 +295,7 @@ def grow(
         if len(route.steps) > 1:
             raise UsageError(f"--how {how}: two steps, of which each writes a checkpoint", hint=route.command(path))
         ((name, given),) = route.steps
-        options = {**given, **({"data": data} if how == "ligo" else {}), "arch": arch, "output": output}
+        options = {**given, **({"data": data} if how is Way.LIGO else {}), "arch": arch, "output": output}
         options |= {"max_memory": max_memory, "force": force, "dry_run": dry_run, "verify": verify}
     from fusectl.cli.surgery import self_fuse
 

@@ -15,7 +15,7 @@ from fusectl.cli.options import (
     MaxMemory,
     Norms,
     Source,
-    TrainerName,
+    TrainerOption,
     parse_bytes,
     path_of,
     spread,
@@ -131,7 +131,7 @@ def plot(
 def restart_config(
     source: Source = None,
     *,
-    trainer: TrainerName = None,
+    trainer: TrainerOption = None,
     lr_offset: Annotated[
         int,
         typer.Option(help="Steps by which T5X's schedule is ahead; negative ones hold the maximal rate for longer."),

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from copy import copy
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from inspect import Parameter, Signature, signature
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_args, get_type_hints
 
 import typer
 from typer.core import TyperCommand
@@ -25,6 +25,11 @@ from typer.models import OptionInfo
 from fusectl.cli.process import ARGUMENTS
 from fusectl.cli.screen import Screen
 from fusectl.errors import UsageError
+from fusectl.families.kinds import Norm, Trainer
+from fusectl.formats.kinds import Codec, Dtype, FormatName
+from fusectl.layout.fill import FillKind
+from fusectl.operations.kinds import Measure
+from fusectl.optimizer.kinds import OnState
 
 
 if TYPE_CHECKING:
@@ -54,37 +59,32 @@ NormGroups = Annotated[
 Output = Annotated[
     str | None, typer.Option("-o", "--output", help="The checkpoint to write. [default: a sibling of the source]")
 ]
-# The choices are spelt out for the parser and for completion, which must not import what defines them; tests compare.
-FillKind = Annotated[
-    Literal["zeros", "gaussian", "antisymmetric"], typer.Option("--fill", help="What stands where no source does.")
-]
+FillOption = Annotated[FillKind, typer.Option("--fill", help="What stands where no source does.")]
 NoiseScale = Annotated[
     float | None,
     typer.Option("--noise-scale", help="The noise's standard deviation relative to the kernel's own. [default: 0.1]"),
 ]
 Seed = Annotated[int, typer.Option(help="The noise's seed.")]
-Optimizer = Annotated[
-    Literal["carry", "reset", "drop", "asymmetric"],
+OptimizerOption = Annotated[
+    OnState,
     typer.Option(help="The optimizer's state: carried over, zeros, none, or kept for the first copy only."),
 ]
-Norm = Annotated[
-    Literal["rule", "property"] | None,
+NormOption = Annotated[
+    Norm | None,
     typer.Option(
         help="What it will train with: the trainer's one norm, or a norm per source (fusectl.networks). "
         "[default: rule; property if a source has it]"
     ),
 ]
 EqualizeBy = Annotated[
-    Literal["trace", "weights"],
+    Measure,
     typer.Option(help="Measure the streams in forward passes, or estimate them from the weights alone."),
 ]
-FormatName = Annotated[
-    Literal["t5x", "orbax", "orbax-ocdbt-zarr3", "orbax-ocdbt-zarr2", "orbax-zarr2", "orbax-zarr3"] | None,
+FormatOption = Annotated[
+    FormatName | None,
     typer.Option("--format", help="The layout on disk. [default: the first source's]"),
 ]
-TrainerName = Annotated[
-    Literal["t5x", "maxtext", "gemma"] | None, typer.Option("--trainer", help="The trainer. [default: the family's]")
-]
+TrainerOption = Annotated[Trainer | None, typer.Option("--trainer", help="The trainer. [default: the family's]")]
 Arch = Annotated[
     str | None,
     typer.Option(
@@ -101,12 +101,12 @@ Configs = Annotated[
     ),
 ]
 Drop = Annotated[list[str], typer.Option(help="Leave out tensors whose names match this pattern; may be repeated.")]
-Dtype = Annotated[
-    Literal["float64", "float32", "bfloat16", "float16"] | None,
+DtypeOption = Annotated[
+    Dtype | None,
     typer.Option(help="Cast the parameters to this dtype. [default: as they are]"),
 ]
-Codec = Annotated[
-    Literal["auto", "zstd", "none"],
+CodecOption = Annotated[
+    Codec,
     typer.Option(help="How chunks are compressed; auto keeps the source's wherever its chunks are taken over."),
 ]
 Sparse = Annotated[
@@ -217,7 +217,7 @@ class Filling:
     """What stands where no source does."""
 
     heading: ClassVar[str] = OPERATION
-    fill: FillKind = "zeros"
+    fill: FillOption = FillKind.ZEROS
     noise_scale: NoiseScale = None
     seed: Seed = 0
 
@@ -230,7 +230,7 @@ class Filling:
 class Noise(Filling):
     """The same, where there are zeros already."""
 
-    fill: FillKind = "gaussian"
+    fill: FillOption = FillKind.GAUSSIAN
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,7 +245,7 @@ class StepToWrite:
 class State(StepToWrite):
     """What becomes of the optimizer's state."""
 
-    optimizer: Optimizer = "carry"
+    optimizer: OptimizerOption = OnState.CARRY
     lr_table: LrTable = None
 
 
@@ -254,9 +254,9 @@ class Copied:
     """How the output is stored, where chunks are put together anew."""
 
     heading: ClassVar[str] = ON_DISK
-    format: FormatName = None
-    dtype: Dtype = None
-    codec: Codec = "auto"
+    format: FormatOption = None
+    dtype: DtypeOption = None
+    codec: CodecOption = Codec.AUTO
     sparse: Sparse = None
     mesh: MeshSizes = None
     axis_rules: AxisRules = None
@@ -397,7 +397,13 @@ def _under(heading: str | None, hint: Any) -> Any:
 
 
 def options_of(
-    disk: Copied, running: Proven, reading: Reading, step: StepToWrite, *, optimizer: str = "carry", **more: Any
+    disk: Copied,
+    running: Proven,
+    reading: Reading,
+    step: StepToWrite,
+    *,
+    optimizer: OnState = OnState.CARRY,
+    **more: Any,
 ) -> Options:
     """The library's Options for a writing command; `more` are those of some commands only."""
     from fusectl.planning.builder import Options
@@ -502,11 +508,11 @@ def mesh_of(sizes: str | None, rules: str | None) -> Mesh | None:
     return None if sizes is None else parse_mesh(sizes, rules)
 
 
-def fill_of(kind: str, noise_scale: float | None, seed: int | None) -> Fill:
+def fill_of(kind: FillKind, noise_scale: float | None, seed: int | None) -> Fill:
     """What is to stand where no source does; raises UsageError for a scale of no noise, or that is no scale."""
     from fusectl.layout.fill import DEFAULT_NOISE_SCALE, Fill
 
-    if kind == "zeros":
+    if kind == FillKind.ZEROS:
         if noise_scale is not None:
             raise UsageError("--noise-scale without noise", hint="--fill gaussian or antisymmetric")
         return Fill()

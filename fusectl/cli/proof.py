@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -24,6 +24,7 @@ from fusectl.cli.options import (
 )
 from fusectl.cli.process import stay_on_the_cpu
 from fusectl.errors import FusectlError, VerificationFailed
+from fusectl.layout.fill import FillKind
 
 
 commands = typer.Typer()
@@ -70,7 +71,7 @@ def verify(
     ] = None,
     weights: Annotated[str | None, typer.Option(help="The weights of the mean. [default: as in fusectl.json]")] = None,
     fill: Annotated[
-        Literal["zeros", "gaussian", "antisymmetric"] | None,
+        FillKind | None,
         typer.Option(help="What stands where no source does. [default: as in fusectl.json]"),
     ] = None,
     noise_scale: Annotated[

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 import typer
 
 from fusectl.errors import FusectlError, NotEnoughSpace, StorageError, UsageError, shorten
+from fusectl.families.kinds import Norm
+from fusectl.layout.fill import FillKind
 from fusectl.system.escape import visible, word
 from fusectl.system.memory import peak_rss_bytes
 
@@ -591,7 +593,7 @@ def _row(seen: Inspection, name: str) -> str:
 
 
 def _fill(fill: Fill) -> str:
-    if fill.kind == "zeros":
+    if fill.kind is FillKind.ZEROS:
         return fill.kind
     seed = "unknown" if fill.seed is None else fill.seed
     return f"{fill.kind} noise, {fill.noise_scale:g} of each kernel's standard deviation, seed {seed}"
@@ -719,7 +721,7 @@ def _print_theory(console: Console, found: Theory) -> None:
 
     copies, series, first = len(found.sources), found.convergence, found.modified_loss
     sources = f"{found.sources[0]}, {copies} times" if found.self_fused else ", ".join(found.sources)
-    norm = "a norm per source" if found.norm == "property" else "one norm"
+    norm = "a norm per source" if found.norm == Norm.PROPERTY else "one norm"
     gradients = " and ".join(f"{each:.4g}" for each in dict.fromkeys(found.small_gradients))
     facts = [
         ("fusion", f"{sources}; {norm}, {found.parameters:,} parameters, {found.precision}"),

@@ -13,7 +13,7 @@ from fusectl.cli.options import (
     Filling,
     Grouped,
     Noise,
-    Norm,
+    NormOption,
     Norms,
     OnDisk,
     Reading,
@@ -31,6 +31,9 @@ from fusectl.cli.options import (
 from fusectl.cli.process import stay_on_the_cpu
 from fusectl.cli.writing import write
 from fusectl.errors import UsageError
+from fusectl.layout.fill import FillKind
+from fusectl.operations.kinds import Measure
+from fusectl.optimizer.kinds import OnState
 
 
 commands = typer.Typer()
@@ -48,12 +51,12 @@ def fuse(
     reading: Described,
     norms: Norms,
     weights: Annotated[str | None, typer.Option(help="Weights of the mean, such as 0.7,0.3. [default: equal]")] = None,
-    norm: Norm = None,
+    norm: NormOption = None,
     filling: Filling,
     equalize: Annotated[
         bool, typer.Option("--equalize", help="Make the sources' residual streams equally large for the one norm.")
     ] = False,
-    equalize_by: EqualizeBy = "trace",
+    equalize_by: EqualizeBy = Measure.TRACE,
     tokens: Annotated[
         str | None, typer.Option(help="For --equalize: a .npz or .jsonl of tokens. [default: random ones]")
     ] = None,
@@ -79,7 +82,7 @@ def fuse(
         from fusectl.operations.equalize import Equalize
         from fusectl.operations.fuse import plan_fusion
 
-        if not equalize and (equalize_by != "trace" or tokens is not None):
+        if not equalize and (equalize_by is not Measure.TRACE or tokens is not None):
             raise UsageError("--equalize-by and --tokens say how to --equalize", hint="--equalize")
         options = options_of(
             disk,
@@ -158,9 +161,9 @@ def noise_fill(
     with screen.errors():
         from fusectl.operations.fuse import plan_noise_fill
 
-        if noise.fill == "zeros":
+        if noise.fill == FillKind.ZEROS:
             raise UsageError("--fill zeros: there are zeros already", hint="--fill gaussian or antisymmetric")
-        options = options_of(disk, running, reading, step, optimizer="reset", fill=noise.value())
+        options = options_of(disk, running, reading, step, optimizer=OnState.RESET, fill=noise.value())
         plan, opened = plan_noise_fill(path_of(source), options, copies=copies)
         write(screen, plan, opened, running, writing)
 
@@ -190,7 +193,7 @@ def convert(
     with screen.errors():
         from fusectl.operations.convert import plan_conversion
 
-        options = options_of(disk, running, reading, step, optimizer="drop" if drop_optimizer else "carry")
+        options = options_of(disk, running, reading, step, optimizer=OnState.DROP if drop_optimizer else OnState.CARRY)
         layers = None if scan is None else "scanned" if scan else "unscanned"
         plan, opened = plan_conversion(path_of(source), options, layers)
         write(screen, plan, opened, running, writing)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from fusectl.errors import Incompatible, UsageError
+from fusectl.families.kinds import Trainer
 from fusectl.families.settings import Attending, Network
 from fusectl.system.given import read_given
 
@@ -83,9 +84,9 @@ class Config:
     values: Mapping[str, Any] = field(repr=False)
 
     @property
-    def trainer(self) -> str:
+    def trainer(self) -> Trainer:
         """Whose config it is: maxtext or gemma."""
-        return "gemma" if self.values.keys() & {"embed_dim", "num_embed", "attention_types"} else "maxtext"
+        return Trainer.GEMMA if self.values.keys() & {"embed_dim", "num_embed", "attention_types"} else Trainer.MAXTEXT
 
     def applied(self, network: Network, *, tied: bool) -> Network:
         """The network with what the config tells of it; raises UsageError for a value that cannot be.
@@ -93,7 +94,7 @@ class Config:
         `tied` says whether it has a tied head: MaxText caps no others' logits.
         """
         try:
-            told = dict(self._gemma(network) if self.trainer == "gemma" else self._maxtext(network, tied=tied))
+            told = dict(self._gemma(network) if self.trainer is Trainer.GEMMA else self._maxtext(network, tied=tied))
             return replace(network, **told, told=network.told | frozenset(told))
         except (TypeError, ValueError, AttributeError, LookupError, OverflowError) as error:
             said = str(error) or type(error).__name__
@@ -109,7 +110,7 @@ class Config:
                 f"{self.where}: a config of {self.trainer}, and {where} is {tree.family.name}",
                 hint="the config that it was trained with; T5's checkpoints need none",
             )
-        keys = GEMMA_SIZES if self.trainer == "gemma" else MAXTEXT_SIZES
+        keys = GEMMA_SIZES if self.trainer is Trainer.GEMMA else MAXTEXT_SIZES
         if self.values.get("global_parameter_scale", 1) != 1:
             raise Incompatible(
                 f"{self.where}: global_parameter_scale multiplies all sizes", hint="the sizes themselves, and scale 1"
@@ -128,7 +129,7 @@ class Config:
             wrong.append(f"attention_types: {len(kinds)} in {self.where}, {own['layers']} layers in {where}")
         roles = {role for row in tree.rows.values() for role in row.roles}
         for key, role in GEMMA_SWITCHES.items():
-            if key in self.values and self.trainer == "gemma" and bool(self.values[key]) != (role in roles):
+            if key in self.values and self.trainer is Trainer.GEMMA and bool(self.values[key]) != (role in roles):
                 wrong.append(f"{key}: {self.values[key]} in {self.where}, {role in roles} in {where}")
         if wrong:
             raise Incompatible(f"{where}: not the model of {self.where}", details=wrong)

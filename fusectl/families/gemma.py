@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 
+from fusectl.families.kinds import Trainer
 from fusectl.families.roles import GROWN, TWIN
 from fusectl.families.settings import Attending, Network
 from fusectl.families.table import Family, Row
@@ -121,7 +122,7 @@ def _families() -> Iterator[Family]:
                         evidence=partial(_evidence, says=", ".join(parts)),
                         twin=TWIN,
                         network=network,
-                        trainer="gemma",
+                        trainer=Trainer.GEMMA,
                     )
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
+from fusectl.families.kinds import Trainer
 from fusectl.families.roles import GROWN, TWIN
 from fusectl.families.settings import Attending, Network
 from fusectl.families.table import Family, Row
@@ -172,7 +173,7 @@ def _families(block: Block, fused: str) -> Iterator[Family]:
                 aliases=tuple(aliases),
                 twin=TWIN,
                 network=partial(_network, block.network),
-                trainer="maxtext",
+                trainer=Trainer.MAXTEXT,
                 blocks=block.decoder_blocks,
             )
 

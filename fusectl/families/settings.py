@@ -18,7 +18,8 @@ from typing import Any
 # What queries are multiplied with: nothing, head_dim ** -0.5, (embed // heads) ** -0.5.
 QUERY_SCALES = ("one", "head_dim", "embed_over_heads")
 # The settings by which it is decided what is stored.
-STORED = frozenset({"norm_adds_one", "embedding_power", "tied_logits_power"})
+TIED_LOGITS = "tied_logits_power"
+STORED = frozenset({"norm_adds_one", "embedding_power", TIED_LOGITS})
 ACTIVATIONS = ("gelu", "silu", "relu")
 # Planes of the two halves of head_dim, or of neighbours whose slow ones are stretched.
 ROPE_TYPES = ("default", "llama3.1")

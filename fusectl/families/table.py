@@ -23,7 +23,8 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
 from fusectl.errors import Incompatible
-from fusectl.families.settings import T5, Network
+from fusectl.families.kinds import Trainer
+from fusectl.families.settings import T5, TIED_LOGITS, Network
 from fusectl.layout.axes import TensorSpec, compiled, expand, parse_axes
 
 
@@ -122,7 +123,7 @@ class Family:
     # What its trees do not tell, by default: from the sizes of the axes and the number of layers.
     network: Callable[[Mapping[str, int]], Network] = field(default=lambda _: T5, repr=False)
     # The trainer that it is for: t5x, maxtext, gemma; and what its config may call the block, if it calls it anything.
-    trainer: str = "t5x"
+    trainer: str = Trainer.T5X
     blocks: tuple[str, ...] = ()
     # The text of the file that its table was read from; a record keeps it. None for those that fusectl brings along.
     table: str | None = field(default=None, repr=False)
@@ -130,7 +131,34 @@ class Family:
     @property
     def norms_in_groups(self) -> bool:
         """Whether its trainer can train it with a norm per source: T5X takes fusectl's network for its own."""
-        return self.trainer == "t5x"
+        return self.trainer == Trainer.T5X
+
+    @property
+    def norm_group_network(self) -> str:
+        """The module of fusectl.networks whose network has a norm per source."""
+        return "t5_flax" if self.trainer == Trainer.T5X else "decoder_flax"
+
+    @property
+    def rotates_heads(self) -> bool:
+        """Whether rotary positions turn pairs of a head's features, of which there must be an even number."""
+        return self.trainer in {Trainer.MAXTEXT, Trainer.GEMMA}
+
+    @property
+    def scales_queries_at_first(self) -> bool:
+        """Whether the trainer draws the first queries smaller, for attention that does not divide by sqrt(head_dim)."""
+        return self.trainer == Trainer.T5X
+
+    @property
+    def untold_settings(self) -> Mapping[str, str]:
+        """Settings of the network that only a config tells, in words: of these gemma's tell two, MaxText's more."""
+        if self.trainer == Trainer.T5X:
+            return {}
+        settings = {"attending": "rotary positions and windows", "attention_soft_cap": "soft caps"}
+        if self.trainer == Trainer.MAXTEXT:
+            settings |= {"norm_epsilon": "epsilon", "activation": "the activation"}
+            if self.tied:
+                settings[TIED_LOGITS] = "normalize_embedding_logits"
+        return settings
 
     def require_twin(self) -> str:
         """The name of its twin's module; raises Incompatible where its networks cannot be run."""

@@ -29,9 +29,10 @@ from dataclasses import dataclass, field
 from typing import Any, assert_never
 
 from fusectl.errors import Corrupt, UsageError
+from fusectl.families.kinds import Norm
 from fusectl.families.settings import T5, Network
 from fusectl.families.table import LARGEST_TABLE
-from fusectl.layout.fill import Fill
+from fusectl.layout.fill import Fill, FillKind
 from fusectl.system.jsontree import parsed
 
 
@@ -44,8 +45,6 @@ _OPERATOR = ("operator", "operator_fingerprint")
 # How far the weights of a mean may be from summing to one.
 SUM_TOLERANCE = 1e-6
 # Relative to the kernel's standard deviation.
-# Which norm the fused model will be trained with: one over the whole width, or one per source (Deep Fusion, section 3).
-NORMS = ("rule", "property")
 # Whether layers are stacked along an axis, or stand each for itself.
 LAYERS = ("scanned", "unscanned")
 
@@ -178,7 +177,7 @@ class Record:
     optimizer: str = "kept"
     # Patterns of tensors of the sources that were left out on purpose.
     drop: tuple[str, ...] = ()
-    norm: str = "rule"
+    norm: Norm = Norm.RULE
     # The constant that each source's residual stream was multiplied with, so that one norm mixes them less.
     residual_scales: tuple[float, ...] = ()
     # The step that was set; None where it is the first source's.
@@ -212,7 +211,7 @@ class Record:
     @property
     def tells_norms(self) -> bool:
         """Whether it says over which widths norms are taken; the record of a mere copy repeats what was assumed."""
-        return self.fused or self.norm == "property"
+        return self.fused or self.norm == Norm.PROPERTY
 
     @property
     def made_from(self) -> tuple[SourceRecord, ...]:
@@ -263,10 +262,10 @@ class Record:
                 weights=tuple(map(float, tree["weights"])),
                 widths={axis: tuple(map(int, sizes)) for axis, sizes in tree["widths"].items()},
                 norm_groups=tuple(map(int, tree["norm_groups"])),
-                fill=Fill(tree["fill"]["kind"], float(tree["fill"]["noise_scale"]), tree["fill"]["seed"]),
+                fill=Fill(FillKind(tree["fill"]["kind"]), float(tree["fill"]["noise_scale"]), tree["fill"]["seed"]),
                 optimizer=_text(tree["optimizer"]),
                 drop=tuple(map(_text, tree["drop"])),
-                norm=_text(tree["norm"]),
+                norm=Norm(tree["norm"]),
                 residual_scales=tuple(map(float, tree["residual_scales"])),
                 step=None if tree["step"] is None else int(tree["step"]),
                 network=Network.from_json(tree["network"]),
@@ -291,8 +290,6 @@ class Record:
         # Of a tree that no table explains no width is known; it can only be a copy.
         if wrong or (not self.widths and count > 1):
             raise ValueError(f"widths of {wrong or 'no axis'}")
-        if self.norm not in NORMS:
-            raise ValueError(f"no norm is called {self.norm!r}")
         if self.table is not None and len(self.table) > LARGEST_TABLE:
             raise ValueError(f"the table of a family, of {len(self.table):,} characters")
         if len(self.residual_scales) != count or not all(

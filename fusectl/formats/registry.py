@@ -7,12 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from fusectl.errors import Corrupt, FusectlError, NotFound, UsageError
+from fusectl.families.kinds import Trainer
+from fusectl.formats.kinds import FormatName
 from fusectl.formats.locate import COMMITTED, ORBAX_INDEX, PACKED_INDEX, STEP_METADATA, STRINGS, T5X_INDEX, locate
 from fusectl.formats.objects import ObjectPath, read_small
 from fusectl.formats.orbax import open_orbax
 from fusectl.formats.record import FILE_NAME, Record, require_crc32
 from fusectl.formats.store import MANIFEST, walk
-from fusectl.formats.t5x import open_t5x
+from fusectl.formats.t5x import kept_in_index, open_t5x
 from fusectl.formats.tree import Checkpoint, Location, told
 from fusectl.system.memory import available_bytes
 
@@ -35,14 +37,31 @@ class Format:
     @property
     def reads_left_out(self) -> bool:
         """Whether all of its readers take a chunk that was left out for zeros: Orbax's newest API does not."""
-        return self.name == "t5x"
+        return self.name == FormatName.T5X
+
+    @property
+    def keeps_tree(self) -> bool:
+        """Whether its index tells items, the kinds of keys, nodes without tensors, and random keys' generators.
+
+        T5X's trees are dictionaries whose keys hold no slash.
+        """
+        return self.name != FormatName.T5X
+
+    @property
+    def needs_step(self) -> bool:
+        """Whether its readers refuse a tree without a step."""
+        return self.name == FormatName.T5X
+
+    def keeps_in_index(self, tensor: str, shape: tuple[int, ...]) -> bool:
+        """Whether a tensor's values are in the index, and in no file of their own."""
+        return self.name == FormatName.T5X and kept_in_index(tensor, shape)
 
     def is_read_by(self, trainer: str) -> bool:
-        """Whether a trainer (fusectl.restart.TRAINERS) restores it: T5X opens zarr 2 only, others Orbax's layouts only.
+        """Whether a trainer (families.kinds.Trainer) restores it: T5X opens zarr 2 only, others Orbax's layouts only.
 
         Measured with T5X of 2026-04 on Orbax 0.12.8, which stops at the missing `.zarray` of zarr 3.
         """
-        return self.zarr == 2 if trainer == "t5x" else self.name != "t5x"
+        return self.zarr == 2 if trainer == Trainer.T5X else self.name != FormatName.T5X
 
 
 _MALFORMED = (AttributeError, TypeError, ValueError, LookupError, RecursionError)
@@ -56,15 +75,15 @@ _BESIDE_ARRAYS = frozenset(
 FORMATS = {
     format.name: format
     for format in (
-        Format("t5x", "T5X legacy: msgpack index + zarr v2", 2, ocdbt=False, reserved=frozenset({T5X_INDEX})),
-        Format("orbax-ocdbt-zarr3", "Orbax: OCDBT + zarr v3", 3, ocdbt=True, reserved=_IN_A_DATABASE),
-        Format("orbax-ocdbt-zarr2", "Orbax: OCDBT + zarr v2", 2, ocdbt=True, reserved=_IN_A_DATABASE),
-        Format("orbax-zarr2", "Orbax: zarr v2 in plain directories", 2, ocdbt=False, reserved=_BESIDE_ARRAYS),
-        Format("orbax-zarr3", "Orbax: zarr v3 in plain directories", 3, ocdbt=False, reserved=_BESIDE_ARRAYS),
+        Format(FormatName.T5X, "T5X legacy: msgpack index + zarr v2", 2, ocdbt=False, reserved=frozenset({T5X_INDEX})),
+        Format(FormatName.ORBAX_OCDBT_ZARR3, "Orbax: OCDBT + zarr v3", 3, ocdbt=True, reserved=_IN_A_DATABASE),
+        Format(FormatName.ORBAX_OCDBT_ZARR2, "Orbax: OCDBT + zarr v2", 2, ocdbt=True, reserved=_IN_A_DATABASE),
+        Format(FormatName.ORBAX_ZARR2, "Orbax: zarr v2 in plain directories", 2, ocdbt=False, reserved=_BESIDE_ARRAYS),
+        Format(FormatName.ORBAX_ZARR3, "Orbax: zarr v3 in plain directories", 3, ocdbt=False, reserved=_BESIDE_ARRAYS),
     )
 }
 # Not a layout but a choice of one: that of the database which the family's trainer reads, as `orbax_for` has it.
-ORBAX = "orbax"
+ORBAX = FormatName.ORBAX
 
 
 def format_named(name: str) -> Format:
@@ -72,14 +91,14 @@ def format_named(name: str) -> Format:
     known names.
     """
     if name == ORBAX:
-        return FORMATS["orbax-ocdbt-zarr3"]
+        return FORMATS[FormatName.ORBAX_OCDBT_ZARR3]
     if name not in FORMATS:
         raise UsageError(f"no format is called {name!r}", hint=f"formats: {', '.join([ORBAX, *FORMATS])}")
     return FORMATS[name]
 
 
 def orbax_for(trainer: str) -> Format:
-    """The Orbax layout that a trainer (fusectl.restart.TRAINERS) writes and restores."""
+    """The Orbax layout that a trainer (families.kinds.Trainer) writes and restores."""
     return next(each for each in FORMATS.values() if each.ocdbt and each.is_read_by(trainer))
 
 
@@ -101,7 +120,7 @@ def open_location(location: Location, fault: Callable[[FusectlError], None] | No
     with told(fault):
         _require_index(location, record)
     try:
-        opened = (open_t5x if location.kind == "t5x" else open_orbax)(location, record, fault)
+        opened = (open_t5x if location.kind == FormatName.T5X else open_orbax)(location, record, fault)
     except _MALFORMED as error:
         # Whatever an index may hold in place of what it should.
         raise Corrupt(
@@ -114,7 +133,7 @@ def open_location(location: Location, fault: Callable[[FusectlError], None] | No
 
 def _require_index(location: Location, record: Record | None) -> None:
     """Raises Corrupt if the index is not the one that the record was written with."""
-    file = location.index / (T5X_INDEX if location.kind == "t5x" else ORBAX_INDEX)
+    file = location.index / (T5X_INDEX if location.kind == FormatName.T5X else ORBAX_INDEX)
     below = "" if location.index == location.home else f"{location.index.name}/"
     crc32 = record.files.get(below + file.name) if record else None
     if crc32 is not None:

@@ -228,7 +228,7 @@ def random_parameters(tree: Recognized, seed: int) -> dict[str, Array]:
         shape, axes = tree.shapes[name], row.spec.axes
         reads = math.prod(n for axis, n in zip(axes, shape, strict=True) if axis in row.spec.inputs)
         deviation = 1.0 if row.roles[0] == EMBEDDING else reads**-0.5
-        if tree.family.trainer == "t5x" and row.roles[0].endswith("query"):
+        if tree.family.scales_queries_at_first and row.roles[0].endswith("query"):
             deviation *= head_dim**-0.5
         values = rng.normal(0.0, deviation, shape)
         if row.is_norm:

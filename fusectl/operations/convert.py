@@ -14,10 +14,11 @@ from fusectl.errors import Incompatible, UsageError
 from fusectl.families.naming import Naming
 from fusectl.families.recognized import UNKNOWN, Recognized
 from fusectl.formats.record import LAYERS, Converted, Fused, Mapped, Origin, Record, Stacked
-from fusectl.formats.registry import open_checkpoint
+from fusectl.formats.registry import format_named, open_checkpoint
 from fusectl.formats.tree import DICT, T5X_STEP, Checkpoint, Key, Node, dict_keys, is_dropped, kept_shapes
 from fusectl.layout.blocks import Block, Layout, Term, whole
-from fusectl.layout.fill import Fill
+from fusectl.layout.fill import Fill, FillKind
+from fusectl.optimizer.kinds import OnState
 from fusectl.optimizer.slots import STATES, slot_axes
 from fusectl.planning.builder import (
     Builder,
@@ -49,7 +50,7 @@ def plan_conversion(path: str, options: Options, layers: str | None = None) -> t
     """
     if layers not in {None, *LAYERS}:
         raise UsageError(f"layers {layers!r}: {' or '.join(LAYERS)}")
-    if options.optimizer == "drop":
+    if options.optimizer == OnState.DROP:
         options = replace(options, drop=(*options.drop, *(f"{root}*" for root in STATES)))
     source = open_checkpoint(path)
     # For the chunks that several layers are cut from.
@@ -60,7 +61,7 @@ def plan_conversion(path: str, options: Options, layers: str | None = None) -> t
     opened = _opened(seen, options)
     on_mesh = notes_on_mesh(options.mesh, opened.tree, opened.tree.shapes)
     out_format, item, naming = target_of(opened, options)
-    to_t5x = out_format.name == "t5x"
+    to_t5x = not out_format.keeps_tree
     origin = source.record.origin if source.record is not None else None
     places = _places(opened, None if to_t5x else origin, naming if to_t5x else None)
     builder = Builder([opened], options, out_format, reserved_bytes=cache_bytes)
@@ -111,11 +112,11 @@ def _plan_tensors(builder: Builder, opened: Opened, places: Mapping[str, Keys], 
 def _notes(source: Checkpoint, opened: Opened, options: Options, layers: str | None, *, to_t5x: bool) -> Iterator[str]:
     """What is lost on the way, or may be thought to come along."""
     fill = source.record.fill if source.record is not None else Fill()
-    if layers is not None and fill.seed is not None and fill.kind != "zeros":
+    if layers is not None and fill.seed is not None and fill.kind is not FillKind.ZEROS:
         yield "noise is laid out by a tensor's shape, which is another now: its seed is forgotten"
     if layers is not None and source.record is not None and source.record.sources:
         yield "what it was fused from has its layers in the other layout: the record names those no more"
-    if options.dtype is not None and fill.kind == "antisymmetric":
+    if options.dtype is not None and fill.kind is FillKind.ANTISYMMETRIC:
         yield "antisymmetric noise that is cast cancels only up to rounding"
     if to_t5x and opened.tree is UNKNOWN:
         yield "no tree that fusectl knows: T5X reads what is below target/ and state/"
@@ -186,7 +187,7 @@ def _origin(seen: Checkpoint, places: Mapping[str, Keys], nodes: tuple[Node, ...
     def pairs(keys: Keys) -> tuple[tuple[str, int], ...]:
         return tuple((key.name, key.kind) for key in keys)
 
-    if seen.format == "t5x":
+    if not format_named(seen.format).keeps_tree:
         return None
     there = {"/".join(key.name for key in to): seen.leaves[name] for name, to in places.items()}
     return Origin(
@@ -228,11 +229,11 @@ def _prefix(places: Mapping[str, Keys], tree: Recognized) -> str:
 def _record(opened: Opened, options: Options, layers: str | None) -> Record:
     """What the record says of the model: what the source's own does, or that it is no fusion."""
     own = own_record(opened, "convert")
-    moves_noise = own.fill.kind != "zeros" and layers is not None
+    moves_noise = own.fill.kind is not FillKind.ZEROS and layers is not None
     return replace(
         own,
         fill=replace(own.fill, seed=None) if moves_noise else own.fill,
-        optimizer="drop" if options.optimizer == "drop" and own.optimizer != "none" else own.optimizer,
+        optimizer=OnState.DROP if options.optimizer == OnState.DROP and own.optimizer != "none" else own.optimizer,
         step=own.step if options.step is None else options.step,
     )
 

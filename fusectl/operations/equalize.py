@@ -25,13 +25,13 @@ from fusectl.errors import Corrupt, Incompatible, UsageError
 from fusectl.families.table import EMBEDDING, Row
 from fusectl.layout.blocks import Region, size, tiles
 from fusectl.networks.tokens import DEFAULT_BATCH, DEFAULT_LENGTH, random_tokens, read_tokens
+from fusectl.operations.kinds import Measure
 from fusectl.sources.opened import Opened
 from fusectl.system.threads import Progress, Silent, default_jobs, default_max_memory_bytes, in_parallel
 
 
 # What a value takes while its square is summed up: as it is stored, in float64, and squared.
 BYTES_PER_VALUE = 24
-MEASURES = ("trace", "weights")
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,14 @@ class Equalize:
     `max_memory_bytes` None is half of the free memory for forward passes, 256 MiB of values in flight for weights.
     """
 
-    by: str = "trace"
+    by: Measure = Measure.TRACE
     tokens: str | None = None
     max_memory_bytes: int | None = None
     jobs: int | None = None
     progress: Progress | None = None
 
     def __post_init__(self) -> None:
-        if self.by not in MEASURES or (self.tokens is not None and self.by != "trace"):
+        if self.tokens is not None and self.by is not Measure.TRACE:
             raise UsageError("tokens are for measuring streams in forward passes", hint="--equalize-by trace")
 
 

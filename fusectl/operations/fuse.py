@@ -17,13 +17,16 @@ import numpy as np
 import fusectl
 from fusectl.errors import Incompatible, UsageError, shorten
 from fusectl.families.config import read_config
+from fusectl.families.kinds import Norm
 from fusectl.families.naming import Naming
 from fusectl.families.recognized import Recognized
+from fusectl.families.settings import TIED_LOGITS
 from fusectl.formats.record import Fused, Record, mean_weights
 from fusectl.formats.tree import Checkpoint
 from fusectl.formats.zarr import epsilon, np_dtype
-from fusectl.layout.fill import Fill
+from fusectl.layout.fill import Fill, FillKind
 from fusectl.operations.equalize import Equalize, residual_scales
+from fusectl.optimizer.kinds import OnState
 from fusectl.optimizer.rates import CLIPPED, in_words, rates
 from fusectl.optimizer.slots import is_state, slot_axes
 from fusectl.planning.builder import (
@@ -69,7 +72,7 @@ def plan_fusion(
     opened = open_sources(paths, options)
     norm = norm_of(opened, options)
     options = replace(options, norm=norm)
-    if equalize is not None and norm != "rule":
+    if equalize is not None and norm != Norm.RULE:
         raise UsageError("--equalize: for one norm over all sources; with a norm each there is nothing to equalize")
     kv_repeats = repeats([o.tree for o in opened]) if options.expand_kv else (1,) * len(opened)
     by_place = {(o, times): expanded(o, times) for o, times in zip(opened, kv_repeats, strict=True)}
@@ -133,7 +136,7 @@ def plan_noise_fill(path: str, options: Options, *, copies: int | None = None) -
     opened = open_source(path, options.arch, options.drop)
     own = opened.checkpoint.record
     record = own if own is not None and own.fused else _record_for(opened, copies)
-    if record.fill.kind != "zeros":
+    if record.fill.kind is not FillKind.ZEROS:
         raise Incompatible(
             f"{opened.label}: filled already with {record.fill.kind} noise of scale {record.fill.noise_scale:g}",
             hint="fill the fusion with zeros instead",
@@ -165,10 +168,10 @@ def plan_noise_fill(path: str, options: Options, *, copies: int | None = None) -
         table=opened.tree.family.table,
         fill=options.fill,
         parameters=naming.prefix,
-        optimizer=record.optimizer if kept else "drop",
+        optimizer=record.optimizer if kept else OnState.DROP,
         step=record.step if options.step is None else options.step,
         made=Fused(record.sources),
-        origin=record.origin if out_format.name == "t5x" else None,
+        origin=None if out_format.keeps_tree else record.origin,
         tensors={},
         files={},
     )
@@ -209,14 +212,14 @@ def open_sources(paths: Sequence[str], options: Options) -> list[Opened]:
     return [found[key] for key in keys]
 
 
-def norm_of(opened: Sequence[Opened], options: Options) -> str:
+def norm_of(opened: Sequence[Opened], options: Options) -> Norm:
     """The norm that the fusion is to be trained with: as the options say, else a norm per source if a source has it."""
-    return options.norm or ("property" if any(o.trains_in_groups for o in opened) else "rule")
+    return options.norm or (Norm.PROPERTY if any(o.trains_in_groups for o in opened) else Norm.RULE)
 
 
 def _require_state_to_carry(opened: Sequence[Opened], kv_repeats: Sequence[int], options: Options) -> None:
     """Raises Incompatible where the moments of repeated kv heads would have to be known."""
-    if set(kv_repeats) == {1} or options.optimizer in {"reset", "drop"}:
+    if set(kv_repeats) == {1} or options.optimizer in {OnState.RESET, OnState.DROP}:
         return
     if any(is_state(name) and name not in o.dropped for o in opened for name in o.checkpoint.leaves):
         raise Incompatible(
@@ -287,7 +290,7 @@ def _refuse_widening(opened: Opened, options: Options) -> None:
 
 
 def _notes_on_fill(fill: Fill) -> list[str]:
-    if fill.kind == "antisymmetric" and fill.noise_scale > LARGE_NOISE_SCALE:
+    if fill.kind is FillKind.ANTISYMMETRIC and fill.noise_scale > LARGE_NOISE_SCALE:
         return ["so much noise cancels only up to rounding, which grows with every layer: verify says how far"]
     return []
 
@@ -298,20 +301,20 @@ def _notes_on(opened: Sequence[Opened], options: Options, record: Record) -> lis
     steps = [o.checkpoint.step for o in opened]
     if len(set(steps)) > 1:
         notes.append(f"the sources are at steps {', '.join(map(str, steps))}; the output keeps {steps[0]}")
-    if record.self_fused and options.fill.kind == "zeros":
+    if record.self_fused and options.fill.kind is FillKind.ZEROS:
         notes.append(
             "zeros keep the copies equal until dropout parts them, or float32's rounding after some ten steps "
             "(Adafactor: defect 2e-8 at step 2, 1.9e-3 at 13, 3e-2 at 60); --fill antisymmetric parts them at once"
         )
     if any(o.tree.family.norms_in_groups and not is_told(o.checkpoint.record) for o in opened):
         notes.append("sources without a fusion's fusectl.json are taken for models with one norm (--fused-from)")
-    if record.norm == "rule" and any(o.trains_in_groups for o in opened):
+    if record.norm == Norm.RULE and any(o.trains_in_groups for o in opened):
         notes.append("a source has a norm per source of its own: with one norm the result computes another function")
-    if not record.self_fused and options.fill.kind == "antisymmetric":
+    if not record.self_fused and options.fill.kind is FillKind.ANTISYMMETRIC:
         notes.append("antisymmetric noise cancels between equal copies only; these sources' function changes")
-    if record.norm == "property":
+    if record.norm == Norm.PROPERTY:
         groups = ", ".join(map(str, record.norm_groups))
-        network = "t5_flax" if opened[0].tree.family.trainer == "t5x" else "decoder_flax"
+        network = opened[0].tree.family.norm_group_network
         notes.append(f"to be trained with a norm per source: fusectl.networks.{network}, norm_groups = ({groups})")
     elif not record.self_fused:
         notes.append(
@@ -335,17 +338,12 @@ def _untold(tree: Recognized, *, alone: bool) -> str:
 
     A model that is fused with itself, `alone`, need not agree with another one.
     """
-    if tree.family.trainer == "t5x":
-        return ""
-    # What gemma's configs tell; MaxText's tell more.
-    settings = {"attending": "rotary positions and windows", "attention_soft_cap": "soft caps"}
-    if tree.family.trainer == "maxtext":
-        settings |= {"norm_epsilon": "epsilon", "activation": "the activation"}
-    if alone:
-        settings.clear()
-    if tree.family.trainer == "maxtext" and tree.family.tied:
-        settings["tied_logits_power"] = "normalize_embedding_logits"
-    return ", ".join(words for setting, words in settings.items() if setting not in tree.network.told)
+    settings = tree.family.untold_settings
+    return ", ".join(
+        words
+        for setting, words in settings.items()
+        if setting not in tree.network.told and (not alone or setting == TIED_LOGITS)
+    )
 
 
 def _record_for(opened: Opened, copies: int | None) -> Record:

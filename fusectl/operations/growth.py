@@ -7,13 +7,15 @@ from dataclasses import replace
 
 from fusectl.errors import UsageError
 from fusectl.families.config import read_config
+from fusectl.families.kinds import Norm
 from fusectl.families.recognized import Recognized
 from fusectl.formats.record import Mapped, Origin, Record, Stacked
 from fusectl.formats.registry import fingerprint
 from fusectl.formats.tree import DICT, T5X_STEP, Checkpoint, Key, is_dropped, keys_beside
 from fusectl.formats.zarr import epsilon
 from fusectl.layout.blocks import Layout
-from fusectl.layout.fill import Fill
+from fusectl.layout.fill import Fill, FillKind
+from fusectl.optimizer.kinds import OnState
 from fusectl.optimizer.slots import STATES, is_state, unnamed
 from fusectl.planning.builder import (
     Builder,
@@ -31,6 +33,7 @@ from fusectl.planning.optimizer import DROPPED, plan_deeper_state
 from fusectl.planning.plan import Plan
 from fusectl.rules.depth import Deepening, deepen
 from fusectl.rules.fusion import widths_of
+from fusectl.rules.kinds import How
 from fusectl.rules.linear import Application, Growing, growing_to
 from fusectl.sources.opened import Opened, open_source
 from fusectl.sources.operator import Kept, Operator, initial
@@ -69,7 +72,7 @@ def plan_stack(
     for name, like, shape, blocks in deepening.streams({name: leaves[name].shape for name in auxiliary(opened)}):
         builder.add(name, Layout(unnamed(shape), shape, leaves[like].dtype, blocks), like=like)
     record = _record(opened, builder, options, _stacked(opened, deepening, how), optimizer)
-    again = [] if how == "identity" else [Exactness(APPROXIMATE, (f"layers that come again ({how})",))]
+    again = [] if how == How.IDENTITY else [Exactness(APPROXIMATE, (f"layers that come again ({how})",))]
     of_source = [*opened.checkpoint.location.notes, *notes_on_items(opened.checkpoint)]
     notes = [*of_source, *builder.notes, *_notes(deepening, how), *on_mesh]
     exactness = least([*again, *_rounding(opened, options)])
@@ -118,7 +121,7 @@ def plan_with_operator(path: str, operator: Kept, options: Options) -> tuple[Pla
     The optimizer's state stays behind: a linear map of parameters says nothing of their moments. Raises Incompatible
     for a model that the operator is not for.
     """
-    options = replace(options, optimizer="drop")
+    options = replace(options, optimizer=OnState.DROP)
     opened = _opened(path, options)
     growing = operator.growing(opened.tree, opened.label)
     grown, application = growing.grown, Application(growing, operator.depth)
@@ -147,11 +150,11 @@ def plan_with_operator(path: str, operator: Kept, options: Options) -> tuple[Pla
     )
     widths = widths_of([grown])
     record = replace(
-        _record(opened, builder, options, made, "drop" if with_state else "none"),
+        _record(opened, builder, options, made, OnState.DROP if with_state else "none"),
         # One model of one width, whatever the small one was made of.
         weights=(1.0,),
         widths=widths,
-        norm="rule",
+        norm=Norm.RULE,
         norm_groups=widths["embed"],
         fill=Fill(),
         residual_scales=(),
@@ -180,12 +183,12 @@ def _record(opened: Opened, builder: Builder, options: Options, made: Stacked | 
         own,
         parameters=naming.prefix,
         # What stands there now is another field of noise, and another model than the sources' mean.
-        fill=replace(own.fill, seed=None) if own.fill.kind != "zeros" else own.fill,
+        fill=replace(own.fill, seed=None) if own.fill.kind is not FillKind.ZEROS else own.fill,
         made=made,
         optimizer=optimizer,
         drop=options.drop,
         step=own.step if options.step is None else options.step,
-        origin=None if out_format.name != "t5x" or own.origin is None else _origin(own.origin, builder, options),
+        origin=None if out_format.keeps_tree or own.origin is None else _origin(own.origin, builder, options),
     )
 
 
@@ -198,7 +201,7 @@ def _origin(origin: Origin, builder: Builder, options: Options) -> Origin:
             keys[name] = tuple((key.name, key.kind) for key in _renamed(there, like, name))
     if options.step is not None:
         keys.setdefault(T5X_STEP, (("step", DICT),))
-    drop = (*options.drop, *(f"{root}*" for root in STATES if options.optimizer == "drop"))
+    drop = (*options.drop, *(f"{root}*" for root in STATES if options.optimizer == OnState.DROP))
     nodes = tuple(node for node in origin.nodes if not is_dropped("/".join(part for part, _ in node[0]), drop))
     return Origin(origin.item, keys, nodes)
 
@@ -231,5 +234,5 @@ def _notes(deepening: Deepening, how: str) -> Iterator[str]:
         if len(depth.layers) != now:
             added = f", {len(depth.idle)} of them add nothing yet" if depth.idle else ""
             yield f"{stack}: {now} layers become {len(depth.layers)}{added}"
-    if how != "identity":
+    if how != How.IDENTITY:
         yield "the function is another one: the loss starts higher, and --how identity keeps it"

@@ -2,38 +2,37 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 import fusectl
 from fusectl.errors import Incompatible, UsageError, shorten
+from fusectl.families.kinds import Norm
 from fusectl.families.naming import T5X, Naming, is_stream
 from fusectl.families.recognized import Recognized
-from fusectl.formats.flaxpack import CHUNKED
-from fusectl.formats.record import NORMS, Record, SourceRecord
+from fusectl.formats.kinds import Codec
+from fusectl.formats.placing import misplaced
+from fusectl.formats.record import Record, SourceRecord
 from fusectl.formats.registry import ORBAX, Format, fingerprint, format_named, orbax_for
-from fusectl.formats.t5x import kept_in_index
 from fusectl.formats.tree import (
-    SEQUENCE,
     STEPS,
     T5X_STEP,
     Checkpoint,
     Key,
     Node,
-    array_directory,
     dict_keys,
     is_dropped,
     keys_beside,
 )
 from fusectl.formats.zarr import np_dtype
 from fusectl.layout.blocks import Block, Layout, Product, Term, whole
-from fusectl.layout.fill import Fill
+from fusectl.layout.fill import Fill, FillKind
 from fusectl.layout.mesh import Mesh
+from fusectl.optimizer.kinds import OnState
 from fusectl.optimizer.slots import STATES, is_state, unnamed
-from fusectl.planning.chunking import CODECS, Storing
+from fusectl.planning.chunking import Storing
 from fusectl.planning.plan import Output, Plan
 from fusectl.rules.fusion import widths_of
 from fusectl.sources.lineage import Lineage
@@ -42,9 +41,8 @@ from fusectl.sources.packed_qkv import PARTS, joined, packed_name, packs_of
 from fusectl.system.threads import default_max_memory_bytes
 
 
-OPTIMIZERS = ("carry", "reset", "drop", "asymmetric")
-# Of a file, in bytes, on every usual file system.
-LONGEST_NAME = 255
+# The item that T5X's Orbax checkpoints have their tree in.
+T5X_ITEM = "state"
 LARGEST_COMMIT_BYTES = 16 << 20
 # Trainers keep it in an int32.
 LARGEST_STEP = 2**31 - 1
@@ -55,14 +53,14 @@ class Options:
     """What the writing commands have in common."""
 
     fill: Fill = field(default_factory=Fill)
-    optimizer: str = "carry"
+    optimizer: OnState = OnState.CARRY
     format: str | None = None
     arch: str | None = None
     drop: tuple[str, ...] = ()
     dtype: str | None = None
     max_memory_bytes: int = field(default_factory=default_max_memory_bytes)
     # How chunks are compressed: `auto` keeps what the sources have wherever their chunks can be taken over.
-    codec: str = "auto"
+    codec: Codec = Codec.AUTO
     # Whether chunks of zeros are left out; None where all readers of the format take that for zeros.
     sparse: bool | None = None
     # Hard links to the sources' files instead of copies.
@@ -75,7 +73,7 @@ class Options:
     mesh: Mesh | None = None
     # Which norm the fused model is going to be trained with: the fusion rule's, or the fusion property's; None for the
     # sources' own, the rule's if they have one norm each.
-    norm: str | None = None
+    norm: Norm | None = None
     # What sources were trained on from: one for all of them, or one for each.
     lineages: tuple[Lineage | None, ...] = ()
     # The training step to be written; None for the first source's.
@@ -88,14 +86,17 @@ class Options:
     mean_shared: bool = False
 
     def __post_init__(self) -> None:
-        known = self.optimizer in OPTIMIZERS and self.norm in {None, *NORMS} and self.codec in CODECS
+        try:
+            # Callers may name them in words.
+            object.__setattr__(self, "optimizer", OnState(self.optimizer))
+            object.__setattr__(self, "norm", None if self.norm is None else Norm(self.norm))
+            object.__setattr__(self, "codec", Codec(self.codec))
+        except ValueError as error:
+            raise UsageError(str(error)) from error
         if self.step is not None and not 0 <= self.step <= LARGEST_STEP:
             raise UsageError(f"--step {self.step}: a training step is from 0 to {LARGEST_STEP:,}")
-        if not known or self.max_memory_bytes < 1:
-            raise UsageError(
-                f"optimizer {self.optimizer!r}, norm {self.norm!r}, codec {self.codec!r}, "
-                f"{self.max_memory_bytes} bytes of memory"
-            )
+        if self.max_memory_bytes < 1:
+            raise UsageError(f"{self.max_memory_bytes} bytes of memory")
 
 
 class Builder:
@@ -119,7 +120,8 @@ class Builder:
             ocdbt=out_format.ocdbt,
             sparse=self._sparse,
             # With noise most of a source's data files would be of no use to the output.
-            refers=all(format_named(o.checkpoint.format).ocdbt for o in sources) and options.fill.kind == "zeros",
+            refers=all(format_named(o.checkpoint.format).ocdbt for o in sources)
+            and options.fill.kind is FillKind.ZEROS,
             passthrough=options.passthrough,
         )
         self.outputs: list[Output] = []
@@ -163,7 +165,7 @@ class Builder:
         leaves = {term: self._sources[term.source].checkpoint.leaves[term.tensor] for term in terms}
         # A slot that is reset may have nothing in common with the source's but its name.
         storing = self._storing
-        if self._format.name == "t5x" and kept_in_index(name, layout.shape):
+        if self._format.keeps_in_index(name, layout.shape):
             storing = replace(storing, passthrough=False)
         whole_told = {t: s for t, s in leaves.items() if self._sources[t.source].checkpoint.can_be_taken(t.tensor)}
         mesh = self._options.mesh
@@ -173,8 +175,7 @@ class Builder:
         storage, passed = storing.choose(layout, whole_told, leaf if terms else None, shard)
         tile, cost = storing.unit(layout, storage, leaves, passed)
         if keys is None:
-            # T5X's trees are dictionaries, and their keys hold no slash.
-            inherits = leaf is not None and self._format.name != "t5x"
+            inherits = leaf is not None and self._format.keeps_tree
             keys = keys_beside(leaf.keys, name) if leaf is not None and inherits else dict_keys(name)
         if leaf is not None:
             self.beside[name] = leaf.name
@@ -201,7 +202,7 @@ class Builder:
 
     def nodes(self) -> tuple[Node, ...]:
         """The nodes without tensors that the output keeps: a list's place must not outlive its dropped neighbours."""
-        left_out = [f"{root}*" for root in STATES] if self._options.optimizer == "drop" else []
+        left_out = [f"{root}*" for root in STATES] if self._options.optimizer == OnState.DROP else []
         drop = (*self._options.drop, *left_out)
         return tuple(node for node in self._sources[0].checkpoint.nodes if not is_dropped(node.name, drop))
 
@@ -256,14 +257,16 @@ class Builder:
                 details=shorten(unread, 4),
                 hint="--drop PATTERN leaves them out",
             )
-        if problems := list(self._misplaced(plan)):
+        arrays = {output.name: output.keys for output in plan.outputs}
+        if problems := list(misplaced(arrays, plan.nodes, self._format)):
             raise Incompatible(f"a tree that {self._format.name} cannot hold", details=shorten(problems, 5))
         return plan
 
     def _random_keys(self) -> dict[str, str]:
-        """What T5X's index cannot tell of keys of random numbers: their generators."""
-        told = self._format.name != "t5x"
-        return {o.name: o.random_key for o in self.outputs if o.random_key is not None and not told}
+        """The generators of keys of random numbers, where the format cannot tell them."""
+        if self._format.keeps_tree:
+            return {}
+        return {output.name: output.random_key for output in self.outputs if output.random_key is not None}
 
     def _nodes_left_behind(self) -> Iterator[str]:
         """That strings, and other nodes without tensors, are the first source's where others have other ones."""
@@ -272,67 +275,6 @@ class Builder:
         lost = {n.name for other in others for n in other.values() if first.get(n.name) != n}
         if kept_back := sorted(name for name in lost if not is_dropped(name, drop)):
             yield f"strings and empty nodes are those of the first source: {', '.join(shorten(kept_back, 4))} differ"
-
-    def _misplaced(self, plan: Plan) -> Iterator[str]:
-        """Tensors and nodes that have no place of their own in the format."""
-        keys = [*(output.keys for output in plan.outputs), *(node.keys for node in plan.nodes)]
-        names = Counter("/".join(key.name for key in each) for each in keys)
-        directories = Counter(array_directory(output.keys, output.name) for output in plan.outputs)
-        yield from (f"{name}: it stands there twice" for name, n in names.items() if n > 1)
-        yield from (f"{name}: the directory of two tensors" for name, n in directories.items() if n > 1)
-        for name in directories:
-            parts = name.split("/")
-            if parts[0] in self._format.reserved or (not self._format.ocdbt and parts[0].startswith("fusectl")):
-                yield f"{name}: a name of the format's own"
-            if not (self._format.ocdbt or all(map(_names_directory, parts))):
-                yield f"{name[:40]}: no name for a directory"
-            outer = ("/".join(parts[:i]) for i in range(1, len(parts)))
-            yield from (f"{name}: inside the array {other}" for other in outer if other in directories)
-        if self._format.name == "t5x":
-            yield from _of_a_dictionary(names)
-        else:
-            yield from _gaps(keys)
-            yield from _strings_in_strings(node for node in plan.nodes if node.text is not None)
-
-
-def _names_directory(part: str) -> bool:
-    """Whether file systems, and the stores on them, take a name for one."""
-    return len(part.encode()) <= LONGEST_NAME and not {"\0", "\\"} & set(part)
-
-
-def _of_a_dictionary(names: Iterable[str]) -> Iterator[str]:
-    """What a tree of dictionaries whose keys hold no slash has no place for, and what Flax would take for more."""
-    nodes: dict[str, set[str]] = {}
-    for name in names:
-        parts = name.split("/")
-        for i, part in enumerate(parts):
-            nodes.setdefault("/".join(parts[:i]), set()).add(part)
-    yield from (f"{name}: a leaf and a node of the tree" for name in names if name in nodes)
-    for node, inside in nodes.items():
-        if {"driver", "metadata"} <= inside or CHUNKED in inside:
-            yield f"{node}: its keys are those by which Flax and T5X tell an array"
-
-
-def _strings_in_strings(nodes: Iterable[Node]) -> Iterator[str]:
-    """Strings that Orbax's one file of them, which goes by their keys joined by dots, has one place for."""
-    places = Counter(".".join(key.name for key in node.keys) for node in nodes)
-    yield from (f"{place}: the place of two strings" for place, n in places.items() if n > 1)
-    for place in places:
-        parts = place.split("/")
-        outer = ("/".join(parts[:i]) for i in range(1, len(parts)))
-        yield from (f"{place}: inside the string {other}" for other in outer if other in places)
-
-
-def _gaps(keys: Iterable[tuple[Key, ...]]) -> Iterator[str]:
-    """Lists and tuples of which not all elements are there."""
-    positions: dict[tuple[Key, ...], set[int]] = {}
-    for each in keys:
-        for i, key in enumerate(each):
-            if key.kind == SEQUENCE:
-                positions.setdefault(each[:i], set()).add(int(key.name))
-    for node, found in positions.items():
-        if found != set(range(len(found))):
-            yield f"{'/'.join(key.name for key in node)}: a list or tuple without some of its elements"
 
 
 def target_of(first: Opened, options: Options) -> tuple[Format, str | None, Naming]:
@@ -343,9 +285,9 @@ def target_of(first: Opened, options: Options) -> tuple[Format, str | None, Nami
         orbax_for(trainer) if (trainer := first.tree.family.trainer) else format_named(f"orbax-ocdbt-zarr{own.zarr}")
     )
     out_format = orbax if options.format == ORBAX else format_named(options.format or own.name)
-    if out_format.name == "t5x":
+    if not out_format.keeps_tree:
         return out_format, None, T5X
-    item = "state" if first.checkpoint.format == "t5x" else first.checkpoint.location.item
+    item = first.checkpoint.location.item if own.keeps_tree else T5X_ITEM
     return out_format, item, first.tree.naming
 
 
@@ -354,13 +296,13 @@ def plan_step(
 ) -> None:
     """Plans the step with these keys, or under the name that the format's readers look for; T5X must have one."""
     stored = step_of(first)
-    of_t5x = out_format.name == "t5x" or (stored is None and first.tree.naming == T5X)
+    of_t5x = out_format.needs_step or (stored is None and first.tree.naming == T5X)
     name = "/".join(key.name for key in keys) if keys else T5X_STEP if of_t5x else stored or "step"
     step = options.step
     if step is None and stored is not None:
         builder.copy(stored, to=name, keys=keys)
         return
-    if step is None and out_format.name != "t5x":
+    if step is None and not out_format.needs_step:
         return
     now = first.checkpoint.step
     if step is None:

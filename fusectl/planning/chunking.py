@@ -31,7 +31,6 @@ from fusectl.layout.mesh import divisors, fits
 from fusectl.system.threads import TOLERATED_EXCESS_BYTES
 
 
-CODECS = ("auto", "zstd", "none")
 # T5X's limit for a chunk; readers of larger ones need memory for a whole one at once.
 LARGEST_CHUNK_BYTES = 64 << 20
 # And below this a chunk costs more to handle than to hold.

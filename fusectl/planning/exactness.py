@@ -14,9 +14,11 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from fusectl.families.kinds import Norm
 from fusectl.families.table import Row
 from fusectl.formats.record import Record
 from fusectl.formats.zarr import epsilon
+from fusectl.layout.fill import FillKind
 from fusectl.rules.fusion import Fusion, noisy, stored_offset, stored_scale
 
 
@@ -36,7 +38,11 @@ def of_tensor(fusion: Fusion, record: Record, parameter: str, dtype: str, *, nar
     """That of a parameter that is stored in a dtype, to which it may have been `narrowed`."""
     reasons = []
     row, fill, shared = fusion.tree.rows[parameter], record.fill, fusion.is_shared(parameter)
-    if noisy(fusion, row) and fill.kind != "zeros" and not (fill.kind == "antisymmetric" and record.self_fused):
+    if (
+        noisy(fusion, row)
+        and fill.kind is not FillKind.ZEROS
+        and not (fill.kind is FillKind.ANTISYMMETRIC and record.self_fused)
+    ):
         reasons.append(f"{fill.kind} noise of {fill.noise_scale:g} times the kernels' deviation moves the logits")
     if record.means_shared and shared:
         reasons.append("scales that all heads share are the mean of the sources'")
@@ -46,7 +52,7 @@ def of_tensor(fusion: Fusion, record: Record, parameter: str, dtype: str, *, nar
         reasons.append(f"parameters that are scaled are rounded to {dtype}; --dtype float32 keeps them")
     if reasons:
         return Exactness(APPROXIMATE, tuple(reasons))
-    if row.is_norm and "embed" in row.spec.axes and not record.self_fused and record.norm == "rule":
+    if row.is_norm and "embed" in row.spec.axes and not record.self_fused and record.norm == Norm.RULE:
         mixes = ["one norm over streams of different models mixes them"]
         if any(scale != 1.0 for scale in record.residual_scales):
             mixes.append("streams that were rescaled want their norms' epsilon rescaled, too")

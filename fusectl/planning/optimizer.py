@@ -6,9 +6,11 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 
 from fusectl.errors import Incompatible
+from fusectl.families.kinds import Norm
 from fusectl.layout.blocks import Block, Layout
 from fusectl.optimizer.carry import Carry, same_models
 from fusectl.optimizer.depth import deepened_slots
+from fusectl.optimizer.kinds import OnState
 from fusectl.optimizer.slots import (
     FIRST_MOMENTS,
     OptimizerState,
@@ -38,11 +40,11 @@ def plan_state(builder: Builder, opened: Sequence[Opened], fusion: Fusion, optio
     """
     first = opened[0]
     with_state = [any(is_state(n) and n not in o.dropped for n in o.checkpoint.leaves) for o in opened]
-    if not any(with_state) or options.optimizer == "drop":
+    if not any(with_state) or options.optimizer == OnState.DROP:
         if any(with_state):
             builder.notes.append(DROPPED)
-        return ("drop" if any(with_state) else "none"), None
-    if not with_state[0] or (options.optimizer != "reset" and not all(with_state)):
+        return (OnState.DROP if any(with_state) else "none"), None
+    if not with_state[0] or (options.optimizer != OnState.RESET and not all(with_state)):
         without = [o.label for o, has in zip(opened, with_state, strict=True) if not has]
         raise Incompatible(
             "sources with and without optimizer state",
@@ -52,11 +54,11 @@ def plan_state(builder: Builder, opened: Sequence[Opened], fusion: Fusion, optio
     state = state_of(first)
     if state.kind != "unknown":
         state.require_known(first.label, "--optimizer drop leaves it out")
-    elif options.optimizer != "reset":
+    elif options.optimizer != OnState.RESET:
         state.require_known(first.label, "--optimizer reset makes zeros of its slots, --optimizer drop leaves it out")
     fused_shapes = {name: fusion.fused_shape(name) for name in first.tree.shapes}
     slots: Iterable[tuple[str, tuple[int, ...], tuple[Block, ...]]]
-    if options.optimizer == "reset":
+    if options.optimizer == OnState.RESET:
         slots = ((name, shape, ()) for name, shape in fresh_slots(state, first.tree, fused_shapes).items())
         effect = RESET
     else:
@@ -64,7 +66,7 @@ def plan_state(builder: Builder, opened: Sequence[Opened], fusion: Fusion, optio
             fusion,
             _one_optimizer([state, *map(state_of, opened[1:])], opened),
             same_models([str(o.checkpoint.location.index) for o in opened]),
-            only_first=options.optimizer == "asymmetric",
+            only_first=options.optimizer == OnState.ASYMMETRIC,
         )
         builder.notes += _notes_on_state(carry, opened)
         slots = carry.slots()
@@ -79,7 +81,7 @@ def plan_state(builder: Builder, opened: Sequence[Opened], fusion: Fusion, optio
             )
         builder.add(name, Layout(axes, shape, dtype, blocks), like=name)
         planned.add(name)
-    plan_beside(builder, first, state, planned, reset=options.optimizer == "reset")
+    plan_beside(builder, first, state, planned, reset=options.optimizer == OnState.RESET)
     builder.notes.append(f"optimizer: {state.kind}, {len(state.names)} slots {effect}")
     return options.optimizer, state.kind
 
@@ -88,11 +90,11 @@ def plan_deeper_state(builder: Builder, opened: Opened, deepening: Deepening, op
     """Plans the optimizer's slots of a deeper model: each layer's along with it, zeros, or none. What was done."""
     state = state_of(opened)
     state.require_known(opened.label, "--optimizer drop leaves it out")
-    if state.kind == "none" or options.optimizer == "drop":
+    if state.kind == "none" or options.optimizer == OnState.DROP:
         if state.kind != "none":
             builder.notes.append(DROPPED)
-        return "drop" if state.kind != "none" else "none"
-    reset = options.optimizer == "reset"
+        return OnState.DROP if state.kind != "none" else "none"
+    reset = options.optimizer == OnState.RESET
     leaves, grown = opened.checkpoint.leaves, deepening.grown
     for name, like, shape, blocks in deepened_slots(deepening, state):
         axes = slot_axes(name, shape, grown, grown.shapes)
@@ -180,6 +182,6 @@ def _effect(carry: Carry, norm: str | None) -> str:
         return "kept for the first copy, zero elsewhere: large first updates there, which set the copies apart"
     if len(set(carry.models)) > 1:
         return "carried; between different sources second moments are estimated (rank 1), first ones start from 0"
-    if len(set(carry.fusion.weights)) > 1 and norm != "property":
+    if len(set(carry.fusion.weights)) > 1 and norm != Norm.PROPERTY:
         return "carried; estimated, since one norm couples copies of different weights"
     return "carried into every block: the first update is that of a fused model trained so far"

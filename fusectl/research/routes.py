@@ -20,16 +20,17 @@ from pathlib import Path
 
 from fusectl.errors import Incompatible, NotFound, UsageError
 from fusectl.families.config import GEMMA_SIZES, MAXTEXT_SIZES, read_config
+from fusectl.families.kinds import Trainer
 from fusectl.families.recognized import Recognized
 from fusectl.families.table import DECODER, ENCODER
 from fusectl.formats.registry import open_checkpoint
+from fusectl.research.kinds import Way
 from fusectl.rules.linear import growing_to
 from fusectl.sources.opened import recognized
 from fusectl.sources.packed_qkv import unpacked
 from fusectl.system.given import read_given
 
 
-ROUTES = ("self-fuse", "stack", "duplicate", "ligo")
 # What a target is written with, and the axes or stacks that it is about.
 WORDS = {
     "emb": "embed",
@@ -77,11 +78,11 @@ Step = tuple[str, Mapping[str, int | str]]
 
 @dataclass(frozen=True)
 class Route:
-    """One of ROUTES: what it keeps, in words, the commands that follow each other and what they are given; or why it
+    """One way: what it keeps, in words, the commands that follow each other and what they are given; or why it
     does not lead there.
     """
 
-    how: str
+    how: Way
     keeps: str
     steps: tuple[Step, ...] = ()
     why_not: str = ""
@@ -141,18 +142,19 @@ def _self_fuse(ratios: Mapping[str, float], deeper: Mapping[str, int]) -> Route:
     keeps = "the function, exactly; the optimizer's state, exactly"
     if set(ratios.values()) != {copies} or copies < 2 or copies % 1:
         said = ", ".join(f"{axis} x {ratio:g}" for axis, ratio in ratios.items())
-        return Route("self-fuse", keeps, why_not=f"all widths have to be the same whole number of times larger: {said}")
+        why_not = f"all widths have to be the same whole number of times larger: {said}"
+        return Route(Way.SELF_FUSE, keeps, why_not=why_not)
     step: Step = ("self-fuse", {"copies": int(copies), "fill": "antisymmetric"})
     if deeper:
-        return Route("self-fuse", f"{keeps}; new layers add nothing at first", (step, _identity(deeper)))
-    return Route("self-fuse", keeps, (step,))
+        return Route(Way.SELF_FUSE, f"{keeps}; new layers add nothing at first", (step, _identity(deeper)))
+    return Route(Way.SELF_FUSE, keeps, (step,))
 
 
 def _stack(deeper: Mapping[str, int], *, wider: bool) -> Route:
     keeps = "the function, exactly (other --how do not); the optimizer's state of the layers that were there"
     if wider:
-        return Route("stack", keeps, why_not="widths change, not only the number of layers")
-    return Route("stack", keeps, (_identity(deeper),))
+        return Route(Way.STACK, keeps, why_not="widths change, not only the number of layers")
+    return Route(Way.STACK, keeps, (_identity(deeper),))
 
 
 def _identity(deeper: Mapping[str, int]) -> Step:
@@ -169,9 +171,9 @@ def _linear(tree: Recognized, grown: Recognized, deeper: Mapping[str, int]) -> I
     lossless = (
         "the function, exactly; copies of a unit stay equal until dropout, noise or rounding tells them apart; no state"
     )
-    yield Route("duplicate", lossless, (("ligo", {**options, "steps": 0}),))
+    yield Route(Way.DUPLICATE, lossless, (("ligo", {**options, "steps": 0}),))
     learned = "neither function nor state; it starts from the small model's loss and learns from there"
-    yield Route("ligo", learned, (("ligo", {**options, "data": "FILE"}),))
+    yield Route(Way.LIGO, learned, (("ligo", {**options, "data": "FILE"}),))
 
 
 def _depth_options(depths: Mapping[str, int]) -> dict[str, int | str]:
@@ -194,7 +196,7 @@ def _read(text: str, tree: Recognized) -> dict[str, int]:
         return found
     if path.is_file():
         config = read_config(text)
-        names = GEMMA_SIZES if config.trainer == "gemma" else MAXTEXT_SIZES
+        names = GEMMA_SIZES if config.trainer is Trainer.GEMMA else MAXTEXT_SIZES
         try:
             found = {axis: int(config.values[key]) for axis, key in names.items() if key in config.values}
         except (OverflowError, TypeError, ValueError) as error:

@@ -21,9 +21,7 @@ from fusectl.errors import Incompatible, UsageError, shorten
 from fusectl.families.recognized import Recognized
 from fusectl.families.table import stack_of
 from fusectl.layout.blocks import Block, Layout, Product, Region, Term, whole
-
-
-HOWS = ("stack", "interleave", "identity")
+from fusectl.rules.kinds import How
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,16 +43,16 @@ def arrangement(how: str, now: int, then: int, turn: int = 1) -> Depth:
     [1, 2, 4]
     """
     old, new = now // turn, then // turn
-    runs = [i % old if how == "stack" else i * old // new for i in range(new)]
-    again = {i for i in range(1, new) if how == "identity" and runs[i] == runs[i - 1]}
+    runs = [i % old if how == How.STACK else i * old // new for i in range(new)]
+    again = {i for i in range(1, new) if how == How.IDENTITY and runs[i] == runs[i - 1]}
     layers = (*(run * turn + k for run in runs for k in range(turn)), *range(old * turn, now))
     return Depth(layers, frozenset(i * turn + k for i in again for k in range(turn)))
 
 
 def deepen(tree: Recognized, how: str, then: Mapping[str, int], where: str) -> Deepening:
     """The Deepening of a tree whose stacks become as deep as `then` says; raises Incompatible where they cannot."""
-    if how not in HOWS:
-        raise UsageError(f"--how {how}: {', '.join(HOWS)}")
+    if how not in set(How):
+        raise UsageError(f"--how {how}: {', '.join(How)}")
     problems = problems_of_depths(tree, then)
     if problems:
         raise Incompatible(f"{where}: depths that it cannot grow to", details=problems)

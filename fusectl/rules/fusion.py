@@ -23,7 +23,7 @@ from fusectl.errors import Incompatible
 from fusectl.families.recognized import Recognized
 from fusectl.families.table import EMBEDDING, Row
 from fusectl.layout.blocks import Block, Layout, Noise, Product, Region, Term, whole
-from fusectl.layout.fill import Fill
+from fusectl.layout.fill import Fill, FillKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ def _uneven(tree: Recognized, label: str) -> Iterator[str]:
     heads, kv_heads = tree.sizes.get("heads", 1), tree.sizes.get("kv_heads", 1)
     if heads % kv_heads:
         yield f"{heads} heads do not share {kv_heads} kv heads evenly in {label}"
-    if tree.family.trainer in {"maxtext", "gemma"} and tree.sizes["kv"] % 2:
+    if tree.family.rotates_heads and tree.sizes["kv"] % 2:
         yield f"head_dim {tree.sizes['kv']} is odd in {label}: rotary positions turn pairs of features"
 
 
@@ -265,7 +265,7 @@ def with_noise(fusion: Fusion, name: str, fill: Fill, own: Sequence[Block], kern
     what is added at (j, i) is taken off at (i, i), so that equal inputs leave every output as it was.
     """
     row = fusion.tree.rows[name]
-    if fill.kind == "zeros" or not noisy(fusion, row):
+    if fill.kind is FillKind.ZEROS or not noisy(fusion, row):
         yield from own
         return
     stacked = row.spec.stacked_axis
@@ -275,7 +275,9 @@ def with_noise(fusion: Fusion, name: str, fill: Fill, own: Sequence[Block], kern
             for j in range(fusion.copies)
             if j != i
         ]
-        taken_off = [Noise(at, kernel, -fill.noise_scale, stacked) for at in between if fill.kind == "antisymmetric"]
+        taken_off = [
+            Noise(at, kernel, -fill.noise_scale, stacked) for at in between if fill.kind is FillKind.ANTISYMMETRIC
+        ]
         yield Block(block.at, (*block.terms, *taken_off))
         for at in between:
             yield Block(at, (Noise(at, kernel, fill.noise_scale, stacked),))
@@ -283,7 +285,7 @@ def with_noise(fusion: Fusion, name: str, fill: Fill, own: Sequence[Block], kern
 
 def check_fill(fusion: Fusion, fill: Fill) -> None:
     """Raises Incompatible where antisymmetric noise is undefined: the blocks of a row must have one shape."""
-    if fill.kind == "antisymmetric":
+    if fill.kind is FillKind.ANTISYMMETRIC:
         uneven = {axis: sizes for axis, sizes in fusion.widths.items() if len(set(sizes)) > 1}
         if uneven:
             raise Incompatible(

@@ -32,11 +32,11 @@ from fusectl.families.recognized import Recognized
 from fusectl.families.table import EMBEDDING, Row, stack_of
 from fusectl.layout.blocks import Block, Expansion, Layout, Mapped, Product, Region, Term
 from fusectl.rules.depth import problems_of_depths
+from fusectl.rules.kinds import Tie
 
 
 Array = npt.NDArray[Any]
 
-TIES = ("pinv", "paper")
 HEADS = frozenset({"heads", "kv_heads", "joined_kv"})
 # The place of the operator among the sources of a plan.
 OPERATOR = 1
@@ -48,7 +48,7 @@ class Growing:
 
     tree: Recognized
     grown: Recognized
-    tie: str = "pinv"
+    tie: str = Tie.PINV
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The names and shapes of the operator's tensors.
@@ -80,7 +80,7 @@ class Growing:
                 tensor=tensor,
                 index=layer if per_layer else None,
                 repeat=repeat,
-                inverse=self.tie == "pinv" and axis in row.spec.inputs,
+                inverse=self.tie == Tie.PINV and axis in row.spec.inputs,
             )
             for axis, tensor, per_layer, repeat in self._matrices(row, role, stack)
         )
@@ -90,7 +90,7 @@ class Growing:
         network, part = self.tree.network, self.tree.sizes["embed"] / self.grown.sizes["embed"]
         if role == EMBEDDING:
             return float(part**network.embedding_power)
-        if row.tied_head and self.tie == "paper":
+        if row.tied_head and self.tie == Tie.PAPER:
             return float(part ** (network.tied_logits_power - network.embedding_power))
         return 1.0
 
@@ -113,7 +113,7 @@ class Growing:
                 yield axis, f"{stack}/{heads_of(role)}", role != "relpos", repeat
 
     def _of_stream(self, row: Row, role: str, stack: str) -> str:
-        if not row.is_norm or self.tie == "paper":
+        if not row.is_norm or self.tie == Tie.PAPER:
             return "embed"
         return f"{stack}/final_norm" if role == "final_norm" else "norm"
 

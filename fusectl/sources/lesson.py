@@ -4,8 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from enum import StrEnum
 
 from fusectl.errors import UsageError
+
+
+class Init(StrEnum):
+    """What learning an operator starts from: the small model's function, its layers again, or LiGO's released start."""
+
+    DUPLICATE = "duplicate"
+    STACK = "stack"
+    INTERPOLATE = "interpolate"
+    RANDOM = "random"
 
 
 @dataclass(frozen=True)

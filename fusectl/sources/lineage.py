@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from fusectl.errors import Incompatible, UsageError
+from fusectl.families.kinds import Norm
 from fusectl.formats.record import FILE_NAME, Record
 from fusectl.formats.registry import open_checkpoint
 from fusectl.formats.tree import Checkpoint
@@ -71,7 +72,7 @@ def remembered(checkpoint: Checkpoint, lineage: Lineage | None) -> Checkpoint:
             f"{checkpoint.path}: its {FILE_NAME} says what was fused", hint="leave out --fused-from and --norm-groups"
         )
     before = _record_of(lineage)
-    groups = before.norm_groups if before.norm == "property" else (sum(before.norm_groups),)
+    groups = before.norm_groups if before.norm == Norm.PROPERTY else (sum(before.norm_groups),)
     if own is not None:
         return checkpoint.with_record(replace(own, norm=before.norm, norm_groups=groups))
     return checkpoint.with_record(replace(before, norm_groups=groups))
@@ -93,7 +94,7 @@ def require_groups(checkpoint: Checkpoint, width: int) -> None:
 def _record_of(lineage: Lineage) -> Record:
     """What is known of the fusion before it was trained on: nothing of its values, nor of its optimizer."""
     if lineage.fused_from is None:
-        norm = "property" if len(lineage.norm_groups) > 1 else "rule"
+        norm = Norm.PROPERTY if len(lineage.norm_groups) > 1 else Norm.RULE
         return Record(norm_groups=lineage.norm_groups, norm=norm)
     record = open_checkpoint(lineage.fused_from).record
     if record is None:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from fusectl.errors import Corrupt, Incompatible, UsageError, counted, shorten
 from fusectl.families.config import Config
+from fusectl.families.kinds import Norm
 from fusectl.families.recognition import configured, recognize
 from fusectl.families.recognized import Recognized
 from fusectl.families.settings import STORED
@@ -38,7 +39,7 @@ class Opened:
     @property
     def trains_in_groups(self) -> bool:
         """Whether its network has a norm per group."""
-        return self.checkpoint.record is not None and self.checkpoint.record.norm == "property"
+        return self.checkpoint.record is not None and self.checkpoint.record.norm == Norm.PROPERTY
 
     @property
     def norm_groups(self) -> tuple[int, ...]:

@@ -29,14 +29,14 @@ from fusectl.formats.sink import save
 from fusectl.formats.tree import Checkpoint
 from fusectl.formats.zarr import nonfinite_at
 from fusectl.rules.depth import arrangement, turn_of
-from fusectl.rules.linear import TIES, Growing, growing_to, is_depth
-from fusectl.sources.lesson import Learning
+from fusectl.rules.kinds import How, Tie
+from fusectl.rules.linear import Growing, growing_to, is_depth
+from fusectl.sources.lesson import Init, Learning
 from fusectl.system.jsontree import finite
 
 
 Array = npt.NDArray[Any]
 
-INITS = ("duplicate", "stack", "interpolate", "random")
 CUSTOM = "fusectl_operator"
 # Of the noise on the weights of layers in LiGO's released start.
 DEPTH_NOISE = 0.03
@@ -60,8 +60,8 @@ class Operator:
 
 def initial(growing: Growing, init: str, seed: int) -> Operator:
     """The operator that learning starts from, in float64; raises UsageError for a start of another name."""
-    if init not in INITS or growing.tie not in TIES:
-        raise UsageError(f"--init {init}, --tie {growing.tie}: {', '.join(INITS)}; {', '.join(TIES)}")
+    if init not in set(Init) or growing.tie not in set(Tie):
+        raise UsageError(f"--init {init}, --tie {growing.tie}: {', '.join(Init)}; {', '.join(Tie)}")
     rng = np.random.default_rng(seed)
     arrays = {name: _matrix(growing, name, shape, init, rng) for name, shape in growing.shapes().items()}
     return Operator(arrays, growing.tie, init, seed)
@@ -78,7 +78,7 @@ def _matrix(growing: Growing, name: str, shape: tuple[int, ...], init: str, rng:
         matrices = [np.kron(_units(large // group, small // group, init, rng), np.eye(group)) for _ in range(shape[0])]
         return np.stack(matrices)
     count = shape[0] if len(shape) == 3 else 1
-    how = "duplicate" if what == "relpos" else init
+    how = Init.DUPLICATE if what == "relpos" else init
     matrices = [_units(large, small, how, rng) for _ in range(count)]
     matrix = np.stack(matrices) if len(shape) == 3 else matrices[0]
     return matrix * _factor(growing, name, matrix, init)
@@ -97,7 +97,7 @@ def _factor(growing: Growing, name: str, matrix: Array, init: str) -> Array | fl
 
     Of n copies of a feature each is multiplied with sqrt(D / (d n)): the mean square of the stream stays as it is.
     """
-    if growing.tie == "paper":
+    if growing.tie == Tie.PAPER:
         return 1.0
     part = growing.tree.sizes["embed"] / growing.grown.sizes["embed"]
     if name == "embed" and init != "random":
@@ -113,8 +113,13 @@ def _factor(growing: Growing, name: str, matrix: Array, init: str) -> Array | fl
 def _depth(growing: Growing, stack: str, role: str, init: str, rng: np.random.Generator) -> Array:
     """The weights (large, small) of the layers of a stack."""
     now, then = growing.tree.depths[stack], growing.grown.depths[stack]
-    hows = {"duplicate": "identity", "stack": "stack", "interpolate": "interleave", "random": "stack"}
-    depth = arrangement(hows[init], now, then, turn_of(growing.tree))
+    hows = {
+        Init.DUPLICATE: How.IDENTITY,
+        Init.STACK: How.STACK,
+        Init.INTERPOLATE: How.INTERLEAVE,
+        Init.RANDOM: How.STACK,
+    }
+    depth = arrangement(hows[Init(init)], now, then, turn_of(growing.tree))
     weights = np.eye(now)[list(depth.layers)]
     if init == "random":
         noisy = weights + rng.uniform(0, DEPTH_NOISE, weights.shape)
@@ -174,7 +179,7 @@ class Kept:
     @property
     def keeps_function(self) -> bool:
         """Whether what it grows computes what the small model does."""
-        return (self.about["init"], self.about["tie"], self.about["learned"]) == ("duplicate", "pinv", 0)
+        return (self.about["init"], self.about["tie"], self.about["learned"]) == (Init.DUPLICATE, Tie.PINV, 0)
 
     def growing(self, tree: Recognized, where: str) -> Growing:
         """What it makes of a tree; raises Incompatible for one of other sizes than it is for."""
@@ -249,6 +254,6 @@ def _makes_sense(about: Mapping[str, Any]) -> bool:
     try:
         pairs = [pair for key in ("sizes", "depths") for pair in about[key].values()]
         whole = all(isinstance(n, int) and n > 0 for pair in pairs for n in pair) and {len(p) for p in pairs} == {2}
-        return whole and about["tie"] in TIES and about["init"] in INITS and int(about["learned"]) >= 0
+        return whole and about["tie"] in set(Tie) and about["init"] in set(Init) and int(about["learned"]) >= 0
     except (KeyError, AttributeError, TypeError, ValueError):
         return False

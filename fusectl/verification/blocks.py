@@ -17,6 +17,7 @@ import numpy.typing as npt
 from fusectl.families.table import EMBEDDING, Row
 from fusectl.formats.record import Record
 from fusectl.formats.zarr import epsilon, np_dtype
+from fusectl.layout.fill import FillKind
 
 
 Array = npt.NDArray[Any]
@@ -83,7 +84,7 @@ class Blocks:
 
     def takes_noise_off(self, i: int) -> list[Slices]:
         """The gaps whose noise was subtracted from source i's own block."""
-        if self.record.fill.kind != "antisymmetric":
+        if self.record.fill.kind is not FillKind.ANTISYMMETRIC:
             return []
         return [at for output, _, at in self.gaps() if output == i]
 

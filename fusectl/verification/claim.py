@@ -17,7 +17,7 @@ from fusectl.formats.objects import bucket_of
 from fusectl.formats.record import Converted, Fused, Mapped, Record, SourceRecord, mean_weights, norm_groups
 from fusectl.formats.registry import fingerprint, open_checkpoint
 from fusectl.formats.tree import Checkpoint
-from fusectl.layout.fill import DEFAULT_NOISE_SCALE, Fill
+from fusectl.layout.fill import DEFAULT_NOISE_SCALE, Fill, FillKind
 from fusectl.rules.fusion import widths_of
 from fusectl.sources.kv_heads import expanded
 from fusectl.sources.lineage import Lineage, for_each, remembered
@@ -227,9 +227,9 @@ def _network(tree: Recognized, first: Recognized, record: Record | None, declare
 
 def _fill(recorded: Fill, declared: Declared) -> Fill:
     """The recorded fill, unless another is declared; the seed of another is unknown."""
-    kind = declared.fill or recorded.kind
+    kind = FillKind(declared.fill or recorded.kind)
     scale = declared.noise_scale or (recorded.noise_scale if kind == recorded.kind else DEFAULT_NOISE_SCALE)
-    if kind == "zeros":
+    if kind == FillKind.ZEROS:
         if declared.noise_scale is not None:
             raise UsageError("--noise-scale without noise", hint="--fill gaussian or antisymmetric")
         return Fill()

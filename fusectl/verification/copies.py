@@ -15,12 +15,14 @@ import numpy as np
 import numpy.typing as npt
 
 from fusectl.errors import Incompatible, NotFound
+from fusectl.families.kinds import Norm
 from fusectl.families.recognized import UNKNOWN
 from fusectl.families.table import Family
 from fusectl.formats.record import Converted, Origin, Record
-from fusectl.formats.registry import fingerprint, open_checkpoint
+from fusectl.formats.registry import fingerprint, format_named, open_checkpoint
 from fusectl.formats.tree import NONE, STEPS, T5X_STEP, Checkpoint, Key, dict_keys, is_dropped
 from fusectl.layout.blocks import Region, common_tile, size, tiles
+from fusectl.layout.fill import FillKind
 from fusectl.optimizer.slots import is_state
 from fusectl.sources.opened import own_family, recognized
 from fusectl.sources.scan import restacked
@@ -77,7 +79,7 @@ def of_another_model(record: Record, source: Checkpoint) -> Iterator[str]:
     """What a record says of the model, and that of its source does not."""
     theirs = source.record
     if theirs is None:
-        if record.fused or record.norm != "rule" or record.fill.kind != "zeros":
+        if record.fused or record.norm != Norm.RULE or record.fill.kind is not FillKind.ZEROS:
             yield f"{source.path} has no record of a fusion, as this one has"
         return
     for what in _OF_THE_MODEL:
@@ -122,7 +124,7 @@ class _Pair:
         self.kept = [name for name in self.source.leaves if not is_dropped(name, self.copy.drop)]
         self.step = next((name for name in STEPS if name in self.kept), None)
         self.theirs = self.source.record.origin if self.source.record is not None else None
-        self.to_t5x, self.from_t5x = (each.format == "t5x" for each in (self.fused, self.source))
+        self.to_t5x, self.from_t5x = (not format_named(each.format).keeps_tree for each in (self.fused, self.source))
         # For every tensor that was not left out its keys in the copy.
         self.keys = self._keys()
         self.names = {name: "/".join(key for key, _ in keys) for name, keys in self.keys.items()}

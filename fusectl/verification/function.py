@@ -19,8 +19,10 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
+from fusectl.families.kinds import Norm
 from fusectl.families.recognized import Recognized
 from fusectl.formats.zarr import epsilon
+from fusectl.layout.fill import FillKind
 from fusectl.networks.run import Model, Outcome, Passes, Shelf, head_of, plan_passes, positions, run_stages, twin_of
 from fusectl.networks.stages import Part, Tap
 from fusectl.networks.tokens import Tokens
@@ -81,7 +83,7 @@ class _Comparison:
         self._settings = settings
         self._shelf = shelf
         fill, self_fused = claim.record.fill.kind, claim.record.self_fused
-        self._noise_shifts = fill == "gaussian" or (fill == "antisymmetric" and not self_fused)
+        self._noise_shifts = fill == FillKind.GAUSSIAN or (fill == FillKind.ANTISYMMETRIC and not self_fused)
         self._narrowed = _narrowed(claim)
         self._rounded = self._narrowed or _computed(claim)
         index = {id(claim.sources[i]): f"source {i}" for i in claim.distinct}
@@ -147,7 +149,7 @@ class _Comparison:
         if self._settings.runs_native:
             # One norm does not mix copies of one model, and antisymmetric noise cancels between them. What rounding
             # all weights to a narrower dtype does to a function has no bound worth the name.
-            coarse = self._narrowed or (self._claim.record.fill.kind == "antisymmetric" and self._is_coarse)
+            coarse = self._narrowed or (self._claim.record.fill.kind is FillKind.ANTISYMMETRIC and self._is_coarse)
             mixes_models = self._one_norm or self._claim.record.network.logits_soft_cap is not None
             exact = (self._claim.record.self_fused or not mixes_models) and not (
                 self._noise_shifts or coarse or self._claim.record.means_shared
@@ -162,7 +164,7 @@ class _Comparison:
 
     @property
     def _one_norm(self) -> bool:
-        return self._claim.record.norm == "rule"
+        return self._claim.record.norm == Norm.RULE
 
     def _model(
         self,
@@ -357,7 +359,7 @@ def _computed(claim: Claim) -> bool:
     record = claim.record
     blocks = [(Blocks(row, record), i) for row in claim.tree.rows.values() for i in range(len(record.weights))]
     changed = any(math.frexp(each.scale(i))[0] != 0.5 or each.offset(i) for each, i in blocks)
-    return record.fill.kind == "antisymmetric" or changed
+    return record.fill.kind is FillKind.ANTISYMMETRIC or changed
 
 
 def _narrowed(claim: Claim) -> bool:

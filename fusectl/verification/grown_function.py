@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
+from fusectl.families.kinds import Norm
 from fusectl.families.recognized import Recognized
 from fusectl.formats.record import Mapped, Record
 from fusectl.formats.tree import Checkpoint
@@ -84,7 +85,7 @@ def _logits(
 ) -> tuple[Array, str]:
     """The logits (compared positions, vocab) of one model, and how it was run."""
     shelf, weights = Shelf(settings.threads), (checkpoint, tree)
-    groups = record.norm_groups if record.norm == "property" else (tree.sizes["embed"],)
+    groups = record.norm_groups if record.norm == Norm.PROPERTY else (tree.sizes["embed"],)
     parts: dict[int, list[Array]] = {}
     with jax.enable_x64(True):
         passes = plan_passes(

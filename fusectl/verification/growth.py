@@ -21,11 +21,13 @@ from fusectl.families.naming import is_stream
 from fusectl.families.recognized import Recognized
 from fusectl.families.table import DECODER, stack_of
 from fusectl.formats.record import Mapped, Record, Stacked
-from fusectl.formats.registry import fingerprint, open_checkpoint
+from fusectl.formats.registry import fingerprint, format_named, open_checkpoint
 from fusectl.formats.tree import STEPS, Checkpoint, kept_shapes
 from fusectl.formats.zarr import epsilon
 from fusectl.layout.blocks import Region, common_tile, shifted, size, tiles, whole
+from fusectl.optimizer.kinds import OnState
 from fusectl.optimizer.slots import FIRST_MOMENTS, UNUSED, OptimizerState, find_state, is_state
+from fusectl.rules.kinds import How
 from fusectl.sources.opened import own_family, recognized
 from fusectl.sources.packed_qkv import unpacked
 from fusectl.system.threads import Progress, in_parallel
@@ -36,7 +38,6 @@ from fusectl.verification.report import WeightsResult
 # Both sides, the cast one and a mask.
 BYTES_PER_VALUE = 24
 # The ways to grow that are known here, and how the modules begin that MaxText's streams of random numbers are in.
-HOWS = ("stack", "interleave", "identity")
 _LAYERS = "decoder/layers"
 
 
@@ -78,7 +79,7 @@ class Grown:
     def problems(self) -> Iterator[str]:
         """What the record says and is not so, tensors that should be there and are not, and others."""
         assert isinstance(self.made, Stacked)
-        if self.made.how not in HOWS:
+        if self.made.how not in set(How):
             yield f"the record says stacked by {self.made.how}, which fusectl does not know"
             return
         for what in ("sizes", "depths"):
@@ -140,7 +141,7 @@ class Grown:
             next((each.read(name) for name in STEPS if name in each.leaves), None) for each in (self.fused, self.source)
         )
         wanted = self._record.step if self._record.step is not None else then
-        if wanted is None and self.fused.format == "t5x":
+        if wanted is None and format_named(self.fused.format).needs_step:
             # T5X had to be given one.
             wanted = self.source.step or 0
         if wanted is not None and (now is None or int(now) != int(wanted)):
@@ -149,7 +150,7 @@ class Grown:
     @cached_property
     def has_state(self) -> bool:
         """Whether the optimizer's state came along."""
-        return self._record.optimizer in {"carry", "reset"}
+        return self._record.optimizer in {OnState.CARRY, OnState.RESET}
 
     @cached_property
     def _state(self) -> OptimizerState:
@@ -218,7 +219,7 @@ class Grown:
             nothing = -1.0 if row.is_norm and self.tree.network.norm_adds_one else 0.0
             name = self.tree.full(parameter)
             yield from self._of_tensor(parameter, name, row.spec.axes, None, nothing if row.writes_stream else None)
-        reset = self._record.optimizer == "reset"
+        reset = self._record.optimizer == OnState.RESET
         for name, parameter, moment in self.slots():
             row = self.tree.rows[parameter]
             kept = self._state.axes_of(moment, self.tree.shapes[parameter], row.spec)
@@ -377,8 +378,8 @@ def _layers(how: str, now: int, then: int, turn: int) -> tuple[list[int], list[b
             layers.append(now - (then - layer))
             idle.append(False)
             continue
-        source = number % turns if how == "stack" else (number * turns) // new_turns
-        idle.append(how == "identity" and source == last)
+        source = number % turns if how == How.STACK else (number * turns) // new_turns
+        idle.append(how == How.IDENTITY and source == last)
         layers.append(source * turn + place)
         if place == turn - 1:
             last = source

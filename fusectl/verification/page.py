@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fusectl.formats.staging import storage_errors
+from fusectl.layout.fill import FillKind
 from fusectl.system.escape import caption, code, markdown
 from fusectl.verification.report import FilesResult, FunctionResult, Report, TraceRow, WeightsResult
 
@@ -45,7 +46,9 @@ def _lines(report: Report) -> Iterator[str]:
         digest = code(source.fingerprint)
         yield f"| {code(source.path)} | {weight:g} | {step} | {groups} | {digest} | {scale:.9g} |"
     yield ""
-    seed = "" if record.fill.kind == "zeros" else f" of scale {record.fill.noise_scale:g}, seed {record.fill.seed}"
+    seed = (
+        "" if record.fill.kind is FillKind.ZEROS else f" of scale {record.fill.noise_scale:g}, seed {record.fill.seed}"
+    )
     yield f"Between the sources: {record.fill.kind}{seed}. Norm of the trainer: the fusion {record.norm}."
     for level, result in (("Algebra", report.algebra), ("Native", report.native)):
         if result is not None and result.tolerance is not None:

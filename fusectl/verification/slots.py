@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from fusectl.formats.tree import kept_shapes
 from fusectl.layout.blocks import Region, intersect, shifted, slices, tiles, whole
+from fusectl.optimizer.kinds import OnState
 from fusectl.optimizer.slots import FIRST_MOMENTS, Axes, OptimizerState, find_state
 from fusectl.verification.blocks import Blocks
 from fusectl.verification.claim import Claim
@@ -54,7 +55,7 @@ class Slots:
         if Blocks(self._claim.tree.rows[parameter], self._claim.record).shared:
             return self._of_shared(parameter, slot, kept, region)
         out = np.zeros(tuple(map(len, region)))
-        first_only = self._claim.record.optimizer == "asymmetric"
+        first_only = self._claim.record.optimizer == OnState.ASYMMETRIC
         for reads, writes, cell in self._cells(parameter):
             place = tuple(cell[axis] for axis in kept)
             part = intersect(place, region)

@@ -23,7 +23,9 @@ from fusectl.families.naming import is_stream
 from fusectl.families.table import Row
 from fusectl.formats.tree import STEPS, Checkpoint, kept_shapes
 from fusectl.layout.blocks import Region, common_tile, shifted, size, slices, tiles, tiles_in, whole
+from fusectl.layout.fill import FillKind
 from fusectl.layout.noise import unit_noise
+from fusectl.optimizer.kinds import OnState
 from fusectl.optimizer.slots import find_state, is_state
 from fusectl.sources.packed_qkv import place_of
 from fusectl.system.threads import Progress, in_parallel
@@ -40,7 +42,7 @@ Task = tuple[int, Callable[[], None]]
 STANDARD_ERRORS = 6.0
 # Means of second moments are summed up in another order than the executor's, and rounded once more.
 MEAN_TOLERANCE = 1e-12
-_CARRIED = frozenset({"carry", "asymmetric"})
+_CARRIED = frozenset({OnState.CARRY, OnState.ASYMMETRIC})
 # Sources whose orders are tried: 720 of them.
 MOST_ORDERED = 6
 # What a value takes while it is compared: both sides as they are stored, noise, a mask. What was computed is compared
@@ -77,7 +79,9 @@ def check_weights(claim: Claim, *, budget_bytes: int, jobs: int, progress: Progr
         passed=not problems,
         tensors=len(tensors),
         blocks=sum(len(tensor.blocks.sources) for tensor in tensors),
-        noise_blocks=sum(len(tensor.blocks.gaps()) for tensor in tensors) if claim.record.fill.kind != "zeros" else 0,
+        noise_blocks=sum(len(tensor.blocks.gaps()) for tensor in tensors)
+        if claim.record.fill.kind is not FillKind.ZEROS
+        else 0,
         slots=len(slots),
         problems=tuple(problems),
         bytes_read=read + sources + (slot_bytes if checked else 0),
@@ -168,7 +172,7 @@ class _Tensor:
             edges = common_tile(leaf.shape, [leaf.chunks, self._leaf.chunks], budget_bytes // BYTES_PER_VALUE)
             for tile in tiles(leaf.shape, edges):
                 yield size(tile) * BYTES_PER_VALUE, partial(self._compare, i, places, regions, tile)
-        if self.blocks.record.fill.kind == "zeros":
+        if self.blocks.record.fill.kind is FillKind.ZEROS:
             for gap in self._gaps:
                 for tile in gap.pieces(self._leaf.chunks):
                     yield size(tile) * BYTES_PER_VALUE, partial(self._expect_zero, gap, tile)
@@ -201,12 +205,12 @@ class _Tensor:
         """How many standard errors the mean and the deviation of each noise block are from the declared ones."""
         for gap in self._gaps:
             for k, std in enumerate(self._declared_std(gap)):
-                if self.blocks.record.fill.kind != "zeros" and std > 0.0:
+                if self.blocks.record.fill.kind is not FillKind.ZEROS and std > 0.0:
                     yield noise_off(gap.sums.mean[k], gap.sums.std[k], std, gap.sums.count[k])
 
     @property
     def _noisy(self) -> bool:
-        return bool(self._gaps) and self.blocks.record.fill.kind != "zeros"
+        return bool(self._gaps) and self.blocks.record.fill.kind is not FillKind.ZEROS
 
     def _compare_mean(self) -> None:
         """Compares a tensor that does not grow with the weighted mean of the sources'."""
@@ -269,7 +273,7 @@ class _Tensor:
 
     def _gap_problems(self, gap: _Gap) -> Iterator[str]:
         fill, total = self.blocks.record.fill, math.prod(map(len, gap.region))
-        if fill.kind == "zeros":
+        if fill.kind is FillKind.ZEROS:
             if gap.wrong.count:
                 yield f": {gap.wrong.count:,} of {total:,} values are not zero"
             return
@@ -400,7 +404,7 @@ class _CarriedSlot(_KeptSlot):
 
 def _declared_slots(claim: Claim, slots: list[str], progress: Progress) -> tuple[list[_Slot], list[str]]:
     """The slots that can be compared with what they were declared as, and why the others cannot."""
-    reset = claim.record.optimizer == "reset"
+    reset = claim.record.optimizer == OnState.RESET
     if not (reset or claim.record.optimizer in _CARRIED) or not slots:
         return [], []
     try:
@@ -486,9 +490,9 @@ def _state_problems(claim: Claim, checked: list[_Slot], slots: list[str]) -> Ite
     strange = [name for name in claim.fused.leaves if name not in known | streams.keys() and name not in first.leaves]
     yield from (f"{name}: no part of a fusion" for name in strange)
     yield from _stream_problems(claim, streams)
-    if claim.record.optimizer == "drop" and slots:
+    if claim.record.optimizer == OnState.DROP and slots:
         yield "the optimizer's slots: declared as dropped, and there"
-    if claim.record.optimizer not in {"reset", *_CARRIED}:
+    if claim.record.optimizer not in {OnState.RESET, *_CARRIED}:
         return
     if not slots:
         yield "the optimizer's slots are gone"

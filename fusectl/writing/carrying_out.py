@@ -27,6 +27,7 @@ from fusectl.formats.staging import (
 )
 from fusectl.formats.tree import Checkpoint, Location
 from fusectl.formats.upload import require_free
+from fusectl.layout.fill import FillKind
 from fusectl.optimizer.rates import module, table
 from fusectl.planning.plan import Plan
 from fusectl.system.lru import Cache
@@ -66,7 +67,7 @@ def carry_out(
     Raises OutputExists; Incompatible where `resume` finds another plan; NotEnoughSpace and StorageError; Corrupt for a
     source that is, and for an output that was complete and is damaged since, unless `force` has it written anew.
     """
-    if allow_nonfinite and plan.record.fill.kind != "zeros":
+    if allow_nonfinite and plan.record.fill.kind is not FillKind.ZEROS:
         raise UsageError("noise is relative to a kernel's deviation, which a NaN or Inf leaves undefined")
     progress, jobs = progress or Silent(), jobs or default_jobs()
     finished = None
@@ -144,7 +145,7 @@ def default_output(sources: Sequence[Checkpoint], plan: Plan) -> Place:
     home = sources[0].location.home
     stem, suffix = (home.stem, ".ckpt") if home.suffix == ".ckpt" else (home.name, "")
     fill = plan.record.fill
-    noisy = fill.kind != "zeros" and not isinstance(plan.record.made, Converted)
+    noisy = fill.kind is not FillKind.ZEROS and not isinstance(plan.record.made, Converted)
     noise = f".{fill.kind}-{fill.noise_scale:g}" if noisy else ""
     fused_name = {
         "fuse": f".fused-{len(sources)}x",

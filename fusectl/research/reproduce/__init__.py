@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fusectl.errors import UsageError
+from fusectl.research.kinds import Experiment
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def reproduce(experiment: str, preset: str, out: Path, note: Callable[[str], Non
     device = jax.devices()[0]
     laboratory = Laboratory(out, chosen, note, _jobs())
     with _alone(laboratory.out):
-        report = EXPERIMENTS[experiment](laboratory)
+        report = EXPERIMENTS[Experiment(experiment)](laboratory)
     circumstances = (
         (
             f"`fusectl reproduce {experiment} --preset {preset}`, fusectl {fusectl.__version__}, "

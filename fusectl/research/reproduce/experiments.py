@@ -12,6 +12,7 @@ from fusectl.errors import FusectlError
 from fusectl.formats.registry import open_checkpoint
 from fusectl.networks.training import Recipe
 from fusectl.research.curves import Curve as LossCurve
+from fusectl.research.kinds import Experiment
 from fusectl.research.papers import table as paper_table
 from fusectl.research.reproduce.arms import (
     OTHER,
@@ -583,8 +584,9 @@ def ligo(laboratory: Laboratory) -> Report:
     )
 
 
-EXPERIMENTS: Mapping[str, Callable[[Laboratory], Report]] = {
-    each.__name__: each for each in (table1, table2, table4, figure4, figure5, figure6, starts, finetune, ligo)
+EXPERIMENTS: Mapping[Experiment, Callable[[Laboratory], Report]] = {
+    Experiment(each.__name__): each
+    for each in (table1, table2, table4, figure4, figure5, figure6, starts, finetune, ligo)
 }
 
 

@@ -28,9 +28,11 @@ import numpy as np
 
 from fusectl.demo import parameter_shapes
 from fusectl.errors import Corrupt, FusectlError, UsageError
+from fusectl.families.kinds import Norm
 from fusectl.families.recognition import recognize
 from fusectl.families.recognized import Recognized
 from fusectl.families.registry import family_named
+from fusectl.formats.kinds import FormatName
 from fusectl.formats.registry import open_checkpoint
 from fusectl.formats.sink import save
 from fusectl.networks.examples import Examples, read_examples, window_of
@@ -255,7 +257,7 @@ class Laboratory:
             return self._norm_groups(model.growth.sources[0])
         opened = open_source(str(self.grown(model.growth)))
         record = opened.checkpoint.record
-        return opened.norm_groups if record is not None and record.norm == "property" else ()
+        return opened.norm_groups if record is not None and record.norm == Norm.PROPERTY else ()
 
     def _trainer(self, size: str, groups: tuple[int, ...]) -> Trainer:
         with self._locked(f"{size} {groups}"):
@@ -273,7 +275,7 @@ class Laboratory:
         for old in (beside, path):
             shutil.rmtree(old, ignore_errors=True)
         beside.parent.mkdir(parents=True, exist_ok=True)
-        save(beside, trainer.stored(state), "t5x")
+        save(beside, trainer.stored(state), FormatName.T5X)
         beside.rename(path)
 
     def fusectl(self, words: Sequence[str]) -> None:

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fusectl.errors import Incompatible, NotEnoughSpace, UsageError
+from fusectl.families.kinds import Norm
 from fusectl.families.table import stack_of
 from fusectl.formats.registry import open_checkpoint
 from fusectl.layout.blocks import slices
@@ -29,7 +30,7 @@ from fusectl.operations.fuse import open_sources, shared_differ
 from fusectl.operations.ligo.learn import examples_of
 from fusectl.planning.builder import Options
 from fusectl.research.theory.field import LARGEST_STEP, Convergence, Derivatives, Losses, convergence, derivatives, norm
-from fusectl.research.theory.space import NORM_PROPERTY, Space
+from fusectl.research.theory.space import Space
 from fusectl.research.theory.symmetry import Symmetry, of_checkpoint, of_fusion, symmetry_of
 from fusectl.rules.fusion import check_fill, line_up
 from fusectl.sources.lesson import Data
@@ -239,7 +240,7 @@ def theory(
     check_fill(fusion, options.fill)
     tokens = batch.tokens(opened[0])
     precision = "float64" if x64 else "float32"
-    space = Space(fusion, opened, options.norm or "rule", precision)
+    space = Space(fusion, opened, options.norm or Norm.RULE, precision)
     with jax.enable_x64(x64):
         losses = space.losses(batch_of(tokens))
         note(f"compiling the losses of {space.size:,} parameters and their derivatives")
@@ -406,7 +407,7 @@ def _notes(space: Space, symmetry: Symmetry | None) -> list[str]:
     network, notes = space.fusion.tree.network, []
     if not space.self_fused:
         notes.append("different models: the lemmas are about copies of one; the bracket has two parts, see its norms")
-    if space.norm != NORM_PROPERTY and not space.self_fused:
+    if space.norm != Norm.PROPERTY and not space.self_fused:
         notes.append("with one norm over all sources the fused model is not their mean: Theorem 1's bound may fail")
     if network.logits_soft_cap is not None and not space.self_fused:
         notes.append("the logits are capped behind their mean: Theorem 1's bound may fail")

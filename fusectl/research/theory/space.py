@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
+from fusectl.families.kinds import Norm
 from fusectl.families.recognized import Recognized
 from fusectl.layout.blocks import Block, Layout, Product, Region, Term, slices, whole
 from fusectl.layout.fill import Fill
@@ -30,8 +31,6 @@ from fusectl.sources.opened import Opened, read_finite
 
 
 Array = npt.NDArray[Any]
-# A norm per source, as the paper has it; anything else is one norm over all of them (record.NORMS).
-NORM_PROPERTY = "property"
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +118,7 @@ class Space:
 
     def losses(self, batch: Mapping[str, Any]) -> Losses:
         """L_S, the sum of the small models' losses, and L_B, the large one's, on a batch (Eq. 8 and 9)."""
-        groups = [source.norm_groups if self.norm == NORM_PROPERTY else () for source in self.sources]
+        groups = [source.norm_groups if self.norm == Norm.PROPERTY else () for source in self.sources]
         kinds: dict[Any, list[int]] = {}
         for i, source in enumerate(self.sources):
             kinds.setdefault((tuple(source.tree.shapes.items()), groups[i]), []).append(i)

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from fusectl.errors import Incompatible, UsageError
 from fusectl.layout.blocks import Layout, Noise, Product, Term, slices
-from fusectl.layout.fill import Fill
+from fusectl.layout.fill import Fill, FillKind
 from fusectl.layout.noise import unit_noise
 from fusectl.rules.fusion import Fusion, equal_widths, fused
 from fusectl.sources.opened import Opened, read_finite
@@ -115,7 +115,7 @@ def of_fusion(fusion: Fusion, sources: Sequence[Opened], fill: Fill) -> Symmetry
             layout = fused(fusion, name, "float64", fill, [source.full(name) for source in sources])
             yield name, layout.axes, _filled(layout, name, sources, fill)
 
-    noise = "" if fill.kind == "zeros" else f" noise of scale {fill.noise_scale:g}, seed {fill.seed}"
+    noise = "" if fill.kind is FillKind.ZEROS else f" noise of scale {fill.noise_scale:g}, seed {fill.seed}"
     return symmetry_of(tensors(), fusion.widths, f"a new fusion, filled with {fill.kind}{noise}")
 
 
