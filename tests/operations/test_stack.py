@@ -26,11 +26,12 @@ from fusectl.operations.fuse import plan_fusion, plan_noise_fill
 from fusectl.operations.growth import plan_stack
 from fusectl.planning.builder import Options
 from fusectl.restart import restart
-from fusectl.rules.depth import HOWS
+from fusectl.rules.kinds import How
 from fusectl.verification import Settings, verify
 from fusectl.writing.carrying_out import carry_out
 
 
+HOWS = list(How)
 T5_LAYERS = {"encoder": 4, "decoder": 2}
 TINY = {"encoder": 2, "decoder": 1}
 T5_DEEPER = {"encoder": 7, "decoder": 3}
