@@ -7,13 +7,17 @@ milliseconds, and the executor held against it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any, assert_never
 
 import numpy as np
 import numpy.typing as npt
 
+from fusectl.formats.tree import Checkpoint
+from fusectl.formats.zarr import np_dtype
 from fusectl.layout.blocks import Expansion, Layout, Mapped, Noise, Product, Region, Summand, Term
 from fusectl.layout.noise import unit_noise
+from fusectl.planning.plan import Plan
 
 
 Array = npt.NDArray[Any]
@@ -111,3 +115,23 @@ def _matrix(expansion: Expansion, read: Read) -> Array:
     if expansion.inverse:
         matrix = np.linalg.pinv(matrix).T
     return np.kron(matrix, np.eye(expansion.repeat))
+
+
+def evaluate_plan(plan: Plan, sources: Sequence[Checkpoint]) -> dict[str, Array]:
+    """The values of every tensor that a plan writes, each in its dtype: what carrying it out must leave on disk.
+
+    `sources` are the opened checkpoints that the planner returned with the plan. Raises ValueError as `evaluate` does.
+    """
+
+    @cache
+    def read(source: int, name: str) -> Array:
+        return sources[source].read(name)
+
+    seed = plan.record.fill.seed or 0
+    with np.errstate(over="ignore"):
+        return {
+            output.name: evaluate(output.layout, read, noise_name=output.noise_name, seed=seed).astype(
+                np_dtype(output.layout.dtype)
+            )
+            for output in plan.outputs
+        }

@@ -415,7 +415,8 @@ def _mapped(term: Mapped, block: Block, part: Region, unit: _Unit) -> Array:
         values += term.added
     by_axis = {each.axis: each for each in term.expansions}
     for axis in term.order(part):
-        rows = unit.work.matrices.of(by_axis[axis])[part[axis].start : part[axis].stop]
+        first = block.at[axis].start
+        rows = unit.work.matrices.of(by_axis[axis])[part[axis].start - first : part[axis].stop - first]
         values = np.moveaxis(np.tensordot(rows, values, (1, axis)), 0, axis)
     return values
 
