@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cases import slow
+from cases import first_soon, slow
 from flax.traverse_util import unflatten_dict
 from models import DECODER_NAMES, FAMILY_NAMES, checkpoint, contents, covering, ends_at, state, write_record
 from written import FACTORED, restored, trained, tree, written_by_orbax
@@ -27,6 +27,7 @@ from fusectl.operations.growth import plan_stack
 from fusectl.planning.builder import Options
 from fusectl.restart import restart
 from fusectl.rules.kinds import How
+from fusectl.testing.evaluate import evaluate_plan
 from fusectl.verification import Settings, verify
 from fusectl.writing.carrying_out import carry_out
 
@@ -245,22 +246,32 @@ def written(at, case):
     return at, {"layers": layers, "of_stack": of_stack}, told
 
 
-# All of them slowly: `interleave` is `identity` without what is empty.
-@pytest.mark.parametrize(
-    ("case", "how"),
-    [
-        pytest.param(case, how, marks=pytest.mark.slow if (i + HOWS.index(how)) % 2 else ())
-        for i, case in enumerate(CASES)
-        for how in HOWS
-    ],
-)
-def test_every_tensor_is_made_of_the_right_layers(tmp_path, case, how):
+@pytest.mark.parametrize("case", CASES)
+def test_every_tensor_is_made_of_the_right_layers(tmp_path, case):
+    source, then, told = written(tmp_path / "a", case)
+    found = values(source)
+
+    for how in HOWS:
+        plan, sources = plan_stack(str(source), how, then["layers"], then["of_stack"], Options())
+        same(evaluate_plan(plan, sources), deeper(found, how, **told))
+
+
+# One of each kind of tree, and of each --how.
+WRITTEN = [
+    ("scalable-t5-1.0, momentum", "identity"),
+    ("t5-1.0, adam", "interleave"),
+    ("gemma3 of maxtext, scanned", "identity"),
+    ("gemma2, flat", "stack"),
+]
+
+
+@pytest.mark.parametrize(("case", "how"), first_soon(WRITTEN, 2))
+def test_what_is_planned_is_written_and_proved(tmp_path, case, how):
     source, then, told = written(tmp_path / "a", case)
 
     stack(source, tmp_path / "b", how, **then)
 
-    expected = deeper(values(source), how, **told)
-    same(values(tmp_path / "b"), expected)
+    same(values(tmp_path / "b"), deeper(values(source), how, **told))
     proved(tmp_path / "b")
 
 
