@@ -451,6 +451,8 @@ def _exactness(found: Exactness) -> str:
 
 
 def _print_plan(console: Console, plan: Plan, output: Place) -> None:
+    from fusectl.formats.record import Stacked
+
     record = plan.record
     facts = [
         ("writes", f"{output}"),

@@ -91,6 +91,8 @@ class Options:
             object.__setattr__(self, "optimizer", OnState(self.optimizer))
             object.__setattr__(self, "norm", None if self.norm is None else Norm(self.norm))
             object.__setattr__(self, "codec", Codec(self.codec))
+            # Arrays' dtypes go into indexes, whose msgpack takes plain text only.
+            object.__setattr__(self, "dtype", None if self.dtype is None else str(self.dtype))
         except ValueError as error:
             raise UsageError(str(error)) from error
         if self.step is not None and not 0 <= self.step <= LARGEST_STEP:
