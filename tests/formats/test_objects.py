@@ -8,7 +8,7 @@ from models import checkpoint as whole_checkpoint
 from models import contents
 
 from fusectl.errors import NotFound, StorageError
-from fusectl.formats import locate
+from fusectl.formats.locate import locate
 from fusectl.formats.registry import FORMATS, fingerprint, open_checkpoint
 from fusectl.inspection.fsck import fsck
 from fusectl.layout.fill import Fill

@@ -12,8 +12,8 @@ from models import checkpoint as whole_checkpoint
 from models import contents, ends_at, start
 
 from fusectl.errors import Corrupt, Incompatible, NotFound, OutputExists, VerificationFailed
-from fusectl.formats import locate, objects, servercopy, target, upload
-from fusectl.formats.locate import COMMITTED, JOURNAL, LEASE, T5X_INDEX
+from fusectl.formats import objects, servercopy, target, upload
+from fusectl.formats.locate import COMMITTED, JOURNAL, LEASE, T5X_INDEX, locate
 from fusectl.formats.objects import ObjectPath
 from fusectl.formats.registry import FORMATS, open_checkpoint
 from fusectl.formats.sink import Sink

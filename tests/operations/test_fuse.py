@@ -318,18 +318,18 @@ def test_a_source_with_the_record_of_another_checkpoint_is_refused(pair, tmp_pat
 
 
 def test_an_output_that_is_not_as_planned_never_gets_its_name(pair, tmp_path, monkeypatch):
-    from fusectl.operations import surgery
+    from fusectl.writing import carrying_out
 
     plan, sources = plan_fusion(pair, Options())
     forget = dict(list(sources[0].leaves.items())[1:])
-    opened = surgery.open_location
+    opened = carrying_out.open_location
 
     def without_one(location):
         checkpoint = opened(location)
         checkpoint.leaves = {name: checkpoint.leaves[name] for name in forget}
         return checkpoint
 
-    monkeypatch.setattr(surgery, "open_location", without_one)
+    monkeypatch.setattr(carrying_out, "open_location", without_one)
     with pytest.raises(Corrupt, match="written, but not as planned"):
         carry_out(plan, sources, tmp_path / "out")
 
