@@ -116,7 +116,7 @@ class Family:
     aliases: tuple[str, ...] = ()
     # Not recognised, only chosen with --arch: a damaged tree of a commoner family would look the same.
     by_name_only: bool = False
-    # The module that runs the family's networks for verify (twin.py); a string, so that tables never import JAX.
+    # The module that runs the family's networks (networks/stages.py); a string, so that tables never import JAX.
     twin: str | None = None
     # What is lacking for a twin, in words, where there is none.
     lacks: tuple[str, ...] = ()

@@ -142,7 +142,7 @@ class Term:
 
 @dataclass(frozen=True, slots=True)
 class Noise:
-    """`scale * std(like) * field[region]`, from the output tensor's field of unit normal noise (fill.py).
+    """`scale * std(like) * field[region]`, from the output tensor's field of unit normal noise (noise.py).
 
     `like` is the kernel whose standard deviation the noise is relative to. Where the tensor stacks kernels along an
     axis, `stacked_axis`, each of them has its own.

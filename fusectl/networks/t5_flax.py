@@ -4,7 +4,7 @@ A drop-in for T5X's networks. In gin, behind the files that bind `network.T5Conf
 
     from t5x import models
     from t5x.examples.t5 import network
-    from fusectl.archs import t5_flax
+    from fusectl.networks import t5_flax
     models.EncoderDecoderModel.module = @t5_flax.Transformer()
     t5_flax.Transformer.config = @t5_flax.with_norm_groups()
     t5_flax.with_norm_groups.config = @network.T5Config()       # the config as before

@@ -48,7 +48,7 @@ def plan_stack(
 ) -> tuple[Plan, list[Checkpoint]]:
     """The plan that gives each stack of a checkpoint so many `layers`, or those `of_stack`, and the opened checkpoint.
 
-    `how` is one of transforms.depth.HOWS. Raises Incompatible where a stack cannot be as deep; UsageError where none
+    `how` is one of rules.kinds.How. Raises Incompatible where a stack cannot be as deep; UsageError where none
     would be deeper.
     """
     opened = _opened(path, options)

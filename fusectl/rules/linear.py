@@ -14,7 +14,8 @@ What the matrices are, by the axis and by the tensor's role (LiGO, section 3.3, 
     mlp          B of each layer: the gate's, what it gates, and A of what reads it
     w            a matrix for each kind of tensor of a stack that gets deeper; biases have their kernel's
 
-`--tie paper` has A = B, `pinv` A = B (B^T B)^-1 (matrices.py). Axes and stacks that stay as they are have no matrix.
+`--tie paper` has A = B, `pinv` A = B (B^T B)^-1 (writing/axis_matrices.py). Axes and stacks that stay as they are have
+no matrix.
 Source: LiGO (ICLR 2023), equations 5 to 8, appendix B.1.
 """
 

@@ -137,7 +137,7 @@ def _has_algebra(trace: Sequence[TraceRow]) -> bool:
 def draw(trace: Sequence[TraceRow], file: Path) -> None:
     """Draws a trace: the streams' rms, what one norm multiplies each with, and how far the fused model has come.
 
-    The file's suffix chooses the format; see picture.py.
+    The file's suffix chooses the format; see research/pictures.py.
     """
     from matplotlib.figure import Figure
 
