@@ -22,7 +22,7 @@ from fusectl.system.memory import peak_rss_bytes
 from fusectl.writing.carrying_out import carry_out
 
 
-MUTANTS = 2000
+MUTANTS = 400
 LONGEST_S = 10.0
 # Beyond what the process takes anyway.
 MOST_BYTES = 500 << 20

@@ -4,8 +4,8 @@
     exact with a norm per source    in that network with a norm for each source; its one norm over all of them deviates
     approximate                     in neither; the reason says by what
 
-What cannot be fused at all is refused with its reason before there is a plan (rules/fusion.py, families/unsupported.py).
-verify measures how far the last two are from the mean.
+What cannot be fused at all is refused before there is a plan, with its reason (rules/fusion.py,
+families/unsupported.py). verify measures how far the last two are from the mean.
 """
 
 from __future__ import annotations
