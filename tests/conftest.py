@@ -119,8 +119,7 @@ def environment():
 
 
 @pytest.fixture(scope="session")
-def s3(environment):
-    """A bucket of S3."""
+def s3_server(environment):
     import boto3
 
     with servers.serve(servers.S3) as port:
@@ -137,13 +136,26 @@ def s3(environment):
         yield servers.Bucket("s3", port)
 
 
+@pytest.fixture
+def s3(s3_server):
+    """A bucket of S3, empty."""
+    yield s3_server
+    s3_server.clear()
+
+
 @pytest.fixture(scope="session")
-def gcs(environment):
-    """A bucket of GCS."""
+def gcs_server(environment):
     with servers.serve(servers.GCS) as port:
         environment.setenv("TENSORSTORE_GCS_HTTP_URL", f"http://127.0.0.1:{port}")
         environment.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "token")
         yield servers.Bucket("gs", port)
+
+
+@pytest.fixture
+def gcs(gcs_server):
+    """A bucket of GCS, empty."""
+    yield gcs_server
+    gcs_server.clear()
 
 
 @pytest.fixture(params=["s3", pytest.param("gcs", marks=pytest.mark.slow)])

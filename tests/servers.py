@@ -11,6 +11,7 @@ from http.client import HTTPConnection, HTTPException
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from subprocess import DEVNULL, Popen
+from urllib.request import urlopen
 
 
 S3 = "import sys; from moto.server import main; main(['-p', sys.argv[1], '-H', '127.0.0.1'])"
@@ -185,6 +186,17 @@ class Bucket:
         from fusectl.formats.objects import ObjectPath
 
         return ObjectPath.parse(self.url)
+
+    def clear(self) -> None:
+        """Removes all objects: the emulators look at every one of them for each listing."""
+        if self.scheme == "s3":
+            import boto3
+
+            found = boto3.resource("s3", region_name="us-east-1").Bucket("bucket")
+            found.objects.all().delete()
+            found.object_versions.all().delete()
+        else:
+            urlopen(f"http://127.0.0.1:{self.port}/wipe?keep-buckets=true", timeout=60).close()
 
     def put(self, path: object, to: str) -> str:
         """Puts all files below a directory there; the URL."""

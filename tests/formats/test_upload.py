@@ -585,6 +585,7 @@ def test_killed_at_any_moment_and_resumed(sources, bucket, tmp_path, form, soon)
         resumed += bool(left) and not committed
         write(sources[form], out, fill=Fill("gaussian", 0.1), max_memory_bytes=64 << 20, resume=True)
         assert contents(out) == wanted, i
+        bucket.clear()
     assert resumed
 
 
