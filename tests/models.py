@@ -31,7 +31,7 @@ from fusectl.writing.journal import Journal
 
 SIZES = {"vocab": 41, "embed": 12, "heads": 3, "kv": 5, "joined_kv": 15, "mlp": 22, "relpos_buckets": 32}
 WIDER = {**SIZES, "embed": 14, "heads": 2, "joined_kv": 10, "mlp": 26}
-LAYERS = {"encoder": 1, "decoder": 2}
+LAYERS = {"encoder": 3, "decoder": 2}
 # Of decoders, whose heads share kv heads; head_dim is even, for its rotary planes.
 DECODER_SIZES = {"vocab": 41, "embed": 12, "heads": 6, "kv_heads": 3, "kv": 4, "mlp": 22}
 WIDER_DECODER = {**DECODER_SIZES, "embed": 14, "heads": 4, "kv_heads": 2, "mlp": 26}

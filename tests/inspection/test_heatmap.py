@@ -20,7 +20,7 @@ from fusectl.research import pictures as picture
 
 
 NAME = "encoder/layers_0/mlp/wi_0/kernel"
-OUT = "encoder/layers_0/attention/out/kernel"
+OUT = "encoder/layers_1/attention/out/kernel"
 # Inputs and outputs of kernels whose second axis counts layers.
 SCANNED = {
     "encoder/encoder/mlp/wi_0/kernel": (("embed",), ("mlp",)),

@@ -441,7 +441,7 @@ def test_what_was_set_and_left_out_on_the_second_leg_is_so_on_the_way_back(tmp_p
 
 def test_layers_that_do_not_fit_together_are_not_stacked(tmp_path):
     values = state("scalable-t5-1.1", 0, FACTORED)
-    name = "target/decoder/layers_1/mlp/wo/kernel"
+    name = "target/encoder/layers_1/mlp/wo/kernel"
     save(tmp_path / "a", {**values, name: values[name].astype(np.float16)}, "t5x")
     with pytest.raises(Incompatible, match="layers of float16 and float32"):
         plan_conversion(str(tmp_path / "a"), Options(), "scanned")

@@ -210,8 +210,10 @@ def test_a_source_that_is_replaced_while_it_is_read_is_not_mixed(tmp_path, monke
             (tmp_path / "b").rename(tmp_path / "a")
 
     monkeypatch.setattr(Journal, "add", replacing)
+    plan, opened = plan_fusion([str(tmp_path / "a")] * 2, Options(fill=NOISES["gaussian"]))
     with pytest.raises(Corrupt, match="changed while it was being read"):
-        write([str(tmp_path / "a")] * 2, tmp_path / "out", NOISES["gaussian"])
+        # One thread: another one would find nothing between the two renames.
+        carry_out(plan, opened, tmp_path / "out", jobs=1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "old"]
 
 
