@@ -330,6 +330,7 @@ def test_values_that_are_not_finite_are_no_damage_where_they_may_pass(out, tmp_p
 # What is written beside it.
 
 
+@pytest.mark.slow
 def test_a_table_of_rates_is_replaced_only_where_it_is_this_runs(model, tmp_path, fusectl):
     rates = tmp_path / "t.json"
     rates.write_bytes(b"precious \xff")

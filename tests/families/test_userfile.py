@@ -159,6 +159,7 @@ def test_the_keys_are_the_fields_of_what_they_are_read_to():
     assert set(ACTIVATIONS) == decoder_flax.ACTIVATIONS.keys()
 
 
+@pytest.mark.slow
 def test_the_readmes_example_is_a_whole_decoder(tmp_path, fusectl):
     text = (Path(__file__).parents[2] / "README.md").read_text().split("```toml\n")[1].split("```")[0]
     (tmp_path / "my.toml").write_text(text)
@@ -367,6 +368,7 @@ def test_files_that_are_none(tmp_path, models, fusectl):
 # Commands.
 
 
+@pytest.mark.slow
 def test_a_family_that_fusectl_knows_fuses_to_the_same_bytes_from_a_file(table, models, tmp_path, fusectl):
     noise = ["--fill", "gaussian", "--seed", "3"]
     known = fusectl("fuse", *models, "-o", tmp_path / "known", *noise)
@@ -382,6 +384,7 @@ def test_a_family_that_fusectl_knows_fuses_to_the_same_bytes_from_a_file(table, 
     assert found["native"]["max_abs"] > 0.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["maxtext-gemma2-tied-scanned", "gemma3-qkv"])
 def test_stacks_groups_of_layers_and_tied_heads_are_those_of_the_families_here(name, tmp_path, fusectl):
     (tmp_path / "my.toml").write_text(as_toml(family_named(name)))
@@ -395,6 +398,7 @@ def test_stacks_groups_of_layers_and_tied_heads_are_those_of_the_families_here(n
     assert found["algebra"]["passed"]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_was_written_with_a_file_needs_it_no_more(table, models, tmp_path, fusectl):
     assert fusectl("fuse", *models, "-o", tmp_path / "own", "--arch", table).code == 0
     table.unlink()
@@ -459,6 +463,7 @@ def test_two_tables_of_one_name_do_not_fit_together(table, models, tmp_path, fus
     assert "llama-by-hand: another table in" in done.err
 
 
+@pytest.mark.slow
 def test_adams_moments_go_along(table, tmp_path, fusectl):
     parameters = state(str(table), 0)
     tree = {f"params/{name}": values for name, values in parameters.items()}
@@ -519,6 +524,7 @@ def test_inspect_still_refuses_families_that_do_not_exist(models, fusectl):
     assert "maxtext-llama" in done.err
 
 
+@pytest.mark.slow
 def test_a_family_without_roles_is_proved_as_far_as_it_can_be(plain, models, tmp_path, fusectl):
     written = fusectl("fuse", *models, "-o", tmp_path / "own", "--arch", plain, "--verify")
     assert written.code == 0, written.err

@@ -24,6 +24,7 @@ def runs(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_root_of_steps_means_its_newest(runs):
     for root in ("t5x", "orbax", "t5x/latest", "orbax/latest", "orbax/"):
         opened = open_checkpoint(str(runs / root))

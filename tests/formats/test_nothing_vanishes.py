@@ -337,6 +337,7 @@ def test_a_verdict_names_what_was_not_checked(levels, passed, verdict):
     assert (tree["passed"], tree["function_checked"]) == (passed, "algebra" in levels)
 
 
+@pytest.mark.slow
 def test_a_level_that_nobody_judges_does_not_pass(tmp_path, fusectl):
     from models import checkpoint
 

@@ -23,6 +23,7 @@ def checkpoint(at, **kwargs):
     return whole_checkpoint(at, **{"layers": {"encoder": 1, "decoder": 1}, **kwargs})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "form", [pytest.param(form, marks=[] if form == "t5x" else [pytest.mark.slow]) for form in FORMATS]
 )
@@ -57,6 +58,7 @@ def test_roots_items_and_latest_are_found(bucket, tmp_path):
     assert "checkpoint_30" in error.value.hint
 
 
+@pytest.mark.slow
 def test_a_fingerprint_tells_another_index(bucket, tmp_path):
     bucket.put(checkpoint(tmp_path / "a"), "prints/a")
     first = fingerprint(open_checkpoint(f"{bucket.url}/prints/a"))
@@ -65,6 +67,7 @@ def test_a_fingerprint_tells_another_index(bucket, tmp_path):
     assert fingerprint(open_checkpoint(f"{bucket.url}/prints/a")) != first
 
 
+@pytest.mark.slow
 def test_a_missing_chunk_is_corrupt_and_named(bucket, tmp_path, fusectl):
     path = checkpoint(tmp_path / "a", format="orbax-zarr3")
     victim = next(p for p in Path(path).rglob("c/0/0") if "target" in str(p) and "wo.kernel" in str(p))
@@ -86,6 +89,7 @@ def test_what_is_not_there_is_told(bucket, tmp_path, fusectl):
     assert (done.code, "Traceback" in done.err) == (4 if bucket.scheme == "s3" else 8, False), done.err
 
 
+@pytest.mark.slow
 def test_a_server_that_is_gone_is_a_storage_error(monkeypatch, fusectl):
     from fusectl.formats import objects
 

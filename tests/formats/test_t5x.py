@@ -40,6 +40,7 @@ def spec(tree):
     return tree["optimizer"]["target"]["x"]
 
 
+@pytest.mark.slow
 def test_both_formats_of_one_training_run_hold_the_same(written):
     legacy, orbax = (
         open_checkpoint(str(written / "t5_1_1/seed0" / kind / "checkpoint_20")) for kind in ("legacy", "orbax")

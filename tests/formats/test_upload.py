@@ -67,6 +67,7 @@ def names(place):
     return place.anew().files()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "form",
     [pytest.param(form, marks=[] if form in {"t5x", "orbax-ocdbt-zarr3"} else [pytest.mark.slow]) for form in FORMATS],
@@ -83,6 +84,7 @@ def test_what_is_written_to_a_bucket_is_what_is_written_here(sources, place, tmp
     assert verify(str(place), settings=Settings(("files", "weights"))).passed
 
 
+@pytest.mark.slow
 def test_orbax_restores_what_was_written_to_a_bucket(sources, bucket, place, tmp_path):
     import orbax.checkpoint as ocp
 
@@ -97,6 +99,7 @@ def test_orbax_restores_what_was_written_to_a_bucket(sources, bucket, place, tmp
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["t5x", "orbax-ocdbt-zarr3"])
 def test_what_makes_it_a_checkpoint_is_written_last(sources, bucket, place, monkeypatch, form):
     """Every state in between that a reader could meet is refused."""
@@ -122,6 +125,7 @@ def test_what_makes_it_a_checkpoint_is_written_last(sources, bucket, place, monk
     assert locate(str(place)).step is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["t5x", "orbax-ocdbt-zarr3"])
 def test_an_interrupted_upload_is_gone_on_with(sources, place, tmp_path, monkeypatch, form):
     monkeypatch.setattr(builder, "LARGEST_COMMIT_BYTES", 4096)
@@ -160,6 +164,7 @@ def test_an_interrupted_upload_is_gone_on_with(sources, place, tmp_path, monkeyp
     assert any("complete already" in note for note in write(sources[form], place, fill=fill, resume=True))
 
 
+@pytest.mark.slow
 def test_what_exists_is_never_replaced(sources, place):
     write(sources["t5x"], place)
     before = names(place)
@@ -172,6 +177,7 @@ def test_what_exists_is_never_replaced(sources, place):
     assert set(names(place)) == {*before, "note.txt"}
 
 
+@pytest.mark.slow
 def test_what_a_trainer_writes_there_meanwhile_is_left_as_it_is(sources, place):
     """It knows no lease."""
     kept = []
@@ -192,6 +198,7 @@ def test_what_a_trainer_writes_there_meanwhile_is_left_as_it_is(sources, place):
     assert kept == [True]
 
 
+@pytest.mark.slow
 def test_a_record_leads_into_no_bucket_that_nobody_has_named(sources, bucket, place, tmp_path, fusectl, monkeypatch):
     remote = bucket.put(sources["t5x"][0], f"{place.key}/source")
     words = ["self-fuse", remote, "-o", tmp_path / "out", "--optimizer", "drop", "--no-sync"]
@@ -223,6 +230,7 @@ def test_a_proof_ships_with_it(sources, place, fusectl):
     assert {"fusectl-verify.json", "fusectl-verify.md"} <= set(names(place))
 
 
+@pytest.mark.slow
 def test_of_two_that_write_one_output_one_wins(sources, place, soon):
     paths, begun = sources["t5x"], []
 
@@ -237,6 +245,7 @@ def test_of_two_that_write_one_output_one_wins(sources, place, soon):
     assert verify(str(place), settings=Settings(("files", "weights"))).passed
 
 
+@pytest.mark.slow
 def test_who_has_lost_the_place_stops_and_touches_nothing(sources, place, soon, monkeypatch):
     """As a machine that slept while another one took over."""
     monkeypatch.setattr(upload, "BEAT_S", 60.0)
@@ -251,6 +260,7 @@ def test_who_has_lost_the_place_stops_and_touches_nothing(sources, place, soon, 
     assert T5X_INDEX not in names(place)
 
 
+@pytest.mark.slow
 def test_a_lease_whose_writer_is_gone_is_taken(sources, place, soon):
     (place / LEASE).write_bytes(b'{"holder": "gone"}')
     (place / JOURNAL).write_bytes(b'{"schema": "fusectl/journal/1", "plan": "x", "names": ["target.old"]}\n')
@@ -263,6 +273,7 @@ def test_a_lease_whose_writer_is_gone_is_taken(sources, place, soon):
     assert "target.old/0" not in names(place)
 
 
+@pytest.mark.slow
 def test_nothing_is_removed_that_fusectl_has_not_written(sources, place, soon):
     (place / "checkpoint_1000/checkpoint").write_bytes(b"of somebody else")
     for resume in (False, True):
@@ -276,6 +287,7 @@ def test_nothing_is_removed_that_fusectl_has_not_written(sources, place, soon):
         write(sources["t5x"], place / "checkpoint_2000")
 
 
+@pytest.mark.slow
 def test_who_comes_while_another_one_finishes_leaves_what_that_one_has_written(sources, place, soon, monkeypatch):
     """The lease goes while it is watched: its writer has finished."""
     write(sources["t5x"], place)
@@ -320,6 +332,7 @@ def test_a_writer_that_slept_touches_nothing_of_its_successors(sources, place, s
     assert not {name for name in names(place) if name.startswith(LEASE)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["publish", "clear_journal"])
 def test_an_interrupt_at_the_end_loses_nothing(sources, place, monkeypatch, moment):
     original = getattr(upload, moment, None) or upload._publish
@@ -338,6 +351,7 @@ def test_an_interrupt_at_the_end_loses_nothing(sources, place, monkeypatch, mome
     assert not {name for name in names(place) if name.startswith((JOURNAL, LEASE))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("garbage", first_soon([b"\xff\x00", b"[" * 100_000, b"[]", b"7"]))
 def test_garbage_in_a_lease_is_another_ones(sources, place, soon, garbage):
     def spoil(_):
@@ -348,6 +362,7 @@ def test_garbage_in_a_lease_is_another_ones(sources, place, soon, garbage):
     assert JOURNAL in names(place)
 
 
+@pytest.mark.slow
 def test_the_proof_stands_before_what_makes_it_a_checkpoint(sources, place, monkeypatch, fusectl):
     order, original = [], objects._Bucket.write
 
@@ -395,6 +410,7 @@ def test_sources_in_a_bucket_that_were_replaced_are_not_mixed(sources, s3, tmp_p
         write(paths, tmp_path / "out", resume=True)
 
 
+@pytest.mark.slow
 def test_a_source_in_a_bucket_that_is_replaced_while_it_is_read_is_not_mixed(sources, s3, tmp_path, monkeypatch):
     path = s3.put(sources["t5x"][0], "moving/0")
     add, count = Journal.add, iter(range(10**9))
@@ -474,6 +490,7 @@ def test_gcs_copies_within_itself(sources, gcs, tmp_path, monkeypatch):
     assert contents(f"{gcs.url}/copied/out") == contents(tmp_path / "here")
 
 
+@pytest.mark.slow
 def test_a_busy_server_is_asked_again(sources, s3, through, tmp_path):
     faults, _ = through
     write(sources["t5x"], tmp_path / "here")
@@ -489,6 +506,7 @@ def test_a_busy_server_is_asked_again(sources, s3, through, tmp_path):
     assert contents(out) == contents(tmp_path / "here")
 
 
+@pytest.mark.slow
 def test_connections_that_are_cut_are_made_again(sources, s3, through, tmp_path):
     faults, _ = through
     write(sources["t5x"], tmp_path / "here")
@@ -510,6 +528,7 @@ ERRORS = {
 SOON = {("denied", "t5x"), ("cut", "orbax-ocdbt-zarr3")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "form"),
     [
@@ -545,6 +564,7 @@ def test_storage_that_fails_for_good_is_told_and_gone_on_with(
     assert contents(out) == contents(tmp_path / "here")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["denied", "expired", "busy", "failing"])
 def test_sources_that_storage_refuses_are_told(sources, s3, through, monkeypatch, fusectl, kind):
     monkeypatch.setitem(objects._RETRIES, "max_retries", 2)
@@ -589,6 +609,7 @@ def test_killed_at_any_moment_and_resumed(sources, bucket, tmp_path, form, soon)
     assert resumed
 
 
+@pytest.mark.slow
 def test_a_signal_ends_an_upload_within_two_seconds(sources, s3, tmp_path, soon):
     words = ["fuse", *sources["t5x"], "--fill", "gaussian", "--optimizer", "drop", "--max-memory", "64MiB"]
     out = ObjectPath.parse(f"{s3.url}/signal-{random.randrange(10**9)}")

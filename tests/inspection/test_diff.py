@@ -73,6 +73,7 @@ def test_integers_are_compared_as_integers(tmp_path):
     assert [v.name for v in diff(str(tmp_path / "a"), str(tmp_path / "b")).values] == ["state/count"]
 
 
+@pytest.mark.slow
 def test_steps_are_compared_where_only_the_directory_has_one(tmp_path):
     values = {n: v for n, v in state("t5-1.1", 0).items() if n != "state/step"}
     for step in (1, 2):

@@ -58,6 +58,7 @@ def expected(matrix, rows, columns, edges):
     return np.array(mean), np.array([[rms(matrix[a:b, at:to]) for at, to in pairwise(c)] for a, b in pairwise(r)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["t5x", "orbax"])
 @pytest.mark.parametrize("cells", [1, 7, 512])
 def test_what_is_measured_is_what_numpy_finds_in_the_whole_tensor(tmp_path, fusectl, format, cells):
@@ -82,6 +83,7 @@ def test_what_is_measured_is_what_numpy_finds_in_the_whole_tensor(tmp_path, fuse
     assert 0.08 < found.heats[0].ratio < 0.12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "how"), SCANNED.items())
 @pytest.mark.parametrize("format", ["t5x", "orbax-zarr3"])
 def test_of_stacked_layers_one_is_measured_with_heads_and_kv_flattened(tmp_path, fusectl, name, how, format):
@@ -106,6 +108,7 @@ def test_of_stacked_layers_one_is_measured_with_heads_and_kv_flattened(tmp_path,
         np.testing.assert_allclose(found.heats[0].rms, blocks, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_inputs_are_the_rows_though_outputs_are_stored_first(tmp_path, fusectl):
     path = fused(tmp_path, fusectl)
     name = "encoder/relpos_bias/rel_embedding"
@@ -142,6 +145,7 @@ def test_small_chunks_and_a_small_budget_give_the_same(tmp_path, monkeypatch, fo
     np.testing.assert_allclose(whole.heats[0].mean, mean, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_the_tensor_is_never_in_memory_as_a_whole(tmp_path):
     sizes = {**SIZES, "embed": 1024, "mlp": 4096}
     values = state("t5-1.1", 0, sizes=sizes, layers={"encoder": 1, "decoder": 1})
@@ -165,6 +169,7 @@ def test_the_tensor_is_never_in_memory_as_a_whole(tmp_path):
     assert peak("whole") > nbytes
 
 
+@pytest.mark.slow
 def test_zero_blocks_catch_up_from_step_to_step(tmp_path, fusectl):
     first = fused(tmp_path, fusectl)
 
@@ -194,6 +199,7 @@ def test_zero_blocks_catch_up_from_step_to_step(tmp_path, fusectl):
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_of_many_checkpoints_some_are_drawn_and_all_are_measured(tmp_path, fusectl, monkeypatch):
     monkeypatch.setattr(heatmap, "MOST_MAPS", 3)
     first = fused(tmp_path, fusectl, "--fill", "gaussian")
@@ -205,6 +211,7 @@ def test_of_many_checkpoints_some_are_drawn_and_all_are_measured(tmp_path, fusec
     np.testing.assert_allclose([h.rms[1, 0] / found.heats[0].rms[1, 0] for h in found.heats], range(1, 6), rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", first_soon(picture.PICTURES, 2))
 def test_a_picture_is_drawn_in_every_format_with_its_path_on_standard_output(tmp_path, fusectl, suffix):
     path = fused(tmp_path, fusectl)
@@ -221,6 +228,7 @@ def test_a_picture_is_drawn_in_every_format_with_its_path_on_standard_output(tmp
     assert file.read_bytes() != before
 
 
+@pytest.mark.slow
 def test_what_is_not_finite_is_said_and_not_drawn_as_zero(tmp_path, fusectl):
     first = fused(tmp_path, fusectl)
 
@@ -247,6 +255,7 @@ def test_what_is_not_finite_is_said_and_not_drawn_as_zero(tmp_path, fusectl):
     assert [[x is None for x in row] for row in broken["rms"]] == [[True, True], [True, False]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [0.0, np.nan])
 def test_a_tensor_of_nothing_but_zeros_or_nan_is_drawn(tmp_path, fusectl, value):
     first = fused(tmp_path, fusectl)
@@ -274,6 +283,7 @@ def test_without_a_record_there_are_no_borders_unless_copies_are_told(tmp_path, 
     assert (even.inputs.widths, even.outputs.borders) == ((6, 6), (11,))
 
 
+@pytest.mark.slow
 def test_many_sources_are_drawn_though_not_named(tmp_path, fusectl):
     path = fused(tmp_path, fusectl, sizes=(SIZES,) * 8)
 
@@ -283,6 +293,7 @@ def test_many_sources_are_drawn_though_not_named(tmp_path, fusectl):
     assert np.array(done.json["result"]["checkpoints"][0]["rms"]).shape == (8, 8)
 
 
+@pytest.mark.slow
 def test_bad_requests_are_answered_before_anything_is_drawn(tmp_path, fusectl):
     path = fused(tmp_path, fusectl)
     scanned = checkpoint(tmp_path / "scanned", "scalable-t5-1.1-scanned")
@@ -327,6 +338,7 @@ def test_bad_requests_are_answered_before_anything_is_drawn(tmp_path, fusectl):
     assert not (tmp_path / "o.png").exists()
 
 
+@pytest.mark.slow
 def test_checkpoints_without_a_step_have_no_place_in_time(tmp_path, fusectl):
     first = fused(tmp_path, fusectl, format="orbax")
     opened = open_checkpoint(first)
@@ -347,6 +359,7 @@ def test_a_missing_matplotlib_is_said_before_anything_is_read(tmp_path, fusectl,
     assert "pip install 'fusectl[plot]'" in done.err
 
 
+@pytest.mark.slow
 def test_damaged_chunks_are_refused(tmp_path, fusectl):
     path = fused(tmp_path, fusectl)
     chunk = next((tmp_path / "fused" / f"target.{NAME.replace('/', '.')}").glob("[0-9]*"))

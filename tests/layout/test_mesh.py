@@ -188,6 +188,7 @@ def test_a_large_tensor_is_not_cut_into_slivers():
     assert chunks[1] >= 128
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 @pytest.mark.parametrize("sizes", [EVEN, UNEVEN], ids=["even", "uneven"])
 def test_no_chunk_of_any_family_is_cut_by_two_shards(tmp_path, family, sizes):
@@ -214,6 +215,7 @@ def test_no_chunk_of_any_family_is_cut_by_two_shards(tmp_path, family, sizes):
                 assert devices == 1 or n // devices % chunk == 0, (name, axis, n, chunk, devices)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("format", "fill"), [("t5x", Fill("gaussian", 0.1, 3)), ("orbax", Fill())])
 def test_the_values_are_the_same_with_any_mesh(tmp_path, format, fill):
     """Sources of unequal widths: shards cut through blocks, and blocks through shards."""
@@ -362,6 +364,7 @@ WITHOUT = {(8, 1): 1.0, (4, 2): 1.0, (2, 4): 1.3, (1, 8): 2.5}
 QUICK = [("orbax", (2, 4)), ("orbax-zarr2", (1, 8))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("format", "shape"),
     [
@@ -383,6 +386,7 @@ def test_orbax_restores_it_onto_the_mesh_and_reads_every_chunk_once(tmp_path, fo
     assert reads_without >= WITHOUT[shape] * chunks_without
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(2, 4), (1, 8), (8, 1)])
 def test_each_device_reads_the_bytes_that_the_plan_says_and_no_others(tmp_path, shape):
     """Every device for itself, as on hosts of their own; uncompressed, so that bytes can be counted."""

@@ -102,6 +102,7 @@ def fused(a, b):
     return out
 
 
+@pytest.mark.slow
 def test_its_logits_are_those_of_the_gemma_package(gemma):
     theirs, models = gemma
     for name in "AB":
@@ -143,6 +144,7 @@ def test_every_feature_makes_a_difference(gemma, change):
     assert off(logits(replace(GEMMA, **change), models["A"], theirs["tokens"]), theirs["A"]) > 1e-3
 
 
+@pytest.mark.slow
 def test_accumulating_in_float64_changes_the_rounding_only(gemma):
     theirs, models = gemma
     with jax.enable_x64(True):
@@ -166,6 +168,7 @@ def test_no_token_sees_a_later_one_nor_one_beyond_the_window(gemma):
     np.testing.assert_array_equal(seen(4, 2), np.tril(np.ones((4, 4))) - np.tril(np.ones((4, 4)), -2))
 
 
+@pytest.mark.slow
 def test_an_untied_head_and_norms_of_queries_and_keys_are_parameters_of_their_own(gemma):
     config = replace(GEMMA, logits_via_embedding=False, query_key_norms=True, norms_behind=False, norm_adds_one=False)
     tokens = gemma[0]["tokens"]

@@ -99,6 +99,7 @@ def test_a_share_of_15_in_100_is_taken_in_spans_of_3():
     assert (np.array(sizes) == 2).mean() == pytest.approx(1 / 3, abs=0.02)
 
 
+@pytest.mark.slow
 def test_spans_stand_anywhere():
     """All ways to cut eight kept and two taken tokens into one pair or two, each about as often."""
     rng = np.random.default_rng(0)

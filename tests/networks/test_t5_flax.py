@@ -55,6 +55,7 @@ def logits(model, variables, *tokens, **segments):
     return jax.jit(partial(model.apply, enable_dropout=False))(variables, *tokens, **segments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", CONFIGS)
 def test_its_tree_is_the_one_that_t5x_wrote_and_its_axes_are_those_of_the_table(written, variant):
     _, tree = opened(written, variant)
@@ -79,6 +80,7 @@ def test_it_computes_the_logits_of_t5xs_network(written, variant):
     np.testing.assert_allclose(found[wanted], expected["logits"][wanted], rtol=0, atol=2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("groups", [(), (4, 12)])
 @pytest.mark.parametrize("variant", first_soon(CONFIGS))
 def test_decoding_with_a_cache_is_teacher_forcing(written, variant, groups):
@@ -119,6 +121,7 @@ def test_decoding_with_a_cache_is_teacher_forcing(written, variant, groups):
     assert all((v == length).all() for n, v in caches.items() if n.endswith("cache_index"))
 
 
+@pytest.mark.slow
 def test_the_first_token_of_a_cache_is_not_the_last(written):
     """The control: without the cache, a token alone has other logits."""
     tokens = np.load(written / "t5_1_1/seed0/logits.npz")
@@ -131,6 +134,7 @@ def test_the_first_token_of_a_cache_is_not_the_last(written):
     assert np.abs(whole[:, -1] - alone[:, 0]).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_packed_examples_do_not_see_each_other(written):
     model, variables = network("t5_1_1"), {"params": parameters(written, "t5_1_1")}
     rng = np.random.default_rng(0)
@@ -150,6 +154,7 @@ def test_packed_examples_do_not_see_each_other(written):
     assert np.abs(packed - unpacked).max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", first_soon(CONFIGS))
 def test_norm_groups_normalise_each_stretch_by_itself(variant):
     grouped, plain = (fresh(variant, norm_groups=groups)["params"] for groups in ((4, 12), ()))
@@ -163,6 +168,7 @@ def test_norm_groups_normalise_each_stretch_by_itself(variant):
     assert np.abs(one - two).max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -229,6 +235,7 @@ def test_configs_are_changed_and_checked_as_t5xs_are():
         config.replace(emb_dim=8, norm_groups=(4, 4), norm_epsilons=(1e-6,))
 
 
+@pytest.mark.slow
 def test_segments_of_one_side_only_are_refused():
     """Targets would see other examples' inputs."""
     ones = jnp.ones((1, 3), jnp.int32)
@@ -236,6 +243,7 @@ def test_segments_of_one_side_only_are_refused():
         network("t5_1_1").apply(fresh("t5_1_1"), ones, ones, ones, encoder_segment_ids=ones, enable_dropout=False)
 
 
+@pytest.mark.slow
 def test_activations_may_be_functions(written):
     variables, tokens = {"params": parameters(written, "t5_1_1")}, np.arange(1, 11).reshape(2, 5)
 
@@ -247,6 +255,7 @@ def test_activations_may_be_functions(written):
     np.testing.assert_array_equal(named, given)
 
 
+@pytest.mark.slow
 def test_packed_examples_cannot_be_decoded():
     ones = jnp.ones((1, 3), jnp.int32)
     with pytest.raises(ValueError, match="packed examples cannot be decoded"):

@@ -44,6 +44,7 @@ def values_of(state):
     return {name: np.asarray(each) for name, each in state.parameters.items()}
 
 
+@pytest.mark.slow
 def test_the_loss_falls_and_compute_is_counted(trainer, examples):
     start = begun(trainer)
     before = trainer.measure(start.parameters, examples.held_out)
@@ -61,6 +62,7 @@ def test_the_loss_falls_and_compute_is_counted(trainer, examples):
     assert least < trainer.flops_per_step(after, examples.held_out[0])
 
 
+@pytest.mark.slow
 def test_to_train_on_is_to_continue_also_from_disk(trainer, examples, tmp_path):
     whole = trainer.train(begun(trainer), examples.batches(), RECIPE, 12)
     half = trainer.train(begun(trainer), examples.batches(), RECIPE, 7)
@@ -77,6 +79,7 @@ def test_to_train_on_is_to_continue_also_from_disk(trainer, examples, tmp_path):
     assert any(not np.array_equal(values_of(forgotten)[name], values) for name, values in values_of(whole).items())
 
 
+@pytest.mark.slow
 def test_states_are_what_fusectl_takes_for_t5x_adafactor_and_carries(trainer, examples, tmp_path):
     state = trainer.train(begun(trainer), examples.batches(), RECIPE, 3)
     small = tmp_path / "checkpoint_3"
@@ -114,6 +117,7 @@ def test_a_training_that_has_diverged_has_no_finite_loss(trainer, examples):
     assert trainer.measure(trainer.begin(start).parameters, examples.held_out).loss == math.inf
 
 
+@pytest.mark.slow
 def test_groups_of_norms_change_the_loss(trainer, examples):
     half = trainer.tree.sizes["embed"] // 2
     grouped = Trainer(trainer.tree, (half, half))

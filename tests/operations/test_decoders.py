@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from cases import first_soon, slow
+from cases import first_soon
 from models import (
     DECODER_NAMES,
     DECODER_SIZES,
@@ -75,7 +75,7 @@ def bound(result):
     return 1e-12 * max(1.0, result.reference_max_abs)
 
 
-@pytest.mark.parametrize(("family", "copies"), [*((family, 2) for family in SOME), *(slow(*each) for each in COPIED)])
+@pytest.mark.parametrize(("family", "copies"), first_soon([*((family, 2) for family in SOME), *COPIED], 2))
 def test_a_model_fused_with_itself_is_the_same_function(tmp_path, family, copies):
     path = write(tmp_path / "a", family, 1)
     fuse([path] * copies, tmp_path / "f", Options(fill=Fill("antisymmetric", 0.2, 3)))
@@ -88,6 +88,7 @@ def test_a_model_fused_with_itself_is_the_same_function(tmp_path, family, copies
     assert report.record.family == family
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", EVERY)
 def test_models_of_unequal_widths_become_their_mean_with_a_norm_each(tmp_path, family):
     a, b, c = (
@@ -106,6 +107,7 @@ def test_models_of_unequal_widths_become_their_mean_with_a_norm_each(tmp_path, f
     assert report.native.max_abs > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["maxtext-llama-scanned", "gemma2-transposed"])
 def test_in_float32_it_holds_to_rounding(tmp_path, family):
     a, b = (write(tmp_path / str(seed), family, seed, dtype=np.float32) for seed in (1, 2))
@@ -117,6 +119,7 @@ def test_in_float32_it_holds_to_rounding(tmp_path, family):
         assert report.algebra.max_abs <= 5e-6 * max(1.0, report.algebra.reference_max_abs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", first_soon(["maxtext-qwen2-scanned-0", "maxtext-gemma3-tied-scanned", "gemma3"]))
 def test_a_change_of_any_kind_of_tensor_is_noticed_by_the_forward_pass(tmp_path, family):
     """The control of the proofs above: what the weights level would see anyway, each in the function."""
@@ -184,6 +187,7 @@ def test_the_factor_of_a_tied_head_goes_by_the_config(tmp_path, told, factor):
 # --- heads and kv heads
 
 
+@pytest.mark.slow
 def test_kv_heads_are_repeated_where_that_is_asked_for(tmp_path, fusectl):
     a = write(tmp_path / "a", "maxtext-llama-scanned", 1)
     few = {**DECODER_SIZES, "kv_heads": 1}
@@ -206,6 +210,7 @@ def test_kv_heads_are_repeated_where_that_is_asked_for(tmp_path, fusectl):
     assert both.shape[2] == 6
 
 
+@pytest.mark.slow
 def test_a_state_is_not_carried_to_repeated_kv_heads(tmp_path, decoders):
     a = str(decoders / "maxtext-written/llama2_scanned/seed1")
     sizes = {"vocab": 64, "embed": 16, "heads": 4, "kv_heads": 1, "kv": 8, "mlp": 32}
@@ -225,6 +230,7 @@ def test_a_state_is_not_carried_to_repeated_kv_heads(tmp_path, decoders):
     assert verify(str(tmp_path / "f"), settings=EXACT).passed
 
 
+@pytest.mark.slow
 def test_one_kv_head_becomes_one_for_each_model(tmp_path):
     a = write(tmp_path / "a", "gemma", 1, {**DECODER_SIZES, "kv_heads": 1})
     plan = fuse([a, a], tmp_path / "f")
@@ -235,6 +241,7 @@ def test_one_kv_head_becomes_one_for_each_model(tmp_path):
 # --- norms that all heads share
 
 
+@pytest.mark.slow
 def test_shared_norms_must_be_equal_or_are_averaged_which_is_said(tmp_path, fusectl):
     family = "maxtext-qwen3"
     for seed in (1, 2):
@@ -262,6 +269,7 @@ def test_shared_norms_must_be_equal_or_are_averaged_which_is_said(tmp_path, fuse
 # --- caps
 
 
+@pytest.mark.slow
 def test_the_last_cap_makes_a_mean_of_capped_logits_a_capped_mean(tmp_path):
     family = "gemma2-transposed"
     a, b = write(tmp_path / "a", family, 1), write(tmp_path / "b", family, 2)
@@ -405,6 +413,7 @@ def test_heads_that_no_network_has_are_refused(tmp_path, sizes, says):
     assert says in error.value.details[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("copies", [2, 4])
 def test_gemma_in_bfloat16_is_proved(tmp_path, copies):
     """Its last norm's 1 + scale, less 1, is rounded, for factors that are powers of two as well."""
@@ -475,6 +484,7 @@ def test_all_differences_between_two_decoders_are_listed_at_once(tmp_path):
 # --- the state of a training run
 
 
+@pytest.mark.slow
 def test_a_fused_state_has_the_tree_that_maxtext_restores(tmp_path, logits):
     """Lists, None, counts, keys of random numbers: the same structure, restored by unmodified Orbax."""
     source = logits / "maxtext-trained/llama2_unscan/checkpoints/2"
@@ -515,6 +525,7 @@ def test_keys_of_random_numbers_stay_keys(tmp_path, logits):
     np.testing.assert_array_equal(*map(jax.random.key_data, found))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["llama2_unscan", "gemma2_scan"])
 def test_a_training_state_is_proved_filled_and_restacked_and_comes_back(tmp_path, fusectl, logits, case):
     source = logits / f"maxtext-trained/{case}/checkpoints/2"
@@ -530,6 +541,7 @@ def test_a_training_state_is_proved_filled_and_restacked_and_comes_back(tmp_path
     assert jax.tree.structure(was) == jax.tree.structure(now)
 
 
+@pytest.mark.slow
 def test_a_restacked_fusion_wants_its_sources_restacked(tmp_path, fusectl, decoders):
     source = decoders / "maxtext-written/llama2_scanned/seed1"
     assert fusectl("self-fuse", source, "-o", tmp_path / "f").code == 0
@@ -540,6 +552,7 @@ def test_a_restacked_fusion_wants_its_sources_restacked(tmp_path, fusectl, decod
     assert fusectl("verify", tmp_path / "fu", "--sources", tmp_path / "u", tmp_path / "u").code == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["t5x", "orbax-zarr2", "orbax-ocdbt-zarr2", "orbax-zarr3"])
 def test_a_decoder_goes_through_every_layout(tmp_path, fusectl, decoders, format):
     a, b = (decoders / f"maxtext-written/llama2_scanned/seed{i}" for i in (1, 2))
@@ -559,6 +572,7 @@ def test_a_decoder_goes_through_every_layout(tmp_path, fusectl, decoders, format
 # --- noise
 
 
+@pytest.mark.slow
 def test_noise_stands_between_models_and_nowhere_else(tmp_path):
     a = write(tmp_path / "a", "gemma3-transposed", 1)
     fuse([a, a], tmp_path / "f")

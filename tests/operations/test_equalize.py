@@ -48,6 +48,7 @@ def two(written, tmp_path, variant, factor):
     return [a, rescaled(b, tmp_path / "b", factor)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("by", ["trace", "weights"])
 def test_the_constant_undoes_what_one_stream_was_scaled_with(written, tmp_path, variant, by):
@@ -60,6 +61,7 @@ def test_the_constant_undoes_what_one_stream_was_scaled_with(written, tmp_path, 
     assert 0.5 < as_it_is.residual_scales[1] < 2.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", first_soon(VARIANTS))
 def test_equal_streams_mix_less_and_compute_the_same_mean(written, tmp_path, variant):
     sources = two(written, tmp_path, variant, 3.0)
@@ -107,6 +109,7 @@ def test_noise_beside_equalized_kernels_is_verified_in_every_dtype(written, tmp_
         assert verify(path, settings=Settings(("files", "weights", "algebra"), x64=True)).passed, dtype
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gaussian", "antisymmetric"])
 def test_filling_an_equalized_fusion_later_is_filling_it_at_once(written, tmp_path, kind):
     sources, fill = two(written, tmp_path, "t5_1_1", 3.0), Fill(kind, 0.1, 3)
@@ -121,6 +124,7 @@ def test_filling_an_equalized_fusion_later_is_filling_it_at_once(written, tmp_pa
     assert report.algebra.max_abs <= 1e-12
 
 
+@pytest.mark.slow
 def test_stacked_layers_count_as_unstacked_ones(tmp_path):
     """The same two models, scanned and not, have the same constant."""
     constants = []
@@ -144,6 +148,7 @@ def test_stacked_layers_count_as_unstacked_ones(tmp_path):
     assert constants[0] == pytest.approx(0.5, rel=0.05)
 
 
+@pytest.mark.slow
 def test_tokens_of_a_file_measure_the_trace(written, tmp_path):
     sources = two(written, tmp_path, "t5_1_1", 1.0)
     tokens = tmp_path / "t.jsonl"
@@ -154,6 +159,7 @@ def test_tokens_of_a_file_measure_the_trace(written, tmp_path):
     assert random.record.residual_scales != own.record.residual_scales
 
 
+@pytest.mark.slow
 def test_what_cannot_be_equalized_is_refused(tmp_path):
     a, b = checkpoint(tmp_path / "a"), checkpoint(tmp_path / "b", seed=1)
     opened = open_checkpoint(b)

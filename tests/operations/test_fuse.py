@@ -58,6 +58,7 @@ def test_an_item_that_is_not_the_steps_first_choice_is_found_again(tmp_path, fus
     assert not two.record.self_fused
 
 
+@pytest.mark.slow
 def test_dropping_a_list_drops_its_empty_nodes_and_orbax_restores_the_rest(tmp_path, fusectl):
     import orbax.checkpoint as ocp
 
@@ -86,6 +87,7 @@ def test_dropping_a_list_drops_its_empty_nodes_and_orbax_restores_the_rest(tmp_p
     assert fusectl("verify", path, "--levels", "files,weights").code == 0
 
 
+@pytest.mark.slow
 def test_dropped_tensors_of_the_sources_are_remembered_by_verify(tmp_path, fusectl):
     for name, seed in (("a", 0), ("b", 1)):
         values = state("t5-1.1", seed)
@@ -97,6 +99,7 @@ def test_dropped_tensors_of_the_sources_are_remembered_by_verify(tmp_path, fusec
     assert fusectl("verify", path, "--levels", "files,weights").code == 0
 
 
+@pytest.mark.slow
 def test_noise_fill_that_drops_the_slots_says_so(pair, fusectl):
     filled = fusectl("noise-fill", fuse(fusectl, *pair), "--drop", "state/param_states*", "-q").out.strip()
 
@@ -104,6 +107,7 @@ def test_noise_fill_that_drops_the_slots_says_so(pair, fusectl):
     assert fusectl("verify", filled, "--levels", "files,weights").code == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [{"step": np.array(70, np.int32)}, {}])
 def test_t5x_gets_its_step_under_its_own_name(tmp_path, fusectl, step):
     for name, seed in (("a", 0), ("b", 1)):
@@ -201,6 +205,7 @@ def test_slots_that_growing_factors_do_not_inherit_the_chunks_of_unused_ones(tmp
     assert all(o.chunks == o.layout.shape for o in slots.values())
 
 
+@pytest.mark.slow
 def test_many_copies_are_planned_in_no_time(pair):
     started = time.monotonic()
 
@@ -262,11 +267,17 @@ RECORD_FAULTS = {
 }
 
 
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    at = tmp_path_factory.mktemp("recorded")
+    plan, sources = plan_fusion([checkpoint(at / "a")] * 2, Options())
+    return carry_out(plan, sources, at / "out", sync=False), (at / "out" / FILE_NAME).read_text()
+
+
 @pytest.mark.parametrize("fault", RECORD_FAULTS)
-def test_a_record_that_makes_no_sense_is_refused(pair, tmp_path, fault):
-    plan, sources = plan_fusion(pair, Options())
-    path = carry_out(plan, sources, tmp_path / "out")
-    changed = RECORD_FAULTS[fault](json.loads((path / FILE_NAME).read_text()))
+def test_a_record_that_makes_no_sense_is_refused(recorded, fault):
+    path, text = recorded
+    changed = RECORD_FAULTS[fault](json.loads(text))
     if isinstance(changed, str):
         (path / FILE_NAME).write_text(changed)
     else:
@@ -286,6 +297,7 @@ def test_a_record_of_a_later_version_is_read(pair, tmp_path):
     assert Record.from_json(record.to_json(), "here") == record == open_checkpoint(str(path)).record
 
 
+@pytest.mark.slow
 def test_a_record_of_other_widths_than_the_tree_is_refused(pair, tmp_path):
     plan, sources = plan_fusion(pair, Options())
     path = carry_out(plan, sources, tmp_path / "out")
@@ -395,6 +407,7 @@ def test_paths_with_brackets_are_printed_as_they_are(tmp_path, fusectl):
     assert path in fusectl("inspect", path).out
 
 
+@pytest.mark.slow
 def test_nohup_is_honoured(pair, tmp_path):
     import signal
     import subprocess

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from cases import first_soon
+from cases import first_soon, slow
 from flax.serialization import to_state_dict
 from flax.traverse_util import flatten_dict, unflatten_dict
 from models import checkpoint, write_record
@@ -152,7 +152,7 @@ def off(found, wanted):
 @pytest.mark.parametrize("family", first_soon(FAMILIES))
 @pytest.mark.parametrize(
     ("optimizer", "copies"),
-    [("adam", 2), ("adafactor", 2), ("adafactor", 3), ("adafactor with momentum", 2)],
+    [("adam", 2), ("adafactor", 3), slow("adafactor", 2), slow("adafactor with momentum", 2)],
 )
 def test_carried_is_what_the_fused_model_gathers_itself(tmp_path, family, optimizer, copies):
     path = source(tmp_path / "a", family, OPTIMIZERS[optimizer])
@@ -176,6 +176,7 @@ def test_carried_is_what_the_fused_model_gathers_itself(tmp_path, family, optimi
     assert verify(str(tmp_path / "fused"), settings=Settings(("files", "weights"))).passed
 
 
+@pytest.mark.slow
 def test_what_is_copied_as_it_is_is_not_what_the_fused_model_gathers(tmp_path):
     """The control: gradients are 1/K of what they were, and nobody who forgets it passes."""
     path = source(tmp_path / "a", "t5-1.1", OPTIMIZERS["adam"])
@@ -187,6 +188,7 @@ def test_what_is_copied_as_it_is_is_not_what_the_fused_model_gathers(tmp_path):
     assert off(np.tile(open_checkpoint(path).read(slot) / 4, (2, 2)), wanted[slot]) < TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_equal_models_that_nobody_knows_to_be_equal_get_the_same_where_the_moments_have_rank_one(tmp_path, family):
     """The estimate between two different models is exact then; first moments between them start from zero."""
@@ -253,6 +255,7 @@ def first_loss(path, groups=()):
         return float(-jnp.take_along_axis(log, batch[-1][..., None], -1).mean()), np.asarray(logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", first_soon(FORMATS, 2))
 def test_the_first_loss_after_a_restart_is_the_one_before_the_growth(tmp_path, format):
     """Fused and written in another format, by what a trainer restores; state and step are those before conversion."""
@@ -296,6 +299,7 @@ def moved(tree, parameters, *args):
     return after - before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", first_soon(FAMILIES))
 @pytest.mark.parametrize("copies", first_soon([2, 3]))
 def test_with_the_factors_of_the_table_the_logits_move_as_the_sources_would_have(tmp_path, family, copies):
@@ -322,6 +326,7 @@ def test_with_the_factors_of_the_table_the_logits_move_as_the_sources_would_have
     assert np.linalg.norm(plain) > 1.4 * np.linalg.norm(wanted)
 
 
+@pytest.mark.slow
 def test_optax_takes_the_table_as_it_is(tmp_path):
     import optax
 
@@ -348,6 +353,7 @@ def groups_of(tree, groups):
     return t5_twin.config_of(tree, groups, "float64", accumulate="float64")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["rule", "property"])
 def test_copies_of_different_weights_are_exact_with_a_norm_each_only(tmp_path, monkeypatch, norm):
     path = source(tmp_path / "a", "t5-1.1", OPTIMIZERS["adam"])
@@ -364,6 +370,7 @@ def test_copies_of_different_weights_are_exact_with_a_norm_each_only(tmp_path, m
     assert worst < TOLERANCE if norm == "property" else worst > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fixture", first_soon(["t5_1_1", "t5_1_0", "scalable_1_1"]))
 def test_what_t5x_wrote_is_carried_and_verified(written, tmp_path, fixture):
     a, b = (str(written / fixture / f"seed{i}/legacy/checkpoint_20") for i in (0, 1))
@@ -375,6 +382,7 @@ def test_what_t5x_wrote_is_carried_and_verified(written, tmp_path, fixture):
             assert verify(str(tmp_path / f"{at}-{optimizer}"), settings=Settings(("files", "weights"))).passed
 
 
+@pytest.mark.slow
 def test_widths_that_differ_and_are_factored_in_one_source_only(tmp_path):
     """96 x 120 is not factored, 160 x 200 is, and so is their fusion."""
     sizes = [{**SIZES, "embed": 96, "mlp": 120}, {**SIZES, "embed": 160, "mlp": 200, "heads": 3, "joined_kv": 96}]
@@ -388,6 +396,7 @@ def test_widths_that_differ_and_are_factored_in_one_source_only(tmp_path):
     assert report.passed, report.failures()
 
 
+@pytest.mark.slow
 def test_one_model_by_two_paths_is_one_model(written, tmp_path):
     a = written / "t5_1_1/seed0/legacy/checkpoint_20"
     paths = [str(a), f"{a}/"]
@@ -419,6 +428,7 @@ def changed(at, path, change):
 KERNEL = "encoder/layers_0/mlp/wo/kernel"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -433,6 +443,7 @@ def test_a_state_with_slots_too_many_or_too_few_is_refused(tmp_path, change, say
     assert any(says in line for line in error.value.details)
 
 
+@pytest.mark.slow
 def test_a_state_that_only_counts_is_not_carried(tmp_path):
     """As optax's sgd has it, or Adam's that has lost all of its moments: nothing tells which."""
     without = changed(
@@ -445,6 +456,7 @@ def test_a_state_that_only_counts_is_not_carried(tmp_path):
         plan_fusion([without] * 2, Options())
 
 
+@pytest.mark.slow
 def test_what_would_be_silently_wrong_is_refused_or_said(tmp_path):
     a = source(tmp_path / "a", "t5-1.1", OPTIMIZERS["adam"])
     older = changed(tmp_path / "b", a, lambda v: v.update({f"{STATE}0/count": np.array(10**6, np.int32)}))
@@ -466,6 +478,7 @@ def test_what_would_be_silently_wrong_is_refused_or_said(tmp_path):
     assert any("counts on from the first" in note for note in plan.notes)
 
 
+@pytest.mark.slow
 def test_of_factored_moments_asymmetric_state_keeps_what_they_stand_for(tmp_path):
     a = source(tmp_path / "a", "t5-1.1", OPTIMIZERS["adafactor"])
     name = f"{STATE}token_embedder/embedding/"
@@ -481,6 +494,7 @@ def test_of_factored_moments_asymmetric_state_keeps_what_they_stand_for(tmp_path
     np.testing.assert_allclose(rebuilt(first), rebuilt(carried), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_verify_finds_nan_in_a_carried_slot_and_minds_what_was_dropped(tmp_path):
     a = source(tmp_path / "a", "t5-1.1", OPTIMIZERS["adam"])
     more = {f"{STATE}0/{moment}/extra": np.ones(3) for moment in ("mu", "nu")} | {"target/extra": np.ones(3)}
@@ -502,6 +516,7 @@ def test_verify_finds_nan_in_a_carried_slot_and_minds_what_was_dropped(tmp_path)
     assert any("first at [3, 4]: nan" in problem for problem in report.failures())
 
 
+@pytest.mark.slow
 def test_sources_with_states_that_do_not_fit_together_are_refused(tmp_path):
     one = source(tmp_path / "a", "t5-1.1", OPTIMIZERS["adafactor"])
     other = source(tmp_path / "b", "t5-1.1", OPTIMIZERS["adam"], seed=1)

@@ -82,6 +82,7 @@ def fuse(paths, output):
     return open_checkpoint(str(output))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", first_soon(FAMILIES, 2))
 @pytest.mark.parametrize("copies", first_soon([2, 3]))
 def test_the_carried_state_is_the_one_that_the_fused_model_gathers(tmp_path, differentiable, family, copies):
@@ -97,6 +98,7 @@ def test_the_carried_state_is_the_one_that_the_fused_model_gathers(tmp_path, dif
     assert fused.read("opt_state/0/count") == BATCHES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", first_soon(["maxtext-llama-scanned", "maxtext-qwen3-tied", "gemma3"]))
 def test_with_the_printed_factors_a_step_of_adam_moves_the_logits_as_it_moved_them(tmp_path, differentiable, family):
     path = trained(tmp_path / "a", family, 1)
@@ -124,6 +126,7 @@ def test_with_the_printed_factors_a_step_of_adam_moves_the_logits_as_it_moved_th
     assert moved[1] == pytest.approx(moved[0], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_states_of_different_models_are_proved_with_the_parameters_that_they_share(tmp_path, differentiable):
     """Norms of queries and keys, equal in both: their gradients add up."""
     paths = [trained(tmp_path / str(seed), "maxtext-qwen3-tied", seed) for seed in (1, 2)]

@@ -85,6 +85,7 @@ def of_xla(tree, batch, length, target_length):
     return step.lower(random_parameters(tree, 0), batch_of(tokens)).compile().cost_analysis()["flops"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["t5-1.1", "maxtext-llama"])
 def test_xla_counts_as_many_and_some_percent_more(tmp_path, family):
     of_t5 = {"vocab": 300, "embed": 128, "heads": 4, "kv": 32, "joined_kv": 128, "mlp": 256, "relpos_buckets": 32}

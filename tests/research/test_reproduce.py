@@ -61,6 +61,7 @@ def twice(seed=0, **changes):
 # Training and growing.
 
 
+@pytest.mark.slow
 def test_a_run_is_kept_and_gone_on_with(laboratory):
     first = laboratory.run(SMALL)
     told = len(laboratory.notes)
@@ -75,6 +76,7 @@ def test_a_run_is_kept_and_gone_on_with(laboratory):
     assert first.path == longer.path.with_name("checkpoint_8")
 
 
+@pytest.mark.slow
 def test_to_go_on_is_the_same_as_to_train_at_once(laboratory, tmp_path):
     at_once = Laboratory(tmp_path, SMOKE, lambda _: None, jobs=1).run(replace(SMALL, steps=12))
     laboratory.run(SMALL)
@@ -84,6 +86,7 @@ def test_to_go_on_is_the_same_as_to_train_at_once(laboratory, tmp_path):
     assert at_once.end != laboratory.run(SMALL).end
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_its_part_of_the_curve_is_trained_again(tmp_path):
     made = Laboratory(tmp_path, SMOKE, lambda _: None, jobs=1)
     whole = made.run(replace(SMALL, steps=12))
@@ -111,6 +114,7 @@ def test_batches_beyond_those_that_are_kept_are_the_same(laboratory, monkeypatch
     assert len(stream._made) == 3
 
 
+@pytest.mark.slow
 def test_self_fusion_starts_from_the_small_models_loss_and_its_state(laboratory):
     start = laboratory.run(twice(growth=Growth("zeros", (SMALL,), ((*SELF, "--fill", "zeros"),))))
     noisy = laboratory.run(twice())
@@ -120,6 +124,7 @@ def test_self_fusion_starts_from_the_small_models_loss_and_its_state(laboratory)
     assert int(open_checkpoint(str(start.path)).read("state/step")) == 16
 
 
+@pytest.mark.slow
 def test_compute_is_charged_once_for_each_model_that_is_used(laboratory):
     small, medium = laboratory.run(SMALL), laboratory.run(twice())
     other = replace(SMALL, seed=5)
@@ -150,6 +155,7 @@ def test_a_norm_for_each_source_is_trained_with_and_kept_for_finetuning(laborato
     )
 
 
+@pytest.mark.slow
 def test_grown_models_learn_from_batches_that_none_of_their_sources_saw(laboratory):
     def first(model):
         return next(laboratory.examples(model).batches()).encoder
@@ -409,6 +415,7 @@ def smoke(experiment, out):
     return kept
 
 
+@pytest.mark.slow
 def test_table1_runs_and_reports(tmp_path):
     kept = smoke("table1", tmp_path)
     rows = {row[0]: row for row in kept["tables"][0]["rows"]}
@@ -443,6 +450,7 @@ def test_wrong_names_are_refused(tmp_path, capsys):
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_directory_that_is_none_and_notes_that_are_damaged_are_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="not a directory"):
@@ -453,6 +461,7 @@ def test_a_directory_that_is_none_and_notes_that_are_damaged_are_refused(tmp_pat
         Laboratory(tmp_path / "there", SMOKE, lambda _: None, jobs=1)
 
 
+@pytest.mark.slow
 def test_a_directory_may_begin_with_a_dash(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     made = Laboratory(Path("-x"), SMOKE, lambda _: None, jobs=1)
@@ -460,6 +469,7 @@ def test_a_directory_may_begin_with_a_dash(tmp_path, monkeypatch):
     assert made.run(twice()).start.loss > 0
 
 
+@pytest.mark.slow
 def test_judged_trains_the_baseline_as_far_as_the_most_compute(laboratory):
     arms = [grown(laboratory, "medium", "self", lambda _: (SMALL,), lambda _: ((*SELF, *NOISE),))]
     results = compare(laboratory, arms)

@@ -51,6 +51,7 @@ def test_operators_that_lead_there_come_first_and_the_others_say_why_not(small, 
     assert all(bool(route.steps) != bool(route.why_not) for route in found)
 
 
+@pytest.mark.slow
 def test_every_command_that_is_named_writes_the_sizes_that_were_asked_for(small, tmp_path, capsys):
     to = DOUBLE + ",decoder_layers=2"
     for how in ("self-fuse", "duplicate"):

@@ -90,6 +90,7 @@ def mlp_losses(copies, alike):
     return Losses(small, big), jax.tree.map(jnp.asarray, theta), of
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alike", [True, False])
 @pytest.mark.parametrize("copies", first_soon([2, 3]))
 def test_two_steps_follow_the_flow_of_the_modified_field_on_an_mlp(copies, alike):
@@ -187,6 +188,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "copies", "other"), first_soon(CASES))
 def test_the_theory_of_a_fusion(tmp_path, family, copies, other):
     layers = SMALL if "t5" in family else {"decoder": 2 if family == "gemma2" else 1}
@@ -282,6 +284,7 @@ def test_the_lemmas_hold_for_copies_beside_zeros_only(pair):
     assert of_moved.bracket_of_copies.error > 1e-6
 
 
+@pytest.mark.slow
 def test_exchanging_the_copies_changes_neither_loss(pair):
     space, losses, point = pair
     rng = np.random.default_rng(0)
@@ -294,6 +297,7 @@ def test_exchanging_the_copies_changes_neither_loss(pair):
     assert float(other.small_loss) == pytest.approx(float(one.small_loss), rel=1e-13)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("copies", [2, 3])
 @pytest.mark.parametrize("family", first_soon(["t5-1.0", "scalable-t5-1.1-scanned", "maxtext-gemma"]))
 def test_the_defect_of_a_fill_is_that_of_what_is_written(tmp_path, fusectl, family, copies):
@@ -320,6 +324,7 @@ def test_the_defect_of_a_fill_is_that_of_what_is_written(tmp_path, fusectl, fami
         assert all("norm" not in name for name in noisy)
 
 
+@pytest.mark.slow
 def test_the_program_reports_the_defect_of_a_fusion(tmp_path, fusectl):
     path = checkpoint(tmp_path / "a")
     assert fusectl("self-fuse", path, "--fill", "gaussian", "-q", "-o", tmp_path / "fused").code == 0
@@ -347,6 +352,7 @@ def test_the_program_reports_the_defect_of_a_fusion(tmp_path, fusectl):
     assert fusectl("theory", tmp_path / "broken", "--symmetry", "--copies", 2).code == 5
 
 
+@pytest.mark.slow
 def test_the_program_prints_and_draws_the_theory(tmp_path, fusectl):
     text = tmp_path / "text.txt"
     text.write_bytes(b"the same words again and again, " * 200)

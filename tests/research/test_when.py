@@ -83,6 +83,7 @@ def test_two_curves_give_what_trying_every_step_does(budget):
     assert found.best_step < found.pays_until
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_noise_moves_the_step_and_costs_little(seed):
     small, ratio, budget = power(2.1, 18.0, 0.42), 3.0, 100_000
@@ -188,6 +189,7 @@ def test_without_a_large_model_there_is_no_best_step():
     assert found.break_even == pytest.approx(3 * float(SMALL(99_999.5) - SMALL(100_000.5)), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_what_is_extrapolated_is_said():
     later = advise(curve(SMALL, 100_000), Costs(3.0), gap=0.05, budget_steps=1_000_000)
     sooner = advise(curve(SMALL, 100_000), Costs(3.0), gap=0.15)
@@ -277,6 +279,7 @@ def large_csv(tmp_path):
     return csv_of(tmp_path / "large.csv", zip(found.steps, found.losses, strict=True))
 
 
+@pytest.mark.slow
 def test_the_program_says_when(fusectl, small_csv, large_csv, tmp_path):
     done = fusectl("when", small_csv, "--large-curve", large_csv, "--cost-ratio", 3, "--plot", tmp_path / "w.png")
     as_json = fusectl("when", small_csv, "--large-curve", large_csv, "--cost-ratio", 3, "--json").json["result"]
@@ -296,6 +299,7 @@ def test_the_program_says_when(fusectl, small_csv, large_csv, tmp_path):
     assert "cannot be told" in without.out
 
 
+@pytest.mark.slow
 def test_all_kinds_of_files_give_the_same_answer(fusectl, small_csv, tmp_path):
     found = curve(SMALL, 100_000)
     # Event files hold float32: the others are given what it holds.

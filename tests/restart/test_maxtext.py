@@ -57,6 +57,7 @@ POSTTRAINED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", POSTTRAINED)
 def test_a_post_trained_model_is_read_fused_and_proved(posttrained, tmp_path, fusectl, name):
     family, layout, prefix, layer = POSTTRAINED[name]
@@ -83,6 +84,7 @@ def test_a_post_trained_model_is_read_fused_and_proved(posttrained, tmp_path, fu
     assert all(contents(tmp_path / "8")[each] == contents(source)[each] for each in streams)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", POSTTRAINED)
 @pytest.mark.parametrize("format", first_soon(["t5x", *(format for format in FORMATS if format != "t5x")]))
 def test_a_post_trained_model_goes_to_every_format_and_back(posttrained, tmp_path, name, format):
@@ -121,6 +123,7 @@ def test_the_streams_of_layers_go_along_and_their_keys_stay_keys(posttrained, tm
     assert all("layers_0/self_attention/attention_op" in each for each in left)
 
 
+@pytest.mark.slow
 def test_a_post_trained_model_becomes_deeper(posttrained, tmp_path):
     source = posttrained / "sft_unscanned/7"
     plan, opened = plan_stack(str(source), "identity", 6, {}, Options())
@@ -169,6 +172,7 @@ def linen(logits, tmp_path):
     return nnx, convert(nnx, tmp_path / "linen/2", drop=("nnx_aux*",))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["nnx", "linen"])
 def test_states_of_nnx_and_linen_are_fused_in_either_order(linen, tmp_path, first):
     nnx, without = linen
@@ -185,6 +189,7 @@ def test_states_of_nnx_and_linen_are_fused_in_either_order(linen, tmp_path, firs
     assert verify(str(tmp_path / "f"), settings=WEIGHTS).passed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["lost", "other"])
 def test_a_stream_that_did_not_come_along_is_noticed(linen, tmp_path, change):
     """The control: by the record's checksums nothing is wrong."""
@@ -232,6 +237,7 @@ def by_sixes(at, family):
     return at
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", first_soon(["maxtext-gemma3-tied-scanned", "maxtext-gemma3-fused-mlp-scanned"]))
 def test_gemma_3_is_unstacked_and_stacked_again(tmp_path, family):
     source = by_sixes(tmp_path / "source/2", family)

@@ -279,6 +279,7 @@ other.Config.dtype = 'float16'
 """
 
 
+@pytest.mark.slow
 def test_the_settings_of_another_class_are_repeated(t5x, property_fusion, tmp_path, fusectl, monkeypatch):
     """A fork's, whose config binds nothing of T5X's."""
     (tmp_path / "mine").mkdir()
@@ -315,6 +316,7 @@ def test_gin_files_are_held_against_the_checkpoint(property_fusion, tmp_path, fu
     assert (done.code, "MaxText has no gin files" in done.err) == (2, True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [each for each in FORMATS.values() if each.zarr == 3], ids=lambda each: each.name)
 def test_what_t5x_cannot_open_is_refused_with_the_command_that_mends_it(tmp_path, fusectl, layout):
     out = tmp_path / "checkpoint_1000"
@@ -356,6 +358,7 @@ def test_a_tree_that_t5x_would_not_look_at_is_refused(tmp_path, fusectl, rearran
     assert fusectl("restart-config", mended).code == 0
 
 
+@pytest.mark.slow
 def test_a_name_that_t5x_does_not_take_is_noted(tmp_path, fusectl):
     said = "T5X restores only from directories named checkpoint_STEP: move it to a new one as checkpoint_1000"
     source = checkpoint(tmp_path / "a")
@@ -499,6 +502,7 @@ def main(argv):
 }
 
 
+@pytest.mark.slow
 def test_maxtext_is_told_where_its_rates_go(decoders, tmp_path, fusectl):
     """What the shell makes of the printed line is the program; it is run on modules in place of MaxText's."""
     source, out = decoders / "maxtext-written/llama2_scanned/seed1/2", tmp_path / "runs/grown/checkpoints/2"
@@ -635,6 +639,7 @@ def test_maxtext_loads_parameters_alone(trained, tmp_path, fusectl):
     assert any("spaces" in note for note in notes(fusectl("restart-config", spaced)))
 
 
+@pytest.mark.slow
 def test_a_norm_per_source_is_not_maxtexts(trained, tmp_path, fusectl):
     source, out = trained("llama2_unscan"), tmp_path / "out"
     other = shutil.copytree(source, tmp_path / "other")

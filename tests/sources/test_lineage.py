@@ -39,6 +39,7 @@ def record_of(path):
     return open_checkpoint(str(path)).record
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("said", ["fused", "groups"])
 def test_stages_after_a_fusion_with_a_norm_per_source_keep_its_groups(fused, tmp_path, fusectl, said):
     path, trained = fused
@@ -55,6 +56,7 @@ def test_stages_after_a_fusion_with_a_norm_per_source_keep_its_groups(fused, tmp
     assert "norm_groups = (12, 12, 12, 12)" in restart(str(tmp_path / "checkpoint_1010")).text()
 
 
+@pytest.mark.slow
 def test_without_a_lineage_one_norm_is_assumed_and_said(fused, tmp_path, fusectl):
     _, trained = fused
 
@@ -81,6 +83,7 @@ def test_restart_and_inspect_go_by_the_lineage(fused, fusectl):
         assert "12 + 12" in fusectl("inspect", trained, *words, "--no-tree").out
 
 
+@pytest.mark.slow
 def test_a_fusion_inherits_a_norm_per_source(fused, tmp_path, fusectl):
     """Also from a record: what was printed for the trainer before had one norm."""
     path, _ = fused
@@ -94,6 +97,7 @@ def test_a_fusion_inherits_a_norm_per_source(fused, tmp_path, fusectl):
     assert "with one norm the result computes another function" in done.err
 
 
+@pytest.mark.slow
 def test_sources_that_lost_their_records_are_verified_by_their_lineage(fused, tmp_path, fusectl):
     path, trained = fused
     wide = tmp_path / "checkpoint_1010"

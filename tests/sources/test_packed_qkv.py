@@ -54,6 +54,7 @@ def test_seen_apart_it_is_the_model_whose_logits_maxtext_has(case, tmp_path):
     assert np.abs(np.asarray(state["logits"]) - found["logits"]).max() < 1e-5 * np.abs(found["logits"]).max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("biases", [False, True])
 def test_two_of_them_are_fused_part_by_part_and_packed_again(case, tmp_path, biases):
     a, b = trained(tmp_path / "a", case, 1, biases), trained(tmp_path / "b", case, 2, biases)
@@ -77,6 +78,7 @@ def test_two_of_them_are_fused_part_by_part_and_packed_again(case, tmp_path, bia
     assert kinds["qkv_proj"].kind == "exact"
 
 
+@pytest.mark.slow
 def test_noise_is_put_between_the_parts_and_a_record_keeps_it(case, tmp_path):
     a = trained(tmp_path / "a", case, 1)
     for name, fill in (("f", Fill()), ("g", Fill("antisymmetric", 0.2, 3))):
@@ -115,6 +117,7 @@ def test_a_head_in_a_wrong_part_is_noticed(case, tmp_path):
     assert report.algebra.passed is False
 
 
+@pytest.mark.slow
 def test_it_goes_through_the_command_line(case, tmp_path, fusectl):
     a = trained(tmp_path / "a", case, 1)
     outcome = fusectl("self-fuse", a, "-o", tmp_path / "f", "--verify")

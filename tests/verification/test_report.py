@@ -32,6 +32,7 @@ def report(sources, tmp_path_factory):
     return verify(str(path), settings=Settings(trace=True))
 
 
+@pytest.mark.slow
 def test_it_says_what_was_checked_on_what_with_which_numbers(report, sources):
     tree = json.loads(report.to_json())
 
@@ -85,6 +86,7 @@ def test_a_report_is_no_part_of_the_checkpoint(report, fusectl):
     assert json.loads((home / FILE_NAME).read_text())["algebra"] is None
 
 
+@pytest.mark.slow
 def test_a_trace_is_drawn(report, tmp_path, fusectl):
     draw(report.trace, tmp_path / "out.svg")
     done = fusectl("verify", report.path, "--levels", "native", "--plot", tmp_path / "out.png")
@@ -98,6 +100,7 @@ def test_a_trace_is_drawn(report, tmp_path, fusectl):
     assert fusectl("verify", report.path, "--levels", "native", "--plot", tmp_path / "no" / "out.png").code == 8
 
 
+@pytest.mark.slow
 def test_damaged_files_are_reported_though_there_is_nothing_to_draw(sources, tmp_path, fusectl):
     path = tmp_path / "out"
     fusectl("fuse", *sources, "-o", path, "--format", "orbax-zarr2")
@@ -111,6 +114,7 @@ def test_damaged_files_are_reported_though_there_is_nothing_to_draw(sources, tmp
     assert json.loads((path / FILE_NAME).read_text())["passed"] is False
 
 
+@pytest.mark.slow
 def test_fusing_verifies_before_anything_appears(sources, tmp_path, fusectl):
     done = fusectl("fuse", *sources, "-o", tmp_path / "out", "--verify")
 
@@ -127,6 +131,7 @@ def test_fusing_verifies_before_anything_appears(sources, tmp_path, fusectl):
     assert not (tmp_path / "two" / FILE_NAME).exists()
 
 
+@pytest.mark.slow
 def test_what_fails_its_verification_does_not_appear(sources, tmp_path, fusectl, monkeypatch):
     """An executor that writes one wrong value: the proof finds it, and nothing is left."""
     from fusectl.writing import execute

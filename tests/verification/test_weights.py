@@ -1,10 +1,12 @@
 """Controls: every way in which a fusion can be wrong is found, at the weights and at the algebra level."""
 
-from dataclasses import replace
+from dataclasses import itertools
 from pathlib import Path
 
 import numpy as np
 import pytest
+import replace
+from cases import slow, some_soon
 from models import checkpoint
 
 from fusectl.errors import UsageError
@@ -300,6 +302,7 @@ def test_sources_in_another_order_are_found(tmp_path):
     assert found.problems[0] == f"the sources stand in another order: {tmp_path / 'a'}, {tmp_path / 'b'}"
 
 
+@pytest.mark.slow
 def test_a_source_that_changed_since_is_said(tmp_path):
     path = fused(tmp_path, "t5-1.1")
     checkpoint(tmp_path / "new", "t5-1.1", 0, step=2000, layers=LAYERS)
@@ -348,8 +351,16 @@ def test_a_source_that_was_copied_elsewhere_is_the_same_source(tmp_path):
     assert report.notes == ()
 
 
-@pytest.mark.parametrize("fill", [Fill(), Fill("gaussian", 0.1, 5), Fill("antisymmetric", 0.2, 5)])
-@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("fill", "dtype"),
+    some_soon(
+        itertools.product(
+            [Fill(), Fill("gaussian", 0.1, 5), Fill("antisymmetric", 0.2, 5)],
+            ["float64", "float32", "bfloat16", "float16"],
+        ),
+        lambda case: (case[0].kind, case[1]) in {("zeros", "float32"), ("antisymmetric", "bfloat16")},
+    ),
+)
 def test_every_dtype_passes_and_one_value_fails(tmp_path, fill, dtype, monkeypatch):
     path = fused(tmp_path, "t5-1.0", fill, dtype=dtype)
     name = "target/decoder/decoder_norm/scale"
@@ -365,8 +376,8 @@ def test_every_dtype_passes_and_one_value_fails(tmp_path, fill, dtype, monkeypat
     assert not verify(rewrite(path, three_units_off), settings=Settings(("weights",))).passed
 
 
-@pytest.mark.parametrize("fill", [Fill(), Fill("gaussian", 0.1, 5), Fill("antisymmetric", 0.2, 5)])
-@pytest.mark.parametrize("family", ["t5-1.0", "scalable-t5-1.1-scanned"])
+@pytest.mark.parametrize("fill", [slow(Fill()), slow(Fill("gaussian", 0.1, 5)), Fill("antisymmetric", 0.2, 5)])
+@pytest.mark.parametrize("family", ["t5-1.0", slow("scalable-t5-1.1-scanned")])
 def test_the_result_does_not_depend_on_threads_and_budget(tmp_path, family, fill):
     path = str(fused(tmp_path, family, fill))
     settings = [Settings(("files", "weights"), jobs=1, max_memory_bytes=1), Settings(("files", "weights"), jobs=8)]

@@ -51,6 +51,7 @@ def reference(pair, tmp_path_factory):
     return values_of(fuse(pair, tmp_path_factory.mktemp("reference") / "out", fill=Fill("gaussian", 0.1, 5)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", first_soon(FORMATS, 2))
 def test_the_result_does_not_depend_on_the_format(pair, reference, tmp_path, name):
     out = fuse(pair, tmp_path / "out", fill=Fill("gaussian", 0.1, 5), format=name)
@@ -65,6 +66,7 @@ def test_the_result_does_not_depend_on_threads_or_memory(pair, reference, tmp_pa
     assert_identical(reference, values_of(out))
 
 
+@pytest.mark.slow
 @settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_the_result_does_not_depend_on_the_sources_chunks(reference, tmp_path, data):
@@ -87,6 +89,7 @@ def test_the_result_does_not_depend_on_the_sources_chunks(reference, tmp_path, d
     assert_identical(reference, values_of(out))
 
 
+@pytest.mark.slow
 def test_noise_is_the_same_for_the_same_seed_and_another_for_another(pair, reference, tmp_path):
     again = values_of(fuse(pair, tmp_path / "again", fill=Fill("gaussian", 0.1, 5)))
     other = values_of(fuse(pair, tmp_path / "other", fill=Fill("gaussian", 0.1, 6)))
@@ -132,6 +135,7 @@ def test_a_budget_too_small_for_one_chunk_is_refused_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("copies", [2, 3])
 def test_antisymmetric_noise_is_generated_once(pair, tmp_path, monkeypatch, copies, dtype):
