@@ -4,7 +4,8 @@ The library's verbs, imported on first use so that the command line starts at on
 
     open_checkpoint                   formats/
     Options                           planning/builder.py
-    plan_fusion, plan_noise_fill      operations/fuse.py
+    plan_fusion                       operations/fuse.py
+    plan_noise_fill                   operations/noise_fill.py
     plan_conversion                   operations/convert.py
     carry_out                         writing/carrying_out.py
     verify                            verification/
@@ -22,7 +23,7 @@ _VERBS = {
     "carry_out": "fusectl.writing.carrying_out",
     "plan_conversion": "fusectl.operations.convert",
     "plan_fusion": "fusectl.operations.fuse",
-    "plan_noise_fill": "fusectl.operations.fuse",
+    "plan_noise_fill": "fusectl.operations.noise_fill",
     "open_checkpoint": "fusectl.formats",
     "verify": "fusectl.verification",
 }

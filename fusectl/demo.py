@@ -21,7 +21,8 @@ from fusectl.families.table import Family, Row, stack_of
 from fusectl.formats.kinds import FormatName
 from fusectl.formats.sink import save
 from fusectl.layout.fill import Fill, FillKind
-from fusectl.operations.fuse import plan_fusion, plan_noise_fill
+from fusectl.operations.fuse import plan_fusion
+from fusectl.operations.noise_fill import plan_noise_fill
 from fusectl.optimizer.slots import STATE, OptimizerState, fresh_slots
 from fusectl.planning.builder import Options
 from fusectl.verification import Report, verify

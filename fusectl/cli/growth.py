@@ -77,7 +77,7 @@ def stack(
     """Make a checkpoint deeper: its layers again, or new ones that keep the function, the optimizer's state along."""
     screen = common.screen("stack")
     with screen.errors():
-        from fusectl.operations.growth import plan_stack
+        from fusectl.operations.stack import plan_stack
 
         options = options_of(disk, running, reading, step, optimizer=optimizer)
         depths = {"encoder": encoder_layers, "decoder": decoder_layers}
@@ -155,7 +155,7 @@ def ligo(
     """Grow a checkpoint to any larger sizes by a linear operator that is learned in some hundred steps (LiGO)."""
     screen = common.screen("ligo")
     with screen.errors():
-        from fusectl.operations.growth import begin_operator, plan_with_operator
+        from fusectl.operations.ligo import begin_operator, plan_with_operator
         from fusectl.sources.operator import kept, open_operator
 
         options = options_of(disk, running, reading, step, optimizer=OnState.DROP)
@@ -225,7 +225,7 @@ def _learned(
         check_output(place, [checkpoint], force=force)
     stopped = None
     if lesson is not None:
-        from fusectl.operations.ligo.learn import examples_of, learn
+        from fusectl.operations.learning.learn import examples_of, learn
 
         data, learning = lesson
         examples = examples_of(data, growing.tree, operator.seed)

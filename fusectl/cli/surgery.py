@@ -159,7 +159,7 @@ def noise_fill(
     """Fill the zero blocks of a fused checkpoint with low-variance noise."""
     screen = common.screen("noise-fill")
     with screen.errors():
-        from fusectl.operations.fuse import plan_noise_fill
+        from fusectl.operations.noise_fill import plan_noise_fill
 
         if noise.fill == FillKind.ZEROS:
             raise UsageError("--fill zeros: there are zeros already", hint="--fill gaussian or antisymmetric")

@@ -19,7 +19,8 @@ from fusectl.formats.sink import save
 from fusectl.layout.blocks import Block, Layout, Term
 from fusectl.layout.fill import Fill
 from fusectl.layout.mesh import STANDARD_RULES, Mesh, fits, parse_mesh
-from fusectl.operations.fuse import plan_fusion, plan_noise_fill
+from fusectl.operations.fuse import plan_fusion
+from fusectl.operations.noise_fill import plan_noise_fill
 from fusectl.optimizer.slots import slot_axes
 from fusectl.planning.builder import Options
 from fusectl.planning.chunking import SMALLEST_CHUNK_BYTES, choose_chunks

@@ -24,7 +24,8 @@ from fusectl.formats.tree import Checkpoint, Key
 from fusectl.layout.blocks import whole
 from fusectl.layout.fill import Fill
 from fusectl.operations.convert import plan_conversion
-from fusectl.operations.fuse import plan_fusion, plan_noise_fill
+from fusectl.operations.fuse import plan_fusion
+from fusectl.operations.noise_fill import plan_noise_fill
 from fusectl.planning.builder import Options
 from fusectl.restart import restart
 from fusectl.verification import Settings, verify

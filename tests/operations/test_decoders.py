@@ -27,7 +27,8 @@ from fusectl.formats.record import FILE_NAME
 from fusectl.formats.registry import open_checkpoint
 from fusectl.formats.sink import save
 from fusectl.layout.fill import Fill
-from fusectl.operations.fuse import plan_fusion, plan_noise_fill
+from fusectl.operations.fuse import plan_fusion
+from fusectl.operations.noise_fill import plan_noise_fill
 from fusectl.optimizer.slots import is_state
 from fusectl.planning.builder import Options
 from fusectl.verification import Declared, Settings, verify

@@ -20,7 +20,8 @@ from fusectl.formats.tree import Leaf
 from fusectl.formats.zarr import new_storage
 from fusectl.layout.blocks import Block, Layout, Term, whole
 from fusectl.layout.fill import Fill
-from fusectl.operations.fuse import plan_fusion, plan_noise_fill
+from fusectl.operations.fuse import plan_fusion
+from fusectl.operations.noise_fill import plan_noise_fill
 from fusectl.planning.builder import Options
 from fusectl.planning.chunking import Storing, choose_chunks
 from fusectl.writing.carrying_out import carry_out

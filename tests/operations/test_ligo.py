@@ -18,8 +18,8 @@ from fusectl.cli import run
 from fusectl.families.registry import family_named
 from fusectl.formats.registry import open_checkpoint
 from fusectl.formats.sink import save
-from fusectl.operations.growth import begin_operator, plan_with_operator
-from fusectl.operations.ligo import network
+from fusectl.operations.learning import network
+from fusectl.operations.ligo import begin_operator, plan_with_operator
 from fusectl.planning.builder import Options
 from fusectl.sources.operator import CUSTOM, open_operator, save_operator
 from fusectl.verification import Settings, verify

@@ -22,8 +22,9 @@ from fusectl.formats.sink import save
 from fusectl.layout.fill import Fill
 from fusectl.networks.tokens import random_tokens
 from fusectl.operations.convert import plan_conversion
-from fusectl.operations.fuse import plan_fusion, plan_noise_fill
-from fusectl.operations.growth import plan_stack
+from fusectl.operations.fuse import plan_fusion
+from fusectl.operations.noise_fill import plan_noise_fill
+from fusectl.operations.stack import plan_stack
 from fusectl.planning.builder import Options
 from fusectl.restart import restart
 from fusectl.rules.kinds import How

@@ -13,7 +13,7 @@ from fusectl.families.table import ENCODER
 from fusectl.formats.registry import open_checkpoint
 from fusectl.networks.tokens import Tokens
 from fusectl.networks.training import batch_of, loss_of
-from fusectl.operations.ligo.learn import random_parameters
+from fusectl.operations.learning.learn import random_parameters
 from fusectl.research.flops import flops_per_step
 from fusectl.sources.opened import recognized
 from fusectl.sources.packed_qkv import unpacked

@@ -17,7 +17,8 @@ from fusectl.layout.fill import Fill
 from fusectl.networks import decoder_stages as decoder_twin
 from fusectl.networks.stages import Step
 from fusectl.networks.tokens import Tokens
-from fusectl.operations.fuse import plan_fusion, plan_noise_fill
+from fusectl.operations.fuse import plan_fusion
+from fusectl.operations.noise_fill import plan_noise_fill
 from fusectl.planning.builder import Options
 from fusectl.sources.packed_qkv import unpacked
 from fusectl.verification import Settings, verify

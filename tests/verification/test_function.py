@@ -18,7 +18,8 @@ from fusectl.networks import t5_stages as t5_twin
 from fusectl.networks.run import read_part
 from fusectl.networks.stages import Part, Step
 from fusectl.networks.tokens import Tokens
-from fusectl.operations.fuse import plan_fusion, plan_noise_fill
+from fusectl.operations.fuse import plan_fusion
+from fusectl.operations.noise_fill import plan_noise_fill
 from fusectl.planning.builder import Options
 from fusectl.verification import Declared, Settings, verify
 from fusectl.verification.logits import LogitsComparison

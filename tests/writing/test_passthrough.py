@@ -22,7 +22,8 @@ from fusectl.formats.sink import save
 from fusectl.formats.store import copy, directory, link, ocdbt
 from fusectl.formats.zarr import METADATA_FILE
 from fusectl.layout.fill import Fill
-from fusectl.operations.fuse import plan_fusion, plan_noise_fill
+from fusectl.operations.fuse import plan_fusion
+from fusectl.operations.noise_fill import plan_noise_fill
 from fusectl.planning.builder import Options
 from fusectl.writing.carrying_out import carry_out
 

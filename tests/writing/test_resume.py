@@ -28,7 +28,7 @@ from fusectl.formats.store import new_ocdbt
 from fusectl.formats.target import Database
 from fusectl.layout.fill import Fill
 from fusectl.operations.fuse import plan_fusion
-from fusectl.operations.growth import begin_operator
+from fusectl.operations.ligo import begin_operator
 from fusectl.planning import builder
 from fusectl.planning.builder import Options
 from fusectl.sources.operator import save_operator

@@ -27,7 +27,7 @@ from fusectl.layout.blocks import slices
 from fusectl.networks.tokens import DEFAULT_BATCH, DEFAULT_LENGTH, Tokens, random_tokens
 from fusectl.networks.training import batch_of
 from fusectl.operations.fuse import open_sources, shared_differ
-from fusectl.operations.ligo.learn import examples_of
+from fusectl.operations.learning.learn import examples_of
 from fusectl.planning.builder import Options
 from fusectl.research.theory.field import LARGEST_STEP, Convergence, Derivatives, Losses, convergence, derivatives, norm
 from fusectl.research.theory.space import Space

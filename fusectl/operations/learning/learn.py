@@ -21,7 +21,7 @@ from fusectl.formats.tree import Checkpoint
 from fusectl.networks.examples import Examples, full_target_length, read_examples
 from fusectl.networks.tokens import Tokens
 from fusectl.networks.training import batch_of, loss_of, mean_loss, random_parameters
-from fusectl.operations.ligo.network import grow
+from fusectl.operations.learning.network import grow
 from fusectl.rules.linear import Growing
 from fusectl.sources.lesson import Data, Learning
 from fusectl.sources.opened import read_finite
