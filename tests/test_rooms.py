@@ -1,6 +1,7 @@
 """The rooms of the house: a room imports only rooms that come before it."""
 
 import ast
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -91,3 +92,12 @@ def test_the_rooms_are_rooms_of_the_pass():
     } <= drawn
     # What judges an output shares nothing with what planned and wrote it.
     assert not drawn & {("verification", room) for room in ("planning", "operations", "writing")}
+
+
+def test_the_faults_that_are_put_in_on_purpose_are_about_lines_that_are_there():
+    spec = importlib.util.spec_from_file_location("mutants", Path(__file__).parent / "bench/mutants.py")
+    mutants = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(mutants)
+
+    assert len(mutants.FAULTS) >= 20
+    assert mutants.problems() == []
