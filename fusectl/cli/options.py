@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from copy import copy
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from functools import cached_property
 from inspect import Parameter, Signature, signature
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_args, get_type_hints
 
@@ -342,44 +343,67 @@ class Grouped(TyperCommand):
                 formatter.write_dl(records)
 
 
+class _Spread:
+    """A command that takes the fields of its groups of options instead of the groups.
+
+    Reading annotations takes 10 ms for each command, and --help lists all of them: its signature is made when it is
+    asked for.
+    """
+
+    def __init__(self, command: Callable[..., None]) -> None:
+        self._command = command
+        self.__name__, self.__doc__ = command.__name__, command.__doc__
+        self.__module__ = command.__module__
+
+    @cached_property
+    def _groups(self) -> dict[str, Any]:
+        """The groups, by the names of the command's parameters."""
+        return {name: hint for name, hint in self._hints.items() if is_dataclass(hint)}
+
+    @cached_property
+    def _hints(self) -> dict[str, Any]:
+        return get_type_hints(self._command, include_extras=True)
+
+    @cached_property
+    def __signature__(self) -> Signature:
+        heading = OPERATION if Writing in self._groups.values() else None
+        parameters: list[Parameter] = []
+        for parameter in signature(self._command).parameters.values():
+            name, hint = parameter.name, self._hints[parameter.name]
+            if name not in self._groups:
+                parameters.append(parameter.replace(annotation=_under(heading, hint)))
+                continue
+            own = get_type_hints(hint, include_extras=True)
+            parameters += [
+                Parameter(
+                    each.name,
+                    Parameter.KEYWORD_ONLY,
+                    default=_default(each),
+                    annotation=_under(hint.heading, own[each.name]),
+                )
+                for each in fields(hint)
+            ]
+        return Signature(parameters)
+
+    @property
+    def __annotations__(self) -> dict[str, Any]:  # type: ignore[override]
+        return {each.name: each.annotation for each in self.__signature__.parameters.values()}
+
+    def __call__(self, *args: Any, **values: Any) -> None:
+        bound = self.__signature__.bind(*args, **values)
+        bound.apply_defaults()
+        given = bound.arguments
+        for name, group in self._groups.items():
+            given[name] = group(**{each.name: given.pop(each.name) for each in fields(group)})
+        self._command(**given)
+
+
 def spread(command: Callable[..., None]) -> Callable[..., None]:
     """A command that takes the fields of its groups of options instead of the groups.
 
     In --help each group stands under its heading, and what a writing command has for itself under that of operations.
     """
-    hints = get_type_hints(command, include_extras=True)
-    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
-    heading = OPERATION if Writing in groups.values() else None
-    parameters: list[Parameter] = []
-    for parameter in signature(command).parameters.values():
-        name, hint = parameter.name, hints[parameter.name]
-        if name not in groups:
-            parameters.append(parameter.replace(annotation=_under(heading, hint)))
-            continue
-        own = get_type_hints(hint, include_extras=True)
-        parameters += [
-            Parameter(
-                each.name,
-                Parameter.KEYWORD_ONLY,
-                default=_default(each),
-                annotation=_under(hint.heading, own[each.name]),
-            )
-            for each in fields(hint)
-        ]
-    spread_signature = Signature(parameters)
-
-    def spread_out(*args: Any, **values: Any) -> None:
-        bound = spread_signature.bind(*args, **values)
-        bound.apply_defaults()
-        given = bound.arguments
-        for name, group in groups.items():
-            given[name] = group(**{each.name: given.pop(each.name) for each in fields(group)})
-        command(**given)
-
-    spread_out.__name__, spread_out.__doc__ = command.__name__, command.__doc__
-    spread_out.__annotations__ = {each.name: each.annotation for each in parameters}
-    spread_out.__signature__ = spread_signature  # type: ignore[attr-defined]
-    return spread_out
+    return _Spread(command)
 
 
 def _default(option: Field[Any]) -> object:

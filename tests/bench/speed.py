@@ -44,7 +44,7 @@ UNITS = {"M": 10**6, "B": 10**9}
 # What each process runs: its peak of resident memory goes to the file that is named first.
 MEASURED = """
 import sys
-from fusectl.memory import peak_rss_bytes
+from fusectl.system.memory import peak_rss_bytes
 report = sys.argv.pop(1)
 try:
     {body}

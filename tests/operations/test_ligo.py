@@ -617,7 +617,7 @@ MEASURE = """
 import sys
 from fusectl.cli import run
 from fusectl.errors import Incompatible
-from fusectl.memory import peak_rss_bytes
+from fusectl.system.memory import peak_rss_bytes
 code = run(sys.argv[1:])
 print(peak_rss_bytes(), file=sys.stderr)
 sys.exit(code)

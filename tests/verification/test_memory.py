@@ -15,7 +15,7 @@ from fusectl.writing.carrying_out import carry_out
 MEASURE = """
 import sys
 from fusectl.cli import run
-from fusectl.memory import peak_rss_bytes
+from fusectl.system.memory import peak_rss_bytes
 code = run(sys.argv[1:])
 print(peak_rss_bytes(), file=sys.stderr)
 sys.exit(code)

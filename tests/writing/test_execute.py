@@ -160,7 +160,7 @@ def test_antisymmetric_noise_is_generated_once(pair, tmp_path, monkeypatch, copi
 MEASURE = """
 import sys
 from fusectl.cli import run
-from fusectl.memory import peak_rss_bytes
+from fusectl.system.memory import peak_rss_bytes
 code = run(sys.argv[1:])
 print(peak_rss_bytes(), file=sys.stderr)
 sys.exit(code)
