@@ -1,11 +1,11 @@
 """Controls: every way in which a fusion can be wrong is found, at the weights and at the algebra level."""
 
-from dataclasses import itertools
+import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import replace
 from cases import slow, some_soon
 from models import checkpoint
 
