@@ -149,6 +149,12 @@ def planned(at, case, options):
     return builder.plan(record, None, []), [each.checkpoint for each in opened]
 
 
+def inverted(term, sources):
+    """The matrices that a summand's inputs are multiplied with the inverses of."""
+    expansions = term.expansions if isinstance(term, Mapped) else ()
+    return [sources[each.source][each.tensor] for each in expansions if each.inverse]
+
+
 def tolerance(layout, sources):
     """What each value may be off by: nothing where it is copied, or not covered."""
     allowed = np.zeros(layout.shape)
@@ -163,6 +169,9 @@ def tolerance(layout, sources):
             if isinstance(term, Noise):
                 kernel = sources[term.like.source][term.like.tensor].astype(np.float64)
                 allowed[at] += abs(term.scale * term.like.scale) * np.abs(kernel).max() * DEVIATION * 5
+            for matrix in inverted(term, sources):
+                # B (B^T B)^-1 is the pseudo-inverse to the square of B's condition.
+                allowed[at] += UNITS * epsilon("float64") * np.linalg.cond(matrix) ** 2 * alone[at].max()
         allowed[at] += UNITS * epsilon(layout.dtype) * largest
     return allowed
 
