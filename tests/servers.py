@@ -192,9 +192,7 @@ class Bucket:
         if self.scheme == "s3":
             import boto3
 
-            found = boto3.resource("s3", region_name="us-east-1").Bucket("bucket")
-            found.objects.all().delete()
-            found.object_versions.all().delete()
+            boto3.resource("s3", region_name="us-east-1").Bucket("bucket").objects.all().delete()
         else:
             urlopen(f"http://127.0.0.1:{self.port}/wipe?keep-buckets=true", timeout=60).close()
 

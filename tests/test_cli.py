@@ -569,7 +569,7 @@ def test_signals_end_it_within_two_seconds_with_their_code_and_the_line_that_res
     big = {**SIZES, "vocab": 60_000, "embed": 512, "joined_kv": 512, "heads": 8, "mlp": 2048}
     source = checkpoint(tmp_path / "a", sizes=big, layers={"encoder": 1, "decoder": 1})
     command = [sys.executable, "-m", "fusectl", "self-fuse", source, "-o", str(tmp_path / "out"), "--fill", "gaussian"]
-    # A suite that runs in a shell's background has its children ignore interrupts, which the program honours.
+    # A background job ignores SIGINT, its children inherit that, and the program honours it.
     running = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,

@@ -90,9 +90,10 @@ def adam(tree, parameters):
 
 
 def adafactor(tree, parameters, *, factored=True, momentum=False, least=None):
-    """T5X's Adafactor after these batches (t5x/adafactor.py), with parameter scale and clipping, written anew.
+    """The state of T5X's Adafactor (t5x/adafactor.py) after these batches, with parameter scale and clipping.
 
-    `least` takes the smallest squared deviation that each gradient was divided by.
+    This implementation shares no code with the planner. `least` collects the smallest second moment that each
+    gradient was divided by the root of.
     """
     state = {}
     for step, gradient in enumerate(gradients(tree, parameters)):
@@ -167,8 +168,8 @@ def test_carried_is_what_the_fused_model_gathers_itself(tmp_path, family, optimi
     found = {name: fused.read(name) for name in fused.leaves if name.startswith(STATE)}
     assert found.keys() == wanted.keys()
     assert {n: v.shape for n, v in found.items()} == {n: np.shape(v) for n, v in wanted.items()}
-    # An update is a gradient over its deviation in that step, and the momentum sums them: rounding errors of gradients
-    # are the larger in it the smaller the smallest of these deviations is. As gradients:
+    # Each step divides a gradient by its deviation, and the momentum sums the quotients: the step with the smallest
+    # deviation amplifies rounding errors most. Multiplying by that deviation compares them as gradients.
     weight = {f"{STATE}{name}/m": np.sqrt(v) for name, v in least.items()}
     weighed = lambda values, name: values * weight.get(name, 1.0)
     errors = {name: off(weighed(found[name], name), weighed(wanted[name], name)) for name in found}

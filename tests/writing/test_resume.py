@@ -37,8 +37,6 @@ from fusectl.writing.carrying_out import carry_out
 from fusectl.writing.journal import Journal
 
 
-# Of each operation in each format.
-KILLS = 10
 NOISES = {kind: Fill(kind, 0.1) for kind in ("gaussian", "antisymmetric")}
 
 
@@ -214,7 +212,7 @@ def test_a_source_that_is_replaced_while_it_is_read_is_not_mixed(tmp_path, monke
     monkeypatch.setattr(Journal, "add", replacing)
     plan, opened = plan_fusion([str(tmp_path / "a")] * 2, Options(fill=NOISES["gaussian"]))
     with pytest.raises(Corrupt, match="changed while it was being read"):
-        # One thread: another one would find nothing between the two renames.
+        # With one thread no read falls between the two renames, where the source is missing.
         carry_out(plan, opened, tmp_path / "out", jobs=1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "old"]
 
@@ -447,6 +445,10 @@ def writing(words, out):
     while not staging_of(out).exists() and running.is_alive():
         time.sleep(0.001)
     return running
+
+
+# For each operation in each format.
+KILLS = 10
 
 
 @pytest.mark.slow
