@@ -2,11 +2,13 @@
 
 The library's verbs, imported on first use so that the command line starts at once:
 
-    Options                                     builder.py
-    plan_fusion, plan_noise_fill, carry_out     surgery.py
-    plan_conversion                             conversion.py
-    open_checkpoint                             formats/
-    verify                                      verify/
+    open_checkpoint                   formats/
+    Options                           planning/builder.py
+    plan_fusion                       operations/fuse.py
+    plan_noise_fill                   operations/noise_fill.py
+    plan_conversion                   operations/convert.py
+    carry_out                         writing/carrying_out.py
+    verify                            verification/
 """
 
 from __future__ import annotations
@@ -17,13 +19,13 @@ from typing import Any
 __version__ = "0.1.0"
 
 _VERBS = {
-    "Options": "fusectl.builder",
-    "carry_out": "fusectl.surgery",
-    "plan_conversion": "fusectl.conversion",
-    "plan_fusion": "fusectl.surgery",
-    "plan_noise_fill": "fusectl.surgery",
+    "Options": "fusectl.planning.builder",
+    "carry_out": "fusectl.writing.carrying_out",
+    "plan_conversion": "fusectl.operations.convert",
+    "plan_fusion": "fusectl.operations.fuse",
+    "plan_noise_fill": "fusectl.operations.noise_fill",
     "open_checkpoint": "fusectl.formats",
-    "verify": "fusectl.verify",
+    "verify": "fusectl.verification",
 }
 
 __all__ = ["__version__", *_VERBS]  # noqa: PLE0604

@@ -14,15 +14,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fusectl.archs import family_named, recognize
-from fusectl.archs.table import Family, Row, stack_of
-from fusectl.builder import Options
 from fusectl.errors import OutputExists
+from fusectl.families.recognition import recognize
+from fusectl.families.registry import family_named
+from fusectl.families.table import Family, Row, stack_of
+from fusectl.formats.kinds import FormatName
 from fusectl.formats.sink import save
-from fusectl.record import Fill
-from fusectl.surgery import carry_out, plan_fusion, plan_noise_fill
-from fusectl.transforms.optimizer import STATE, OptimizerState, fresh_slots
-from fusectl.verify import Report, verify
+from fusectl.layout.fill import Fill, FillKind
+from fusectl.operations.fuse import plan_fusion
+from fusectl.operations.noise_fill import plan_noise_fill
+from fusectl.optimizer.slots import STATE, OptimizerState, fresh_slots
+from fusectl.planning.builder import Options
+from fusectl.verification import Report, verify
+from fusectl.writing.carrying_out import carry_out
 
 
 SIZES = {"vocab": 384, "embed": 96, "joined_kv": 80, "heads": 5, "mlp": 224, "relpos_buckets": 32}
@@ -48,18 +52,18 @@ def demo(directory: Path | None, note: Callable[[str], None]) -> list[DemoRow]:
         at = Path(root)
         a, b = (at / name / f"checkpoint_{STEP}" for name in ("a", "b"))
         for seed, path in enumerate((a, b)):
-            save(path, random_t5x_state(family_named("t5-1.1"), SIZES, LAYERS, seed), "t5x")
+            save(path, random_t5x_state(family_named("t5-1.1"), SIZES, LAYERS, seed), FormatName.T5X)
         note(f"two random T5 1.1 models of width {SIZES['embed']} in {at}, as T5X writes them")
         two = plan_fusion([str(a), str(b)], Options())
         twice = plan_fusion([str(a)] * 2, Options(), command="self-fuse")
-        antisymmetric = Options(fill=Fill("antisymmetric", 0.2, 0))
+        antisymmetric = Options(fill=Fill(FillKind.ANTISYMMETRIC, 0.2, 0))
         thrice = plan_fusion([str(a)] * 3, antisymmetric, command="self-fuse")
         rows = [
             _row("fuse a b", two, at / "fused" / a.name),
             _row("self-fuse a --copies 2", twice, at / "self-fused" / a.name),
             _row("self-fuse a --copies 3 --fill antisymmetric", thrice, at / "self-fused-3x" / a.name),
         ]
-        filled = plan_noise_fill(str(rows[0].path), Options(fill=Fill("gaussian", 0.1, 0)))
+        filled = plan_noise_fill(str(rows[0].path), Options(fill=Fill(FillKind.GAUSSIAN, 0.1, 0)))
         rows.append(_row("fuse a b | noise-fill --noise-scale 0.1", filled, at / "filled" / a.name))
         return rows
 

@@ -21,3 +21,23 @@ def first_soon(cases: Iterable[Any], count: int = 1) -> list[Any]:
     """All cases, slow but for the first few."""
     listed = list(cases)
     return [*listed[:count], *some_soon(listed[count:], lambda _: False)]
+
+
+COMMANDS = [
+    "fuse",
+    "self-fuse",
+    "noise-fill",
+    "convert",
+    "stack",
+    "ligo",
+    "grow",
+    "verify",
+    "diff",
+    "inspect",
+    "plot",
+    "restart-config",
+    "theory",
+    "when",
+    "reproduce",
+    "demo",
+]

@@ -17,16 +17,16 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-from fusectl.archs import FAMILIES, family_named
 from fusectl.cli import run
 from fusectl.demo import parameter_shapes, random_parameters, random_t5x_state
-from fusectl.formats import format_named, open_checkpoint
+from fusectl.families.registry import FAMILIES, family_named
 from fusectl.formats.encoding import Encoding
+from fusectl.formats.record import FILE_NAME, signed
+from fusectl.formats.registry import format_named, open_checkpoint
 from fusectl.formats.sink import Manner, NewTensor, Sink, save
 from fusectl.formats.tree import dict_keys
 from fusectl.formats.zarr import new_storage
-from fusectl.journal import Journal
-from fusectl.record import FILE_NAME, signed
+from fusectl.writing.journal import Journal
 
 
 SIZES = {"vocab": 41, "embed": 12, "heads": 3, "kv": 5, "joined_kv": 15, "mlp": 22, "relpos_buckets": 32}
@@ -109,7 +109,7 @@ def layers_of(family) -> dict[str, int]:
 def start(*words) -> multiprocessing.process.BaseProcess:
     """Starts the program in a process of its own, forked from one that has imported it: at a tenth of the time."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["models", "fusectl.surgery", "fusectl.equalize", "rich.console"])
+    context.set_forkserver_preload(["models", "fusectl.operations.fuse", "fusectl.operations.equalize", "rich.console"])
     process = context.Process(target=_program, args=([str(word) for word in words], dict(os.environ)))
     process.start()
     return process

@@ -15,35 +15,15 @@ from pkgutil import iter_modules
 import numpy as np
 import pytest
 import typer
-from cases import first_soon
+from cases import COMMANDS, first_soon
 from conftest import process
 from models import SIZES, WIDER, checkpoint, state
 
 from fusectl import cli
 from fusectl.cli.options import gather
-from fusectl.formats import FORMATS, open_checkpoint
 from fusectl.formats.locate import JOURNAL
+from fusectl.formats.registry import FORMATS, open_checkpoint
 from fusectl.formats.sink import save
-
-
-COMMANDS = [
-    "fuse",
-    "self-fuse",
-    "noise-fill",
-    "convert",
-    "stack",
-    "ligo",
-    "grow",
-    "verify",
-    "diff",
-    "inspect",
-    "plot",
-    "restart-config",
-    "theory",
-    "when",
-    "reproduce",
-    "demo",
-]
 
 
 @pytest.fixture
@@ -89,6 +69,7 @@ def test_quiet_says_nothing_but_errors(models, fusectl):
     assert "exists" in fusectl("fuse", *models, "-q").err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "source_format",
     [pytest.param(f, marks=() if f in {"t5x", "orbax-ocdbt-zarr3"} else pytest.mark.slow) for f in FORMATS],
@@ -143,6 +124,7 @@ def test_the_optimizer_is_carried_reset_to_the_fused_shapes_or_dropped(models, f
     assert not any(name.startswith("state/param_states") for name in dropped.leaves)
 
 
+@pytest.mark.slow
 def test_the_learning_rates_that_go_on_are_written_as_labels_and_factors(models, fusectl, tmp_path):
     words = ("self-fuse", models[0], "-k", 2, "-o", tmp_path / "out", "--lr-table", tmp_path / "rates.json")
     assert fusectl(*words, "--dry-run").code == 0
@@ -167,6 +149,7 @@ def test_the_learning_rates_that_go_on_are_written_as_labels_and_factors(models,
         assert (done.code, "no rate fits all" in done.err) == (2, True)
 
 
+@pytest.mark.slow
 def test_the_rates_come_as_optimizers_whose_state_is_the_one_without_them(models, fusectl, tmp_path, monkeypatch):
     import jax
     import optax
@@ -233,6 +216,7 @@ def test_inspect_describes_trees_of_no_known_family(tmp_path, fusectl):
     assert done.json["result"]["family"] is None
 
 
+@pytest.mark.slow
 def test_verify_reports_every_level(models, fusectl):
     path = fusectl("fuse", *models, "-q").out.strip()
 
@@ -245,6 +229,7 @@ def test_verify_reports_every_level(models, fusectl):
     assert {"max_abs", "rms", "kl", "top1_agreement"} <= done["result"]["native"].keys()
 
 
+@pytest.mark.slow
 def test_verify_takes_its_sources_from_the_command_line(models, fusectl):
     path = fusectl("fuse", *models, "-q").out.strip()
     moved = models[0].with_name("moved")
@@ -296,12 +281,14 @@ def test_force_replaces_and_without_it_nothing_is_touched(models, fusectl):
     assert sorted(p.name for p in models[0].parent.iterdir()) == ["a.ckpt", "a.fused-2x.ckpt", "b.ckpt"]
 
 
+@pytest.mark.slow
 def test_self_fusing_with_zeros_says_what_parts_the_copies(models, fusectl):
     said = "zeros keep the copies equal until dropout parts them, or float32's rounding"
     assert said in fusectl("self-fuse", models[0]).err
     assert said not in fusectl("self-fuse", models[0], "--fill", "antisymmetric").err
 
 
+@pytest.mark.slow
 def test_progress_is_shown_on_a_terminal_and_not_in_a_log(models):
     import pty
 
@@ -471,6 +458,7 @@ def test_all_differences_between_sources_are_listed_at_once(tmp_path, fusectl):
     assert fusectl("fuse", a, b).err.count("\n") <= 6
 
 
+@pytest.mark.slow
 def test_sources_of_different_dtypes_are_refused_unless_one_is_asked_for(tmp_path, fusectl):
     a = checkpoint(tmp_path / "a")
     half = {n: v.astype("bfloat16") if n.startswith("target/") else v for n, v in state("t5-1.1", 1).items()}
@@ -502,6 +490,7 @@ def test_unknown_tensors_are_named_and_can_be_dropped(tmp_path, fusectl):
     assert done.code == 0
 
 
+@pytest.mark.slow
 def test_noise_is_not_written_over_what_was_trained(tmp_path, fusectl):
     even = {**SIZES, "heads": 4, "joined_kv": 20}
     trained = checkpoint(tmp_path / "a", sizes=even)
@@ -528,6 +517,7 @@ def test_a_full_disk_is_found_before_the_first_byte(models, fusectl, monkeypatch
     assert not (models[0].parent / "a.fused-2x.ckpt").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["t5x", "orbax"])
 def test_a_disk_that_fills_up_leaves_no_half_output(models, format):
     """A limit on the size of files stands in for the disk: writing beyond it fails as on a full one."""
@@ -544,6 +534,7 @@ def test_a_disk_that_fills_up_leaves_no_half_output(models, format):
     assert ("to go on" in done.stderr) == (len(there) == 3)
 
 
+@pytest.mark.slow
 def test_a_target_that_cannot_be_written_is_a_storage_error(models):
     """As root permissions do not bind, so the target lies below a file system that takes no directories."""
     done = process("fuse", *models, "-o", "/proc/fused")
@@ -571,20 +562,19 @@ def test_a_second_writer_of_the_same_output_is_turned_away(models, fusectl):
     assert not temporary.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("delay_s", first_soon([0.0, 0.05, 0.3]))
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_end_it_within_two_seconds_with_their_code_and_the_line_that_resumes(tmp_path, number, code, delay_s):
     big = {**SIZES, "vocab": 60_000, "embed": 512, "joined_kv": 512, "heads": 8, "mlp": 2048}
     source = checkpoint(tmp_path / "a", sizes=big, layers={"encoder": 1, "decoder": 1})
     command = [sys.executable, "-m", "fusectl", "self-fuse", source, "-o", str(tmp_path / "out"), "--fill", "gaussian"]
-    # A background job ignores SIGINT, its children inherit that, and the program honours it.
-    running = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
-    )
+    # A background job ignores SIGINT, its children inherit that, and the program honours it. A handler is not inherited.
+    ignored = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, ignored)
     deadline = time.monotonic() + 60
     while not (tmp_path / "out.fusectl-tmp").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -608,6 +598,7 @@ def test_signals_end_it_within_two_seconds_with_their_code_and_the_line_that_res
         assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "out"]
 
 
+@pytest.mark.slow
 def test_a_signal_while_a_module_is_imported_raises_nothing_into_it(models, tmp_path):
     """Some that are written in C++ crash then."""
     (tmp_path / "jax").mkdir()
@@ -622,6 +613,7 @@ def test_a_signal_while_a_module_is_imported_raises_nothing_into_it(models, tmp_
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_is_no_traceback(models):
     line = f"{sys.executable} -m fusectl inspect {models[0]} | head -1"
     done = subprocess.run(
@@ -633,6 +625,7 @@ def test_a_closed_pipe_is_no_traceback(models):
     assert "checkpoint" in done.stdout
 
 
+@pytest.mark.slow
 def test_an_empty_pipe_is_a_usage_error(models):
     for command in ("self-fuse", "noise-fill", "verify", "inspect"):
         done = process(command, stdin=subprocess.DEVNULL)
@@ -643,6 +636,7 @@ def test_debug_shows_where_it_happened(fusectl, tmp_path):
     assert "Traceback" in fusectl("inspect", tmp_path, "--debug").err
 
 
+@pytest.mark.slow
 def test_it_works_in_the_c_locale(models, fusectl):
     path = fusectl("fuse", *models, "-q").out.strip()
     locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
@@ -653,6 +647,7 @@ def test_it_works_in_the_c_locale(models, fusectl):
     assert "max |?logit|" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("redirection", "code"),
     [(">&-", 0), ("2>&-", 0), (">&- 2>&-", 0), ("<&-", 0), (">/dev/full", 8), ("--json >/dev/full", 8)],
@@ -748,6 +743,7 @@ def test_help_imports_nothing_heavy(argv):
     assert not imported_by(*argv) & HEAVY
 
 
+@pytest.mark.slow
 def test_commands_that_move_bytes_never_import_jax(models, tmp_path):
     fused = tmp_path / "fused"
     for argv in (

@@ -4,16 +4,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args
 
 import pytest
-from test_cli import COMMANDS
+from cases import COMMANDS
 
-from fusectl.cli import options
-from fusectl.equalize import MEASURES
-from fusectl.formats import FORMATS, ORBAX
-from fusectl.record import FILLS, NORMS
-from fusectl.restart import TRAINERS
+from fusectl.families.kinds import Trainer
+from fusectl.families.registry import FAMILIES
+from fusectl.formats.kinds import FormatName
+from fusectl.formats.registry import FORMATS, ORBAX
+from fusectl.layout.fill import FillKind
 
 
 COMPLETIONS = Path(__file__).parents[1] / "completions"
@@ -44,7 +43,7 @@ def test_the_scripts_are_what_the_program_prints(shell):
         ("fusectl ", COMMANDS),
         ("fusectl self", ["self-fuse"]),
         ("fusectl fuse --fi", ["--fill"]),
-        ("fusectl fuse --fill ", list(FILLS)),
+        ("fusectl fuse --fill ", list(FillKind)),
         ("fusectl fuse --format ", ["t5x", ORBAX, *[name for name in FORMATS if name != "t5x"]]),
     ],
 )
@@ -56,13 +55,6 @@ def test_bash_is_offered_commands_options_and_values(words, offered):
     assert not modules & {"numpy", "tensorstore", "jax"}
 
 
-def test_the_choices_that_the_parser_spells_out_are_the_ones_that_exist():
-    def choices(annotated):
-        kind = get_args(annotated)[0]
-        return get_args(get_args(kind)[0]) or get_args(kind)
-
-    assert choices(options.FillKind) == FILLS
-    assert choices(options.FormatName) == ("t5x", ORBAX, *[name for name in FORMATS if name != "t5x"])
-    assert choices(options.Norm) == NORMS
-    assert choices(options.EqualizeBy) == MEASURES
-    assert choices(options.TrainerName) == tuple(TRAINERS)
+def test_what_is_offered_is_there():
+    assert set(FormatName) == {*FORMATS, ORBAX}
+    assert all(Trainer(family.trainer) for family in FAMILIES)

@@ -12,13 +12,14 @@ import msgpack
 import pytest
 from models import checkpoint, contents
 
-from fusectl.builder import Options
 from fusectl.cli import run
-from fusectl.formats import FORMATS
+from fusectl.formats.registry import FORMATS
 from fusectl.formats.staging import staging_of
-from fusectl.memory import peak_rss_bytes
-from fusectl.record import Fill
-from fusectl.surgery import carry_out, plan_fusion
+from fusectl.layout.fill import Fill
+from fusectl.operations.fuse import plan_fusion
+from fusectl.planning.builder import Options
+from fusectl.system.memory import peak_rss_bytes
+from fusectl.writing.carrying_out import carry_out
 
 
 MUTANTS = 400

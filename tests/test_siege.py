@@ -15,24 +15,26 @@ import pytest
 from models import checkpoint as whole_checkpoint
 from models import contents, write_record
 
-from fusectl.archs.config import read_config
-from fusectl.archs.userfile import parse_family
-from fusectl.builder import Options
-from fusectl.conversion import plan_conversion
 from fusectl.errors import Corrupt, FusectlError, NotFound, OutputExists, UsageError
-from fusectl.escape import caption
-from fusectl.formats import FORMATS, open_checkpoint, staging
+from fusectl.families.config import read_config
+from fusectl.families.userfile import parse_family
+from fusectl.formats import staging
 from fusectl.formats.locate import JOURNAL
+from fusectl.formats.registry import FORMATS, open_checkpoint
 from fusectl.formats.sink import Sink, save
 from fusectl.formats.staging import can_be_resumed, staging_of
-from fusectl.fsck import fsck
-from fusectl.given import read_given
-from fusectl.surgery import carry_out, plan_fusion
-from fusectl.tokens import read_tokens
-from fusectl.verify import Report
-from fusectl.verify.claim import nothing_known
-from fusectl.verify.page import page
-from fusectl.verify.report import FilesResult
+from fusectl.inspection.fsck import fsck
+from fusectl.networks.tokens import read_tokens
+from fusectl.operations.convert import plan_conversion
+from fusectl.operations.fuse import plan_fusion
+from fusectl.planning.builder import Options
+from fusectl.system.escape import caption
+from fusectl.system.given import read_given
+from fusectl.verification import Report
+from fusectl.verification.claim import nothing_known
+from fusectl.verification.page import page
+from fusectl.verification.report import FilesResult
+from fusectl.writing.carrying_out import carry_out
 
 
 LAYERS = {"encoder": 1, "decoder": 1}
@@ -328,6 +330,7 @@ def test_values_that_are_not_finite_are_no_damage_where_they_may_pass(out, tmp_p
 # What is written beside it.
 
 
+@pytest.mark.slow
 def test_a_table_of_rates_is_replaced_only_where_it_is_this_runs(model, tmp_path, fusectl):
     rates = tmp_path / "t.json"
     rates.write_bytes(b"precious \xff")
@@ -447,7 +450,7 @@ def test_a_page_of_a_proof_cannot_be_forged_by_a_path(model, tmp_path, fusectl):
     out = tmp_path / "out"
     assert fusectl("self-fuse", evil, "-o", out, "--no-sync").code == 0
     record = json.loads((out / "fusectl.json").read_text())
-    for source in record["sources"]:
+    for source in record["made"]["sources"]:
         source["fingerprint"] = "1`|<b>\n\n# FORGED"
     write_record(out, record)
     (out / "target.decoder.logits_dense.kernel/0.0").write_bytes(b"")

@@ -6,8 +6,8 @@ options                                 the options that they have in common, an
 writing                                 what those end with that write a checkpoint
 process                                 arguments, standard streams, signals
 
-fusectl.surgery, fusectl.verify and others do the work, render.py prints. Imports that cost time live in the functions:
---help and completion must not pay for numpy, tensorstore or JAX.
+fusectl.operations, fusectl.verification and others do the work, screen.py prints. Imports that cost time live in the
+functions: --help and completion must not pay for numpy, tensorstore or JAX.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from typer.models import CommandInfo
 
 from fusectl.cli.options import GATHERED, gather
 from fusectl.cli.process import ARGUMENTS, handle_signals, let_end, prepare_streams
+from fusectl.cli.screen import Screen, Terminated
 from fusectl.errors import StorageError
-from fusectl.memory import prepare_process
-from fusectl.render import Screen, Terminated
+from fusectl.system.memory import prepare_process
 
 
 # The module that each command is in, in the order of --help.

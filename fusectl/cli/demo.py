@@ -7,24 +7,23 @@ from typing import Annotated
 
 import typer
 
-from fusectl.cli.options import Debug, Json, Quiet
+from fusectl.cli.options import Common, Grouped, spread
 from fusectl.cli.process import stay_on_the_cpu
 from fusectl.errors import VerificationFailed
-from fusectl.render import Screen
 
 
 commands = typer.Typer()
 
 
-@commands.command(short_help="Make, fuse and verify small models.", epilog="Example: fusectl demo")
+@commands.command(cls=Grouped, short_help="Make, fuse and verify small models.", epilog="Example: fusectl demo")
+@spread
 def demo(
+    *,
     directory: Annotated[Path | None, typer.Option("-o", "--output", help="Keep the checkpoints here.")] = None,
-    json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
+    common: Common,
 ) -> None:
     """Make two small T5 checkpoints, fuse, self-fuse and noise-fill them, and verify the results."""
-    screen = Screen("demo", json=json, quiet=quiet, debug=debug)
+    screen = common.screen("demo")
     with screen.errors():
         stay_on_the_cpu()
         from fusectl.demo import demo as run_demo

@@ -4,44 +4,48 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from fusectl.cli.options import (
     Arch,
+    Common,
     Configs,
-    Debug,
     Drop,
-    FillKind,
+    FillOption,
     Force,
-    FusedFrom,
-    Json,
+    Grouped,
     NoiseScale,
-    Norm,
-    NormGroups,
-    Quiet,
+    NormOption,
+    Norms,
     fill_of,
     parse_bytes,
     path_of,
+    spread,
 )
 from fusectl.cli.process import stay_on_the_cpu
 from fusectl.errors import UsageError
-from fusectl.render import Screen
+from fusectl.families.kinds import Norm
+from fusectl.layout.fill import FillKind
+from fusectl.research.kinds import Experiment, PresetName
 
 
 commands = typer.Typer()
 
 
 @commands.command(
+    cls=Grouped,
     short_help="Measure what growth does to training.",
     epilog="Example: fusectl theory small/checkpoint_500000 --copies 2 --data corpus.txt --plot theory.png",
 )
+@spread
 def theory(
     sources: Annotated[
         list[str] | None,
         typer.Argument(metavar="[CKPT [B ...]]", help="The checkpoint, or several; read from a pipe if left out."),
     ] = None,
+    *,
     copies: Annotated[
         int | None, typer.Option("--copies", "-k", help="Of a single checkpoint, how many stand side by side.")
     ] = None,
@@ -58,10 +62,9 @@ def theory(
     sentinel: Annotated[
         int | None, typer.Option(help="With --data: the first span's token. [default: the vocabulary's]")
     ] = None,
-    norm: Norm = "property",
-    fused_from: FusedFrom = [],  # noqa: B006
-    norm_groups: NormGroups = [],  # noqa: B006
-    fill: FillKind = "zeros",
+    norm: NormOption = Norm.PROPERTY,
+    norms: Norms,
+    fill: FillOption = FillKind.ZEROS,
     noise_scale: NoiseScale = None,
     seed: Annotated[
         int, typer.Option(help="The seed of random tokens, of the order of data, and of noise.", min=0)
@@ -82,30 +85,27 @@ def theory(
     max_memory: Annotated[
         str | None, typer.Option(help="The most bytes that the models may take. [default: half of the free memory]")
     ] = None,
-    json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
+    common: Common,
 ) -> None:
     """Measure Deep Fusion's theory on a fusion of one's own: gradients, lemmas, the Lie bracket, the modified flow.
 
     Of a checkpoint that is a fusion by its record, how far its copies are from being exchangeable.
     """
-    screen = Screen("theory", json=json, quiet=quiet, debug=debug)
+    screen = common.screen("theory")
     with screen.errors():
         stay_on_the_cpu()
-        from fusectl.builder import Options
-        from fusectl.lineage import lineages
-        from fusectl.theory.fusion import Batch, is_fusion, paths_of
-        from fusectl.theory.fusion import symmetry as run_symmetry
-        from fusectl.theory.fusion import theory as run_theory
+        from fusectl.planning.builder import Options
+        from fusectl.research.theory.fusion import Batch, is_fusion, paths_of
+        from fusectl.research.theory.fusion import symmetry as run_symmetry
+        from fusectl.research.theory.fusion import theory as run_theory
 
         if plot is not None:
-            from fusectl.picture import draw_theory, require_picture
+            from fusectl.research.pictures import draw_theory, require_picture
 
             require_picture(plot, "--plot")
         paths = sources or [path_of(None)]
         options = Options(fill=fill_of(fill, noise_scale, seed), arch=arch, drop=tuple(drop), norm=norm)
-        options = replace(options, configs=tuple(config), lineages=lineages(fused_from, norm_groups))
+        options = replace(options, configs=tuple(config), lineages=norms.lineages())
         if symmetry or (len(paths) == 1 and copies is None and is_fusion(paths[0], options)):
             if len(paths) > 1 or plot is not None or data is not None:
                 raise UsageError("--symmetry: of one checkpoint, without --data and --plot")
@@ -123,11 +123,14 @@ def theory(
 
 
 @commands.command(
+    cls=Grouped,
     short_help="Say at which step to fuse, from loss curves and costs.",
     epilog="Example: fusectl when small.csv --large-curve large.csv --small small/checkpoint_500000 --copies 2",
 )
+@spread
 def when(
     curve: Annotated[str, typer.Argument(metavar="CURVE", help="The small model's losses: .csv, .jsonl, event files.")],
+    *,
     large_curve: Annotated[
         str | None, typer.Option(metavar="CURVE", help="The large model's losses, trained from scratch.")
     ] = None,
@@ -172,16 +175,14 @@ def when(
     plot: Annotated[str | None, typer.Option(metavar="FILE", help="Draw it, such as when.png.")] = None,
     arch: Arch = None,
     force: Force = False,
-    json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
+    common: Common,
 ) -> None:
     """Say at which step of the small model fusing it with itself saves most compute, how much, by what assumptions."""
-    screen = Screen("when", json=json, quiet=quiet, debug=debug)
+    screen = common.screen("when")
     with screen.errors():
-        from fusectl.curves import read_curve
-        from fusectl.picture import draw_advice, new_picture
-        from fusectl.when import advise, budget_of, costs_of
+        from fusectl.research.curves import read_curve
+        from fusectl.research.pictures import draw_advice, new_picture
+        from fusectl.research.when import advise, budget_of, costs_of
 
         picture = None if plot is None else new_picture(plot, "--plot", force=force)
         counted = (small, copies, large, arch, batch, length, target_length)
@@ -205,29 +206,30 @@ def when(
 
 
 @commands.command(
+    cls=Grouped,
     short_help="Run an experiment of the papers at a small size.",
     epilog="Example: fusectl reproduce table1 -o experiments",
 )
+@spread
 def reproduce(
     experiment: Annotated[
-        Literal["table1", "table2", "table4", "figure4", "figure5", "figure6", "starts", "finetune", "ligo"],
+        Experiment,
         typer.Argument(metavar="EXPERIMENT", help="table1, table2, table4, figure4, 5 or 6, starts, finetune or ligo."),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Where models and reports are kept.")],
+    *,
     preset: Annotated[
-        Literal["smoke", "cpu", "gpu"],
+        PresetName,
         typer.Option(help="How large: for a minute, for two cores, for a GPU."),
-    ] = "cpu",
-    json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
+    ] = PresetName.CPU,
+    common: Common,
 ) -> None:
     """Train, grow and train on small models as a paper has, and report it beside a baseline of the same compute.
 
     What has been trained in DIR is not trained again, so a run that was interrupted goes on.
     """
-    screen = Screen("reproduce", json=json, quiet=quiet, debug=debug)
+    screen = common.screen("reproduce")
     with screen.errors():
-        from fusectl.reproduce import reproduce as run_experiment
+        from fusectl.research.reproduce import reproduce as run_experiment
 
         screen.reproduced(run_experiment(experiment, preset, output, screen.note))

@@ -2,51 +2,43 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from fusectl.cli.options import (
-    AllowNonfinite,
+    OPTIMIZER,
     Arch,
-    AxisRules,
-    Check,
-    Codec,
-    Configs,
-    Debug,
+    Common,
+    Copied,
     DecoderLayers,
-    Drop,
+    Described,
     DryRun,
-    Dtype,
     EncoderLayers,
     Force,
-    FormatName,
-    Jobs,
-    Json,
+    Grouped,
     Layers,
-    Link,
     MaxMemory,
-    MeshSizes,
+    OnDisk,
     Output,
-    Quiet,
-    Resume,
+    Proven,
+    Running,
     Source,
-    Sparse,
-    Step,
-    Stored,
-    Sync,
+    StepToWrite,
     Verify,
-    WithReport,
-    mesh_of,
+    Writing,
     options_of,
     path_of,
+    spread,
 )
-from fusectl.cli.writing import Writing, final_place, write
+from fusectl.cli.screen import Screen
+from fusectl.cli.writing import final_place, write
 from fusectl.errors import Incompatible, UsageError
-from fusectl.ligo.lesson import Data, Learning
-from fusectl.render import Screen
+from fusectl.optimizer.kinds import OnState
+from fusectl.research.kinds import Way
+from fusectl.rules.kinds import How, Tie
+from fusectl.sources.lesson import Data, Init, Learning
 
 
 if TYPE_CHECKING:
@@ -56,69 +48,53 @@ commands = typer.Typer()
 
 
 @commands.command(
+    cls=Grouped,
     short_help="Make a checkpoint deeper, without data.",
     epilog="Example: fusectl stack small/checkpoint_500000 --layers 24 --how identity",
 )
+@spread
 def stack(
     source: Source = None,
+    *,
+    reading: Described,
     layers: Layers = None,
     encoder_layers: EncoderLayers = None,
     decoder_layers: DecoderLayers = None,
     how: Annotated[
-        Literal["stack", "interleave", "identity"],
+        How,
         typer.Option(help="The whole stack again, each layer again, or new layers that add nothing at first."),
-    ] = "stack",
-    output: Output = None,
+    ] = How.STACK,
     optimizer: Annotated[
-        Literal["carry", "reset", "drop"],
-        typer.Option(help="The optimizer's state: along with the layers, zeros, or none."),
-    ] = "carry",
-    step: Step = None,
-    format: FormatName = None,
-    arch: Arch = None,
-    config: Configs = [],  # noqa: B006
-    drop: Drop = [],  # noqa: B006
-    dtype: Dtype = None,
-    codec: Codec = "auto",
-    sparse: Sparse = None,
-    mesh: MeshSizes = None,
-    axis_rules: AxisRules = None,
-    link: Link = False,
-    check: Check = True,
-    sync: Sync = True,
-    max_memory: MaxMemory = None,
-    jobs: Jobs = None,
-    force: Force = False,
-    resume: Resume = False,
-    dry_run: DryRun = False,
-    verify: Verify = False,
-    report: WithReport = True,
-    allow_nonfinite: AllowNonfinite = False,
-    json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
+        Literal[OnState.CARRY, OnState.RESET, OnState.DROP],
+        typer.Option(help="The optimizer's state: along with the layers, zeros, or none.", rich_help_panel=OPTIMIZER),
+    ] = OnState.CARRY,
+    step: StepToWrite,
+    disk: OnDisk,
+    running: Running,
+    writing: Writing,
+    common: Common,
 ) -> None:
     """Make a checkpoint deeper: its layers again, or new ones that keep the function, the optimizer's state along."""
-    screen = Screen("stack", json=json, quiet=quiet, debug=debug)
+    screen = common.screen("stack")
     with screen.errors():
-        from fusectl.growth import plan_stack
-        from fusectl.record import Fill
+        from fusectl.operations.stack import plan_stack
 
-        stored = Stored(codec, sparse, link, check, mesh_of(mesh, axis_rules))
-        options = options_of(Fill(), optimizer, format, arch, drop, dtype, stored, max_memory, step)
-        options = replace(options, configs=tuple(config))
+        options = options_of(disk, running, reading, step, optimizer=optimizer)
         depths = {"encoder": encoder_layers, "decoder": decoder_layers}
         plan, opened = plan_stack(path_of(source), how, layers, depths, options)
-        writing = Writing(output, force, jobs, dry_run, allow_nonfinite, verify, report, max_memory, sync, resume)
-        write(screen, plan, opened, writing)
+        write(screen, plan, opened, running, writing)
 
 
 @commands.command(
+    cls=Grouped,
     short_help="Learn a linear growth operator, and grow with it.",
     epilog="Example: fusectl ligo small/checkpoint_500000 --emb 1024 --heads 16 --mlp 4096 --data corpus.txt",
 )
+@spread
 def ligo(
     source: Source = None,
+    *,
+    reading: Described,
     emb: Annotated[int | None, typer.Option("--emb", help="The width to grow to. [default: as it is]", min=1)] = None,
     heads: Annotated[int | None, typer.Option(help="Heads, of as many features as now.", min=1)] = None,
     kv_heads: Annotated[int | None, typer.Option(help="Kv heads. [default: as many for a head as now]", min=1)] = None,
@@ -140,11 +116,11 @@ def ligo(
         str | None, typer.Option(metavar="PATH", help="Where to keep what is learned. [default: OUTPUT.operator]")
     ] = None,
     tie: Annotated[
-        Literal["pinv", "paper"] | None,
+        Tie | None,
         typer.Option(help="Inputs' matrices: the duals of outputs', or the same. [default: pinv]"),
     ] = None,
     init: Annotated[
-        Literal["duplicate", "stack", "interpolate", "random"] | None,
+        Init | None,
         typer.Option(
             help="The start: the small model's function; layers again; or LiGO's released one. [default: duplicate]"
         ),
@@ -170,42 +146,20 @@ def ligo(
         int | None, typer.Option(help="The token that stands for the first span. [default: by the vocabulary]", min=0)
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the start and of the order of the data.", min=0)] = 0,
-    output: Output = None,
-    step: Step = None,
-    format: FormatName = None,
-    arch: Arch = None,
-    config: Configs = [],  # noqa: B006
-    drop: Drop = [],  # noqa: B006
-    dtype: Dtype = None,
-    codec: Codec = "auto",
-    sparse: Sparse = None,
-    mesh: MeshSizes = None,
-    axis_rules: AxisRules = None,
-    check: Check = True,
-    sync: Sync = True,
-    max_memory: MaxMemory = None,
-    jobs: Jobs = None,
-    force: Force = False,
-    resume: Resume = False,
-    dry_run: DryRun = False,
-    verify: Verify = False,
-    report: WithReport = True,
-    json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
+    step: StepToWrite,
+    disk: Copied,
+    running: Proven,
+    writing: Writing,
+    common: Common,
 ) -> None:
     """Grow a checkpoint to any larger sizes by a linear operator that is learned in some hundred steps (LiGO)."""
-    screen = Screen("ligo", json=json, quiet=quiet, debug=debug)
+    screen = common.screen("ligo")
     with screen.errors():
-        from fusectl.growth import begin_operator, plan_with_operator
-        from fusectl.ligo.operator import kept, open_operator
-        from fusectl.record import Fill
+        from fusectl.operations.ligo import begin_operator, plan_with_operator
+        from fusectl.sources.operator import kept, open_operator
 
-        stored = Stored(codec, sparse, link=False, check=check, mesh=mesh_of(mesh, axis_rules))
-        options = options_of(Fill(), "drop", format, arch, drop, dtype, stored, max_memory, step)
-        options = replace(options, configs=tuple(config))
+        options = options_of(disk, running, reading, step, optimizer=OnState.DROP)
         path = path_of(source)
-        writing = Writing(output, force, jobs, dry_run, False, verify, report, max_memory, sync, resume)
         sizes = {"embed": emb, "heads": heads, "kv_heads": kv_heads, "mlp": mlp}
         depths = {"encoder": encoder_layers, "decoder": decoder_layers}
         of_learning = (data, operator_out, tie, init, steps, learning_rate, learner, target_length, sentinel)
@@ -221,21 +175,22 @@ def ligo(
             if steps and data is None:
                 raise UsageError("--data: what to learn the operator from", hint="--steps 0 applies the start as it is")
             growing, opened, start = begin_operator(
-                path, sizes, layers, depths, tie or "pinv", init or "duplicate", seed, options
+                path, sizes, layers, depths, tie or Tie.PINV, init or Init.DUPLICATE, seed, options
             )
             plan, _ = plan_with_operator(path, kept(start, growing), options)
-            if dry_run:
-                write(screen, plan, [opened.checkpoint], writing)
+            if running.dry_run:
+                write(screen, plan, [opened.checkpoint], running, writing)
                 return
             lesson = None
             if data is not None and steps:
                 rate = Learning.learning_rate if learning_rate is None else learning_rate
                 learning = Learning(steps, rate, learner or Learning.optimizer)
                 lesson = Data(data, batch, length, target_length, sentinel), learning
-            final = final_place(output, [opened.checkpoint], plan)
-            operator = _learned(screen, (growing, opened.checkpoint, start), lesson, final, operator_out, writing)
+            final = final_place(writing.output, [opened.checkpoint], plan)
+            begun = growing, opened.checkpoint, start
+            operator = _learned(screen, begun, lesson, final, operator_out, resume=running.resume, force=writing.force)
         plan, sources = plan_with_operator(path, open_operator(operator), options)
-        write(screen, plan, sources, writing)
+        write(screen, plan, sources, running, writing)
 
 
 def _learned(
@@ -244,15 +199,17 @@ def _learned(
     lesson: tuple[Data, Learning] | None,
     final: Place,
     operator_out: str | None,
-    how: Writing,
+    *,
+    resume: bool,
+    force: bool,
 ) -> str:
     """Learns an operator, or keeps the start where there is no lesson; the path that it is at.
 
     One that an interrupted run has left is taken when it is resumed.
     """
     from fusectl.formats.locate import local
-    from fusectl.ligo.operator import open_operator, require_same_run, save_operator
-    from fusectl.surgery import check_output
+    from fusectl.sources.operator import open_operator, require_same_run, save_operator
+    from fusectl.writing.carrying_out import check_output
 
     growing, checkpoint, operator = start
     if not isinstance(final, Path) and operator_out is None:
@@ -260,15 +217,15 @@ def _learned(
     at = local(operator_out or f"{final}.operator")
     if isinstance(final, Path) and final.absolute() in (at.absolute(), *at.absolute().parents):
         raise UsageError(f"--operator-out {at}: inside the output, which is to appear at once")
-    if how.resume and at.exists():
+    if resume and at.exists():
         learning = None if lesson is None else lesson[1]
         require_same_run(open_operator(str(at)), operator, growing, learning)
         return str(at)
     for place in (final, at):
-        check_output(place, [checkpoint], force=how.force)
+        check_output(place, [checkpoint], force=force)
     stopped = None
     if lesson is not None:
-        from fusectl.ligo.learn import examples_of, learn
+        from fusectl.operations.learning.learn import examples_of, learn
 
         data, learning = lesson
         examples = examples_of(data, growing.tree, operator.seed)
@@ -277,7 +234,7 @@ def _learned(
         operator, stopped = learned.operator, learned.stopped
         said = ", ".join(f"{name} {value:.4f}" for name, value in learned.held_out.items())
         screen.note(f"held-out loss in nats for a token: {said}")
-    save_operator(operator, growing, at, force=how.force)
+    save_operator(operator, growing, at, force=force)
     if stopped is not None:
         raise Incompatible(
             f"learning ended: {stopped}",
@@ -288,11 +245,14 @@ def _learned(
 
 
 @commands.command(
+    cls=Grouped,
     short_help="Say which operator leads to larger sizes, and what it keeps.",
     epilog="Example: fusectl grow small/checkpoint_500000 --to emb=1024,heads=16,mlp=4096,layers=12",
 )
+@spread
 def grow(
     source: Source = None,
+    *,
     to: Annotated[
         str | None,
         typer.Option(
@@ -300,7 +260,7 @@ def grow(
         ),
     ] = None,
     how: Annotated[
-        Literal["self-fuse", "stack", "duplicate", "ligo"] | None,
+        Way | None,
         typer.Option(help="Grow by this operator. [default: say what there is]"),
     ] = None,
     data: Annotated[str | None, typer.Option(help="For ligo: what to learn from.")] = None,
@@ -310,17 +270,15 @@ def grow(
     force: Force = False,
     dry_run: DryRun = False,
     verify: Verify = False,
-    json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
+    common: Common,
 ) -> None:
     """Say which operators lead from a checkpoint to larger sizes and what each keeps; run the one that is asked for."""
-    screen = Screen("grow", json=json, quiet=quiet, debug=debug)
+    screen = common.screen("grow")
     with screen.errors():
-        from fusectl.formats import open_checkpoint
-        from fusectl.packed import unpacked
-        from fusectl.routes import read_target, routes
-        from fusectl.sources import recognized
+        from fusectl.formats.registry import open_checkpoint
+        from fusectl.research.routes import read_target, routes
+        from fusectl.sources.opened import recognized
+        from fusectl.sources.packed_qkv import unpacked
 
         path = path_of(source)
         if to is None:
@@ -337,10 +295,10 @@ def grow(
         if len(route.steps) > 1:
             raise UsageError(f"--how {how}: two steps, of which each writes a checkpoint", hint=route.command(path))
         ((name, given),) = route.steps
-        options = {**given, **({"data": data} if how == "ligo" else {}), "arch": arch, "output": output}
+        options = {**given, **({"data": data} if how is Way.LIGO else {}), "arch": arch, "output": output}
         options |= {"max_memory": max_memory, "force": force, "dry_run": dry_run, "verify": verify}
     from fusectl.cli.surgery import self_fuse
 
     # It prints what it has done, and its errors, itself.
     commands: dict[str, Any] = {"self-fuse": self_fuse, "stack": stack, "ligo": ligo}
-    commands[name](path, **options, json=json, quiet=quiet, debug=debug)
+    commands[name](path, **options, json=common.json, quiet=common.quiet, debug=common.debug)

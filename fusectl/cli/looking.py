@@ -8,65 +8,63 @@ import typer
 
 from fusectl.cli.options import (
     Arch,
-    Debug,
+    Common,
     Force,
-    FusedFrom,
+    Grouped,
     Jobs,
-    Json,
     MaxMemory,
-    NormGroups,
-    Quiet,
+    Norms,
     Source,
-    TrainerName,
+    TrainerOption,
     parse_bytes,
     path_of,
+    spread,
 )
+from fusectl.cli.screen import Screen
 from fusectl.errors import Corrupt
-from fusectl.render import Screen
 
 
 commands = typer.Typer()
 
 
 @commands.command(
-    short_help="Show what a checkpoint is.", epilog="Example: fusectl inspect runs/a/latest --json | jq .result.sizes"
+    cls=Grouped,
+    short_help="Show what a checkpoint is.",
+    epilog="Example: fusectl inspect runs/a/latest --json | jq .result.sizes",
 )
+@spread
 def inspect(
     source: Source = None,
+    *,
     arch: Arch = None,
-    fused_from: FusedFrom = [],  # noqa: B006
-    norm_groups: NormGroups = [],  # noqa: B006
+    norms: Norms,
     tree: Annotated[bool, typer.Option("--tree/--no-tree", help="List the tensors.")] = True,
     fsck: Annotated[
         bool, typer.Option("--fsck", help="Read all of it instead, and list everything that is wrong with it.")
     ] = False,
     max_memory: MaxMemory = None,
     jobs: Jobs = None,
-    json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
+    common: Common,
 ) -> None:
     """Show what a checkpoint is: format, family, step, sizes, optimizer, and every tensor.
 
     Reads metadata only, unless all of it is asked for.
     """
-    screen = Screen("inspect", json=json, quiet=quiet, debug=debug)
+    screen = common.screen("inspect")
     with screen.errors():
         if fsck:
             _fsck(screen, path_of(source), arch, max_memory, jobs)
             return
-        from fusectl.inspection import inspect as run_inspect
-        from fusectl.lineage import for_each, lineages
+        from fusectl.inspection.inspect import inspect as run_inspect
 
-        (lineage,) = for_each(lineages(fused_from, norm_groups), 1)
-        seen = run_inspect(path_of(source), arch, lineage)
+        seen = run_inspect(path_of(source), arch, norms.lineage())
         screen.inspection(seen, tree=tree, rows=arch is not None)
         seen.require_recognized()
         seen.require_complete()
 
 
 def _fsck(screen: Screen, path: str, arch: str | None, max_memory: str | None, jobs: int | None) -> None:
-    from fusectl.fsck import fsck as run_fsck
+    from fusectl.inspection.fsck import fsck as run_fsck
 
     with screen.progress() as progress:
         budget_bytes = parse_bytes(max_memory, "--max-memory")
@@ -78,13 +76,16 @@ def _fsck(screen: Screen, path: str, arch: str | None, max_memory: str | None, j
 
 
 @commands.command(
+    cls=Grouped,
     short_help="Draw a tensor, and how its zero blocks catch up.",
     epilog="Example: fusectl plot grown/checkpoint_1000 --tensor encoder/layers_0/mlp/wi_0/kernel -o wi.png",
 )
+@spread
 def plot(
     tensor: Annotated[str, typer.Option(metavar="NAME", help="The parameter; `target/` may be left out.")],
     output: Annotated[str, typer.Option("-o", "--output", metavar="FILE", help="The picture, such as out.png.")],
     source: Source = None,
+    *,
     over_time: Annotated[
         list[str],
         typer.Option("--over-time", metavar="STEP1 STEP2 ...", help="More checkpoints of the run, to draw the ratio."),
@@ -97,15 +98,13 @@ def plot(
     max_memory: MaxMemory = None,
     jobs: Jobs = None,
     force: Force = False,
-    json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
+    common: Common,
 ) -> None:
     """Draw |W| of a kernel with the borders between its sources, and from step to step how its zero blocks catch up."""
-    screen = Screen("plot", json=json, quiet=quiet, debug=debug)
+    screen = common.screen("plot")
     with screen.errors():
-        from fusectl.heatmap import measure
-        from fusectl.picture import draw_heat_map, new_picture
+        from fusectl.inspection.heatmap import measure
+        from fusectl.research.pictures import draw_heat_map, new_picture
 
         file = new_picture(output, force=force)
         with screen.progress() as progress:
@@ -124,12 +123,15 @@ def plot(
 
 
 @commands.command(
+    cls=Grouped,
     short_help="Print what a trainer has to be told.",
     epilog="Example: fusectl restart-config grown/checkpoint_1000000 > grown.gin",
 )
+@spread
 def restart_config(
     source: Source = None,
-    trainer: TrainerName = None,
+    *,
+    trainer: TrainerOption = None,
     lr_offset: Annotated[
         int,
         typer.Option(help="Steps by which T5X's schedule is ahead; negative ones hold the maximal rate for longer."),
@@ -140,19 +142,14 @@ def restart_config(
             "--gin", metavar="FILE", help="A gin file of T5X's small model, to repeat its settings; may be given again."
         ),
     ] = [],  # noqa: B006
-    fused_from: FusedFrom = [],  # noqa: B006
-    norm_groups: NormGroups = [],  # noqa: B006
+    norms: Norms,
     arch: Arch = None,
-    json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
+    common: Common,
 ) -> None:
     """Print what T5X (gin), MaxText (overrides) or Gemma (Python) goes on with: sizes, path, what is to be restored."""
-    screen = Screen("restart-config", json=json, quiet=quiet, debug=debug)
+    screen = common.screen("restart-config")
     with screen.errors():
-        from fusectl.lineage import for_each, lineages
         from fusectl.restart import restart
 
-        (lineage,) = for_each(lineages(fused_from, norm_groups), 1)
         path = path_of(source)
-        screen.restart(restart(path, arch, trainer=trainer, lr_offset=lr_offset, gin=gin, lineage=lineage))
+        screen.restart(restart(path, arch, trainer=trainer, lr_offset=lr_offset, gin=gin, lineage=norms.lineage()))

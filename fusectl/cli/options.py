@@ -1,21 +1,43 @@
-"""The options that commands have in common, as types of their parameters, and what is made of their values."""
+"""The options that commands have in common, in groups, and what is made of their values.
+
+A group is a dataclass of annotated fields. `spread` replaces a command's parameter of such a type with the group's
+fields, so that no list of options stands twice; --help shows each group under its heading.
+
+    @commands.command(...)
+    @spread
+    def stack(source: Source = None, *, layers: Layers = None, disk: OnDisk, running: Running, common: Common): ...
+"""
 
 from __future__ import annotations
 
 import re
 import sys
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
+from collections.abc import Callable
+from copy import copy
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from functools import cached_property
+from inspect import Parameter, Signature, signature
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_args, get_type_hints
 
 import typer
+from typer.core import TyperCommand
+from typer.models import OptionInfo
 
 from fusectl.cli.process import ARGUMENTS
+from fusectl.cli.screen import Screen
 from fusectl.errors import UsageError
+from fusectl.families.kinds import Norm, Trainer
+from fusectl.formats.kinds import Codec, Dtype, FormatName
+from fusectl.layout.fill import FillKind
+from fusectl.operations.kinds import Measure
+from fusectl.optimizer.kinds import OnState
 
 
 if TYPE_CHECKING:
-    from fusectl.builder import Options
-    from fusectl.mesh import Mesh
-    from fusectl.record import Fill
+    from fusectl.layout.fill import Fill
+    from fusectl.layout.mesh import Mesh
+    from fusectl.planning.builder import Options
+    from fusectl.sources.lineage import Lineage
 
 
 Source = Annotated[str | None, typer.Argument(metavar="[CKPT]", help="The checkpoint; read from a pipe if left out.")]
@@ -38,37 +60,32 @@ NormGroups = Annotated[
 Output = Annotated[
     str | None, typer.Option("-o", "--output", help="The checkpoint to write. [default: a sibling of the source]")
 ]
-# The choices are spelt out for the parser and for completion, which must not import what defines them; tests compare.
-FillKind = Annotated[
-    Literal["zeros", "gaussian", "antisymmetric"], typer.Option("--fill", help="What stands where no source does.")
-]
+FillOption = Annotated[FillKind, typer.Option("--fill", help="What stands where no source does.")]
 NoiseScale = Annotated[
     float | None,
     typer.Option("--noise-scale", help="The noise's standard deviation relative to the kernel's own. [default: 0.1]"),
 ]
 Seed = Annotated[int, typer.Option(help="The noise's seed.")]
-Optimizer = Annotated[
-    Literal["carry", "reset", "drop", "asymmetric"],
+OptimizerOption = Annotated[
+    OnState,
     typer.Option(help="The optimizer's state: carried over, zeros, none, or kept for the first copy only."),
 ]
-Norm = Annotated[
-    Literal["rule", "property"] | None,
+NormOption = Annotated[
+    Norm | None,
     typer.Option(
-        help="What it will train with: the trainer's one norm, or a norm per source (fusectl.archs). "
+        help="What it will train with: the trainer's one norm, or a norm per source (fusectl.networks). "
         "[default: rule; property if a source has it]"
     ),
 ]
 EqualizeBy = Annotated[
-    Literal["trace", "weights"],
+    Measure,
     typer.Option(help="Measure the streams in forward passes, or estimate them from the weights alone."),
 ]
-FormatName = Annotated[
-    Literal["t5x", "orbax", "orbax-ocdbt-zarr3", "orbax-ocdbt-zarr2", "orbax-zarr2", "orbax-zarr3"] | None,
+FormatOption = Annotated[
+    FormatName | None,
     typer.Option("--format", help="The layout on disk. [default: the first source's]"),
 ]
-TrainerName = Annotated[
-    Literal["t5x", "maxtext", "gemma"] | None, typer.Option("--trainer", help="The trainer. [default: the family's]")
-]
+TrainerOption = Annotated[Trainer | None, typer.Option("--trainer", help="The trainer. [default: the family's]")]
 Arch = Annotated[
     str | None,
     typer.Option(
@@ -85,12 +102,12 @@ Configs = Annotated[
     ),
 ]
 Drop = Annotated[list[str], typer.Option(help="Leave out tensors whose names match this pattern; may be repeated.")]
-Dtype = Annotated[
-    Literal["float64", "float32", "bfloat16", "float16"] | None,
+DtypeOption = Annotated[
+    Dtype | None,
     typer.Option(help="Cast the parameters to this dtype. [default: as they are]"),
 ]
-Codec = Annotated[
-    Literal["auto", "zstd", "none"],
+CodecOption = Annotated[
+    Codec,
     typer.Option(help="How chunks are compressed; auto keeps the source's wherever its chunks are taken over."),
 ]
 Sparse = Annotated[
@@ -152,6 +169,287 @@ EncoderLayers = Annotated[
 DecoderLayers = Annotated[
     int | None, typer.Option(help="How many layers the decoder is to have. [default: --layers, or as it is]", min=1)
 ]
+
+# The headings of --help.
+SOURCES, OPERATION, OPTIMIZER = "Sources", "Operation", "Optimizer"
+ON_DISK, RUNNING, OUTPUT = "Layout on disk", "Running", "Output"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How sources are recognised."""
+
+    heading: ClassVar[str] = SOURCES
+    arch: Arch = None
+    drop: Drop = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Described(Reading):
+    """Sources that a config tells more of."""
+
+    config: Configs = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Norms:
+    """The widths that sources' norms are taken over."""
+
+    heading: ClassVar[str] = SOURCES
+    fused_from: FusedFrom = field(default_factory=list)
+    norm_groups: NormGroups = field(default_factory=list)
+
+    def lineages(self) -> tuple[Lineage | None, ...]:
+        """One for all sources, or one for each."""
+        from fusectl.sources.lineage import lineages
+
+        return lineages(self.fused_from, self.norm_groups)
+
+    def lineage(self) -> Lineage | None:
+        """That of a single source."""
+        from fusectl.sources.lineage import for_each
+
+        (lineage,) = for_each(self.lineages(), 1)
+        return lineage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Filling:
+    """What stands where no source does."""
+
+    heading: ClassVar[str] = OPERATION
+    fill: FillOption = FillKind.ZEROS
+    noise_scale: NoiseScale = None
+    seed: Seed = 0
+
+    def value(self) -> Fill:
+        """The library's Fill; raises UsageError for a scale of no noise, or that is no scale."""
+        return fill_of(self.fill, self.noise_scale, self.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noise(Filling):
+    """The same, where there are zeros already."""
+
+    fill: FillOption = FillKind.GAUSSIAN
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepToWrite:
+    """The step of the output."""
+
+    heading: ClassVar[str] = OPTIMIZER
+    step: Step = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class State(StepToWrite):
+    """What becomes of the optimizer's state."""
+
+    optimizer: OptimizerOption = OnState.CARRY
+    lr_table: LrTable = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Copied:
+    """How the output is stored, where chunks are put together anew."""
+
+    heading: ClassVar[str] = ON_DISK
+    format: FormatOption = None
+    dtype: DtypeOption = None
+    codec: CodecOption = Codec.AUTO
+    sparse: Sparse = None
+    mesh: MeshSizes = None
+    axis_rules: AxisRules = None
+    check: Check = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnDisk(Copied):
+    """How the output is stored, where sources' chunks can be linked."""
+
+    link: Link = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proven:
+    """How a plan is carried out, and proved."""
+
+    heading: ClassVar[str] = RUNNING
+    dry_run: DryRun = False
+    verify: Verify = False
+    report: WithReport = True
+    resume: Resume = False
+    max_memory: MaxMemory = None
+    jobs: Jobs = None
+
+    @property
+    def lets_nonfinite_pass(self) -> bool:
+        """Never where values are computed with."""
+        return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Running(Proven):
+    """The same, where NaN and Inf may be moved."""
+
+    allow_nonfinite: AllowNonfinite = False
+
+    @property
+    def lets_nonfinite_pass(self) -> bool:
+        """As the option says."""
+        return self.allow_nonfinite
+
+
+@dataclass(frozen=True, kw_only=True)
+class Writing:
+    """Where the output goes."""
+
+    heading: ClassVar[str] = OUTPUT
+    output: Output = None
+    force: Force = False
+    sync: Sync = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Common:
+    """What every command has."""
+
+    heading: ClassVar[str] = OUTPUT
+    json: Json = False
+    quiet: Quiet = False
+    debug: Debug = False
+
+    def screen(self, command: str) -> Screen:
+        """The Screen of a command's run."""
+        return Screen(command, json=self.json, quiet=self.quiet, debug=self.debug)
+
+
+class Grouped(TyperCommand):
+    """A command whose options stand under headings in plain text too; Typer has them on a terminal only."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Writes the arguments, and the options by their headings."""
+        if self.rich_markup_mode is not None:
+            super().format_options(ctx, formatter)
+            return
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for each in self.get_params(ctx):
+            if (record := each.get_help_record(ctx)) is not None:
+                own = "Arguments" if each.param_type_name == "argument" else "Options"
+                sections.setdefault(getattr(each, "rich_help_panel", None) or own, []).append(record)
+        for heading, records in sections.items():
+            with formatter.section(heading):
+                formatter.write_dl(records)
+
+
+class _Spread:
+    """A command that takes the fields of its groups of options instead of the groups.
+
+    Reading annotations takes 10 ms for each command, and --help lists all of them: its signature is made when it is
+    asked for.
+    """
+
+    def __init__(self, command: Callable[..., None]) -> None:
+        self._command = command
+        self.__name__, self.__doc__ = command.__name__, command.__doc__
+        self.__module__ = command.__module__
+
+    @cached_property
+    def _groups(self) -> dict[str, Any]:
+        """The groups, by the names of the command's parameters."""
+        return {name: hint for name, hint in self._hints.items() if is_dataclass(hint)}
+
+    @cached_property
+    def _hints(self) -> dict[str, Any]:
+        return get_type_hints(self._command, include_extras=True)
+
+    @cached_property
+    def __signature__(self) -> Signature:
+        heading = OPERATION if Writing in self._groups.values() else None
+        parameters: list[Parameter] = []
+        for parameter in signature(self._command).parameters.values():
+            name, hint = parameter.name, self._hints[parameter.name]
+            if name not in self._groups:
+                parameters.append(parameter.replace(annotation=_under(heading, hint)))
+                continue
+            own = get_type_hints(hint, include_extras=True)
+            parameters += [
+                Parameter(
+                    each.name,
+                    Parameter.KEYWORD_ONLY,
+                    default=_default(each),
+                    annotation=_under(hint.heading, own[each.name]),
+                )
+                for each in fields(hint)
+            ]
+        return Signature(parameters)
+
+    @property
+    def __annotations__(self) -> dict[str, Any]:  # type: ignore[override]
+        return {each.name: each.annotation for each in self.__signature__.parameters.values()}
+
+    def __call__(self, *args: Any, **values: Any) -> None:
+        bound = self.__signature__.bind(*args, **values)
+        bound.apply_defaults()
+        given = bound.arguments
+        for name, group in self._groups.items():
+            given[name] = group(**{each.name: given.pop(each.name) for each in fields(group)})
+        self._command(**given)
+
+
+def spread(command: Callable[..., None]) -> Callable[..., None]:
+    """A command that takes the fields of its groups of options instead of the groups.
+
+    In --help each group stands under its heading, and what a writing command has for itself under that of operations.
+    """
+    return _Spread(command)
+
+
+def _default(option: Field[Any]) -> object:
+    return option.default if option.default_factory is MISSING else option.default_factory()
+
+
+def _under(heading: str | None, hint: Any) -> Any:
+    """The annotation with its option under a heading, unless it has one."""
+    kind, *rest = get_args(hint) if hasattr(hint, "__metadata__") else (hint,)
+    if not rest or not isinstance(rest[0], OptionInfo) or rest[0].rich_help_panel is not None:
+        return hint
+    option = copy(rest[0])
+    option.rich_help_panel = heading
+    return Annotated[kind, option]
+
+
+def options_of(
+    disk: Copied,
+    running: Proven,
+    reading: Reading,
+    step: StepToWrite,
+    *,
+    optimizer: OnState = OnState.CARRY,
+    **more: Any,
+) -> Options:
+    """The library's Options for a writing command; `more` are those of some commands only."""
+    from fusectl.planning.builder import Options
+    from fusectl.system.threads import default_max_memory_bytes
+
+    return Options(
+        optimizer=optimizer,
+        format=disk.format,
+        arch=reading.arch,
+        drop=tuple(reading.drop),
+        configs=tuple(reading.config) if isinstance(reading, Described) else (),
+        dtype=disk.dtype,
+        max_memory_bytes=parse_bytes(running.max_memory, "--max-memory") or default_max_memory_bytes(),
+        step=step.step,
+        codec=disk.codec,
+        sparse=disk.sparse,
+        link=isinstance(disk, OnDisk) and disk.link,
+        check=disk.check,
+        mesh=mesh_of(disk.mesh, disk.axis_rules),
+        **more,
+    )
+
 
 # Options that are followed by several values.
 GATHERED = ("--sources", "--over-time")
@@ -227,18 +525,18 @@ def parse_bytes(text: str | None, option: str) -> int | None:
 
 def mesh_of(sizes: str | None, rules: str | None) -> Mesh | None:
     """The mesh that chunks are to suit; None where none is given."""
-    from fusectl.mesh import parse_mesh
+    from fusectl.layout.mesh import parse_mesh
 
     if sizes is None and rules is not None:
         raise UsageError("--axis-rules: of which mesh?", hint="--mesh data=8,model=4")
     return None if sizes is None else parse_mesh(sizes, rules)
 
 
-def fill_of(kind: str, noise_scale: float | None, seed: int | None) -> Fill:
+def fill_of(kind: FillKind, noise_scale: float | None, seed: int | None) -> Fill:
     """What is to stand where no source does; raises UsageError for a scale of no noise, or that is no scale."""
-    from fusectl.record import DEFAULT_NOISE_SCALE, Fill
+    from fusectl.layout.fill import DEFAULT_NOISE_SCALE, Fill
 
-    if kind == "zeros":
+    if kind == FillKind.ZEROS:
         if noise_scale is not None:
             raise UsageError("--noise-scale without noise", hint="--fill gaussian or antisymmetric")
         return Fill()
@@ -251,43 +549,3 @@ def require_scale(noise_scale: float) -> None:
     """Raises UsageError for a noise scale that is not a positive number."""
     if not 0.0 < noise_scale < float("inf"):
         raise UsageError(f"--noise-scale {noise_scale:g}: a positive number")
-
-
-class Stored(NamedTuple):
-    """The options that say how what is written is stored."""
-
-    codec: str
-    sparse: bool | None
-    link: bool
-    check: bool
-    mesh: Mesh | None = None
-
-
-def options_of(
-    fill: Fill,
-    optimizer: str,
-    format: str | None,
-    arch: str | None,
-    drop: list[str],
-    dtype: str | None,
-    stored: Stored,
-    max_memory: str | None,
-    step: int | None,
-    norm: str | None = None,
-) -> Options:
-    """What the library is to be told: the options that say what is written."""
-    from fusectl.builder import Options
-    from fusectl.parallel import default_max_memory_bytes
-
-    return Options(
-        fill=fill,
-        optimizer=optimizer,
-        format=format,
-        arch=arch,
-        drop=tuple(drop),
-        dtype=dtype,
-        max_memory_bytes=parse_bytes(max_memory, "--max-memory") or default_max_memory_bytes(),
-        norm=norm,
-        step=step,
-        **stored._asdict(),
-    )

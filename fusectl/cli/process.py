@@ -8,7 +8,7 @@ import sys
 import threading
 from types import FrameType
 
-from fusectl.render import Terminated
+from fusectl.cli.screen import Terminated
 
 
 # What the program was called with: the line that resumes it says it again.

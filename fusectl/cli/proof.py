@@ -4,39 +4,41 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from fusectl.cli.options import (
     Arch,
-    Debug,
-    FusedFrom,
+    Common,
+    Grouped,
     Jobs,
-    Json,
     MaxMemory,
-    NormGroups,
-    Quiet,
+    Norms,
     Source,
     numbers_of,
     parse_bytes,
     path_of,
     require_scale,
+    spread,
 )
 from fusectl.cli.process import stay_on_the_cpu
 from fusectl.errors import FusectlError, VerificationFailed
-from fusectl.render import Screen
+from fusectl.layout.fill import FillKind
 
 
 commands = typer.Typer()
 
 
 @commands.command(
+    cls=Grouped,
     short_help="Prove that a fusion is what it should be.",
     epilog="Example: fusectl verify fused/checkpoint_1000000 --x64",
 )
+@spread
 def verify(
     fused: Source = None,
+    *,
     sources: Annotated[
         list[str],
         typer.Option("--sources", metavar="A B ...", help="What it was fused from. [default: as in fusectl.json]"),
@@ -69,15 +71,14 @@ def verify(
     ] = None,
     weights: Annotated[str | None, typer.Option(help="The weights of the mean. [default: as in fusectl.json]")] = None,
     fill: Annotated[
-        Literal["zeros", "gaussian", "antisymmetric"] | None,
+        FillKind | None,
         typer.Option(help="What stands where no source does. [default: as in fusectl.json]"),
     ] = None,
     noise_scale: Annotated[
         float | None, typer.Option(help="The noise's scale. [default: as in fusectl.json; 0.1 for another --fill]")
     ] = None,
     arch: Arch = None,
-    fused_from: FusedFrom = [],  # noqa: B006
-    norm_groups: NormGroups = [],  # noqa: B006
+    norms: Norms,
     config: Annotated[
         str | None, typer.Option(metavar="FILE", help="A decoder's config. [default: as in fusectl.json]")
     ] = None,
@@ -92,26 +93,23 @@ def verify(
         typer.Option(help="The most bytes of values at a time. [default: 256MiB; half of the free memory for models]"),
     ] = None,
     jobs: Jobs = None,
-    json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
+    common: Common,
 ) -> None:
     """Prove a fused checkpoint: files, weights, the ensemble's function, and how far the trainer's model is from it."""
-    screen = Screen("verify", json=json, quiet=quiet, debug=debug)
+    screen = common.screen("verify")
     with screen.errors():
         stay_on_the_cpu()
-        from fusectl.formats import open_checkpoint
-        from fusectl.lineage import lineages
-        from fusectl.verify import Declared, Settings, verify_checkpoint, write_report
+        from fusectl.formats.registry import open_checkpoint
+        from fusectl.verification import Declared, Settings, verify_checkpoint, write_report
 
         if plot is not None:
-            from fusectl.picture import require_picture
+            from fusectl.research.pictures import require_picture
 
             require_picture(plot, "--plot")
         if noise_scale is not None:
             require_scale(noise_scale)
         declared = Declared(tuple(sources), numbers_of(weights, "--weights"), fill, noise_scale, arch, config)
-        declared = replace(declared, lineages=lineages(fused_from, norm_groups))
+        declared = replace(declared, lineages=norms.lineages())
         settings = Settings(
             levels=None if levels is None else tuple(level.strip() for level in levels.split(",")),
             x64=x64,
@@ -133,7 +131,7 @@ def verify(
             if report:
                 write_report(found, opened.location.home)
             if plot is not None and found.trace:
-                from fusectl.verify.page import draw
+                from fusectl.verification.page import draw
 
                 draw(found.trace, plot)
         except FusectlError as error:
@@ -146,23 +144,24 @@ def verify(
 
 
 @commands.command(
+    cls=Grouped,
     short_help="Show what two checkpoints differ in.",
     epilog="Example: fusectl diff runs/a/checkpoint_1000 runs/b/latest",
 )
+@spread
 def diff(
     a: Annotated[str, typer.Argument(metavar="A", help="A checkpoint.")],
     b: Annotated[str, typer.Argument(metavar="B", help="The one to compare it with, of any format.")],
+    *,
     atol: Annotated[float, typer.Option(help="Values no further apart than this are equal.")] = 0.0,
     max_memory: MaxMemory = None,
     jobs: Jobs = None,
-    json: Json = False,
-    quiet: Quiet = False,
-    debug: Debug = False,
+    common: Common,
 ) -> None:
     """Compare two checkpoints tensor by tensor: names, shapes, dtypes, steps, values. Exit code 3 if they differ."""
-    screen = Screen("diff", json=json, quiet=quiet, debug=debug)
+    screen = common.screen("diff")
     with screen.errors():
-        from fusectl.diff import diff as run_diff
+        from fusectl.inspection.diff import diff as run_diff
 
         budget_bytes = parse_bytes(max_memory, "--max-memory")
         with screen.progress() as progress:

@@ -5,105 +5,91 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from fusectl.cli.options import parse_bytes
+from fusectl.cli.options import Proven, Writing, parse_bytes
 from fusectl.cli.process import ARGUMENTS, stay_on_the_cpu
+from fusectl.cli.screen import Screen
 from fusectl.errors import FusectlError, UsageError, VerificationFailed
-from fusectl.render import Screen
 
 
 if TYPE_CHECKING:
     from fusectl.formats.objects import Place
     from fusectl.formats.tree import Checkpoint
-    from fusectl.plan import Plan
-
-
-class Writing(NamedTuple):
-    """The options that every writing command ends with."""
-
-    output: str | None
-    force: bool
-    jobs: int | None
-    dry_run: bool
-    allow_nonfinite: bool
-    verify: bool
-    report: bool
-    max_memory: str | None
-    sync: bool
-    resume: bool
-    lr_table: str | None = None
+    from fusectl.planning.plan import Plan
 
 
 def final_place(output: str | None, opened: Sequence[Any], plan: Plan) -> Place:
     """Where the output is going to be."""
     from fusectl.formats.locate import place
-    from fusectl.surgery import default_output
+    from fusectl.writing.carrying_out import default_output
 
     return default_output(opened, plan) if output is None else place(output)
 
 
-def write(screen: Screen, plan: Plan, opened: Sequence[Any], how: Writing) -> None:
+def write(
+    screen: Screen, plan: Plan, opened: Sequence[Any], running: Proven, writing: Writing, lr_table: str | None = None
+) -> None:
     """What every writing command ends with: the plan shown, or carried out and the output's path printed."""
     from fusectl.formats.locate import local
-    from fusectl.surgery import carry_out, check_output, check_table, write_table
+    from fusectl.writing.carrying_out import carry_out, check_output, check_table, write_table
 
-    if how.verify and how.allow_nonfinite:
+    if running.verify and running.lets_nonfinite_pass:
         raise UsageError("--verify proves nothing about NaN and Inf", hint="without --allow-nonfinite or --verify")
-    if how.verify and not plan.record.made_from:
+    if running.verify and not plan.record.made_from:
         raise UsageError(
             "--verify: nobody says what it was fused from", hint="without it, then fusectl verify OUT --sources A B"
         )
-    if not (how.verify or how.report):
+    if not (running.verify or running.report):
         raise UsageError("--no-report: of a proof that was not asked for", hint="--verify --no-report")
-    if how.lr_table is not None and not plan.rates:
+    if lr_table is not None and not plan.rates:
         raise UsageError("--lr-table: for copies of one model with equal weights; between others no rate fits all")
-    final = final_place(how.output, opened, plan)
-    if not how.resume:
-        check_output(final, opened, force=how.force)
+    final = final_place(writing.output, opened, plan)
+    if not running.resume:
+        check_output(final, opened, force=writing.force)
     for note in plan.notes:
         screen.note(note)
-    table = None if how.lr_table is None or how.dry_run else local(how.lr_table)
+    table = None if lr_table is None or running.dry_run else local(lr_table)
     if table is not None:
-        check_table(plan, table, force=how.force, resume=how.resume)
-    if how.dry_run:
+        check_table(plan, table, force=writing.force, resume=running.resume)
+    if running.dry_run:
         screen.plan(plan, final)
         return
     with screen.progress() as progress:
 
         def check(written: Checkpoint) -> None:
             stay_on_the_cpu()
-            from fusectl.verify import Settings, verify_checkpoint, write_report
+            from fusectl.verification import Settings, verify_checkpoint, write_report
 
             # Where it is going to appear, not where it has been staged.
-            budget_bytes = parse_bytes(how.max_memory, "--max-memory")
+            budget_bytes = parse_bytes(running.max_memory, "--max-memory")
             named = tuple(source.path for source in opened)
-            settings = Settings(jobs=how.jobs, max_memory_bytes=budget_bytes, named=named)
+            settings = Settings(jobs=running.jobs, max_memory_bytes=budget_bytes, named=named)
             found = replace(verify_checkpoint(written, settings=settings, progress=progress), path=str(final))
             screen.verified(found)
             if not found.passed:
                 raise VerificationFailed(f"{final}: verification failed, nothing was kept", details=found.failures())
-            if how.report:
+            if running.report:
                 write_report(found, written.location.home)
 
         # The free memory may be another when it goes on, and the chunks with it.
-        budget = [] if how.max_memory else ["--max-memory", str(plan.budget_bytes)]
+        budget = [] if running.max_memory else ["--max-memory", str(plan.budget_bytes)]
         carry_out(
             plan,
             opened,
             final,
-            force=how.force,
-            jobs=how.jobs,
-            allow_nonfinite=how.allow_nonfinite,
-            sync=how.sync,
-            resume=how.resume,
+            force=writing.force,
+            jobs=running.jobs,
+            allow_nonfinite=running.lets_nonfinite_pass,
+            sync=writing.sync,
+            resume=running.resume,
             progress=progress,
-            check=check if how.verify else None,
+            check=check if running.verify else None,
             note=screen.note,
             kept=lambda: screen.resumable([*ARGUMENTS, *budget]),
         )
     if table is not None:
-        write_table(plan, table, force=how.force, resume=how.resume)
+        write_table(plan, table, force=writing.force, resume=running.resume)
     screen.written(plan, final)
     if not screen.is_silent:
         _say_how_to_go_on(screen, plan, final)
@@ -111,6 +97,7 @@ def write(screen: Screen, plan: Plan, opened: Sequence[Any], how: Writing) -> No
 
 def _say_how_to_go_on(screen: Screen, plan: Plan, final: Place) -> None:
     """Prints what the trainer has to be told; of a copy only if it does not restore it."""
+    from fusectl.formats.record import Converted
     from fusectl.restart import NotRead, restart
 
     # The command after it in a pipe may have moved it.
@@ -120,5 +107,5 @@ def _say_how_to_go_on(screen: Screen, plan: Plan, final: Place) -> None:
         except NotRead as error:
             screen.note(f"{error.message}; {error.hint}")
             return
-        if plan.record.copy is None:
+        if not isinstance(plan.record.made, Converted):
             screen.restart_lines(found)

@@ -20,7 +20,7 @@ from fusectl.errors import Corrupt, FusectlError, Incompatible, StorageError
 from fusectl.formats.objects import Place, read_small
 from fusectl.formats.tree import EMPTY_DICT, NONE, SEQUENCE, STRING, Key, Node
 from fusectl.formats.zarr import np_dtype
-from fusectl.memory import available_bytes
+from fusectl.system.memory import available_bytes
 
 
 # What a tree may claim: a hundred thousand tensors, each with a spec of a dozen entries, and lists that are shapes.

@@ -21,7 +21,7 @@ from fusectl.formats.foreign import refuse_directory, refuse_file, refuse_files_
 from fusectl.formats.objects import ObjectPath, Place, head, read_small
 from fusectl.formats.store import MANIFEST, Files, ocdbt
 from fusectl.formats.tree import Location
-from fusectl.jsontree import parsed
+from fusectl.system.jsontree import parsed
 
 
 T5X_INDEX = "checkpoint"

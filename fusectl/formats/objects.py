@@ -18,7 +18,7 @@ from typing import Any
 import tensorstore as ts
 
 from fusectl.errors import Corrupt, FusectlError, NotFound, StorageError, UsageError
-from fusectl.given import read_local
+from fusectl.system.given import read_local
 
 
 # Sorts behind everything that may stand behind a prefix.

@@ -29,11 +29,11 @@ from fusectl.errors import Corrupt, FusectlError, Incompatible, StorageError
 from fusectl.formats.flaxpack import CHUNKED, as_array, is_spec, leaves_of, node_of, read_tree, unchunked
 from fusectl.formats.locate import ARRAY_METADATAS, ORBAX_INDEX, PACKED_INDEX, STEP_METADATA, STRINGS
 from fusectl.formats.objects import Place, read_small
+from fusectl.formats.record import Record
 from fusectl.formats.store import MANIFEST, Files, directory, ocdbt
 from fusectl.formats.tree import STRING, Checkpoint, Key, Leaf, Location, Node, array_directory, stored_arrays, told
 from fusectl.formats.zarr import METADATA_FILE
-from fusectl.jsontree import parsed
-from fusectl.record import Record
+from fusectl.system.jsontree import parsed
 
 
 # Fifty thousand tensors.

@@ -15,14 +15,16 @@ import numpy as np
 import numpy.typing as npt
 
 from fusectl.errors import Corrupt, StorageError
-from fusectl.formats import Format, format_named
 from fusectl.formats.encoding import ZSTD_LEVEL, BadChunk, Buffer, Encoding, checksum
+from fusectl.formats.kinds import FormatName
 from fusectl.formats.locate import ARRAY_METADATAS, COMMITTED, JOURNAL, ORBAX_INDEX, STEP_METADATA, STRINGS, T5X_INDEX
 from fusectl.formats.objects import Place
 from fusectl.formats.orbax import Form, array_metadatas, item_metadata, marker, step_metadata, strings
+from fusectl.formats.record import FILE_NAME, Record, crc32_of
+from fusectl.formats.registry import Format, format_named
 from fusectl.formats.staging import remove_any, staged, storage_errors
 from fusectl.formats.store import MANIFEST, translate
-from fusectl.formats.t5x import kept_in_index, new_index
+from fusectl.formats.t5x import new_index
 from fusectl.formats.target import Database, Directories, Objects, Target
 from fusectl.formats.tree import Checkpoint, Key, Leaf, Location, Node, array_directory, dict_keys
 from fusectl.formats.zarr import (
@@ -35,8 +37,7 @@ from fusectl.formats.zarr import (
     parse_metadata,
     zero_chunk,
 )
-from fusectl.layout import Region, place_in_grid, slices, tiles, whole
-from fusectl.record import FILE_NAME, Record, crc32_of
+from fusectl.layout.blocks import Region, place_in_grid, slices, tiles, whole
 
 
 # Put together in one piece, and once more by the client that sends it.
@@ -88,7 +89,7 @@ class Sink:
         self._resumed = resumed
         self._format = format
         self._manner = manner or Manner()
-        self._item = None if format.name == "t5x" else item
+        self._item = item if format.keeps_tree else None
         self._index = home / self._item if self._item else home
         if isinstance(self._index, Path):
             self._index.mkdir(parents=True, exist_ok=True)
@@ -119,7 +120,7 @@ class Sink:
         """Where it can be opened once it is finished."""
         home = self._home if isinstance(self._home, Path) else self._home.anew(self._home.held)
         index = home / self._item if self._item else home
-        return Location(index, home, "t5x" if self._format.name == "t5x" else "orbax", self._item)
+        return Location(index, home, FormatName.ORBAX if self._format.keeps_tree else FormatName.T5X, self._item)
 
     def create(self, tensors: Iterable[NewTensor]) -> None:
         """Announces tensors, each chunk of which must then be written."""
@@ -127,7 +128,7 @@ class Sink:
         if self._resumed and isinstance(self._home, Path):
             self._sweep(self._home, {_base(tensor.keys) for tensor in tensors})
         for tensor in tensors:
-            if self._format.name == "t5x" and kept_in_index(tensor.name, tensor.shape):
+            if self._format.keeps_in_index(tensor.name, tensor.shape):
                 self._kept[tensor.name] = np.zeros(tensor.shape, np_dtype(tensor.dtype))
                 continue
             raw = new_metadata(tensor.storage, tensor.shape, tensor.dtype, sparse=self._manner.sparse)
@@ -254,7 +255,7 @@ class Sink:
 
     def _closing_files(self, nodes: Iterable[Node], custom: Mapping[str, Any]) -> dict[str, bytes]:
         """The files that make a checkpoint of what has been written, by their path in it, in the order of writing."""
-        if self._format.name == "t5x":
+        if self._format.name == FormatName.T5X:
             return {T5X_INDEX: new_index({**self._leaves, **self._kept}, nodes)}
         form = Form(self._format.zarr, in_ocdbt=self._format.ocdbt, sparse=self._manner.sparse)
         below = f"{self._item}/" if self._item else ""
@@ -303,7 +304,7 @@ class Sink:
 
 def names_written(keys: Iterable[Sequence[Key]], format: Format, item: str | None) -> set[str]:
     """The names that a checkpoint of arrays with these keys has in it, but for those that start with fusectl."""
-    if format.name == "t5x":
+    if format.name == FormatName.T5X:
         return {T5X_INDEX, *map(_base, keys)}
     arrays = {MANIFEST, "d"} if format.ocdbt else set(map(_base, keys))
     inside = {ORBAX_INDEX, STRINGS, ARRAY_METADATAS.split("/", 1)[0], *arrays}

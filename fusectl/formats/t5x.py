@@ -23,10 +23,10 @@ from fusectl.errors import Corrupt, FusectlError, Incompatible, NotFound
 from fusectl.formats.flaxpack import as_array, is_spec, leaves_of, node_of, read_tree, to_ext
 from fusectl.formats.locate import T5X_INDEX
 from fusectl.formats.objects import Place
+from fusectl.formats.record import Record
 from fusectl.formats.store import Files, directory
 from fusectl.formats.tree import NONE, Checkpoint, Leaf, Location, Node, dict_keys, stored_arrays, told
 from fusectl.formats.zarr import ArrayMetadata
-from fusectl.record import Record
 
 
 VERSION = 3

@@ -20,11 +20,11 @@ import tensorstore as ts
 from fusectl.errors import Corrupt, FusectlError, NotEnoughSpace, StorageError
 from fusectl.formats.encoding import BadChunk, Buffer, checksum
 from fusectl.formats.objects import Place
+from fusectl.formats.record import LEFT_OUT, UNREAD, Record, require_crc32
 from fusectl.formats.store import Extent, Files, Spec, new_context, streamed, translate
 from fusectl.formats.zarr import METADATA_FILE, ArrayMetadata, np_dtype, parse_metadata
-from fusectl.layout import Region, intersect, places_in_grid, slices, whole
-from fusectl.memory import available_bytes
-from fusectl.record import LEFT_OUT, UNREAD, Record, require_crc32
+from fusectl.layout.blocks import Region, intersect, places_in_grid, slices, whole
+from fusectl.system.memory import available_bytes
 
 
 # The kinds of key in Orbax's tree metadata: a position in a sequence, a key of a dictionary.

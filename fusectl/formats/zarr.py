@@ -20,7 +20,7 @@ import tensorstore as ts
 
 from fusectl.errors import Corrupt, Incompatible
 from fusectl.formats.encoding import ZSTD_LEVEL, Buffer, Encoding
-from fusectl.layout import tiles
+from fusectl.layout.blocks import tiles
 
 
 METADATA_FILE = {2: ".zarray", 3: "zarr.json"}

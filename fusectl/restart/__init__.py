@@ -10,19 +10,21 @@ t5x.py    gin bindings                                         gemma.py     a Tr
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import assert_never
 
-from fusectl.archs import Recognized
 from fusectl.errors import Incompatible, UsageError
-from fusectl.formats import open_checkpoint
+from fusectl.families.kinds import Trainer
+from fusectl.families.recognized import Recognized
+from fusectl.formats.registry import open_checkpoint
 from fusectl.formats.tree import Checkpoint
-from fusectl.lineage import Lineage, remembered
-from fusectl.packed import unpacked
 from fusectl.restart import gemma, maxtext, t5x
-from fusectl.restart.base import TRAINERS, NotRead, Restart
-from fusectl.sources import recognized
+from fusectl.restart.base import NotRead, Restart
+from fusectl.sources.lineage import Lineage, remembered
+from fusectl.sources.opened import recognized
+from fusectl.sources.packed_qkv import unpacked
 
 
-__all__ = ["TRAINERS", "NotRead", "Restart", "restart", "restart_of"]
+__all__ = ["NotRead", "Restart", "restart", "restart_of"]
 
 
 def restart(
@@ -58,23 +60,25 @@ def restart_of(
     gin: Sequence[str] = (),
 ) -> Restart:
     """The Restart of an opened checkpoint whose tree is recognised, as `restart` has it."""
-    own = tree.family.trainer
-    if own not in TRAINERS:
+    if tree.family.trainer not in set(Trainer):
         raise Incompatible(
             f"{checkpoint.path}: no trainer is known for the family {tree.family.name}",
             hint="fusectl inspect shows the sizes that it has to be told",
         )
+    own = Trainer(tree.family.trainer)
     if trainer not in {None, own}:
         raise Incompatible(
-            f"{checkpoint.path}: {tree.family.name} is of {TRAINERS[own]}, and not to be trained with {trainer}",
+            f"{checkpoint.path}: {tree.family.name} is of {own.called}, and not to be trained with {trainer}",
             hint=f"--trainer {own}, or none",
         )
-    if own == "t5x":
+    if own is Trainer.T5X:
         return t5x.restart_of(checkpoint, tree, lr_offset, gin)
     if lr_offset:
-        raise UsageError(f"--lr-offset {lr_offset}: {TRAINERS[own]}'s schedules have none", hint="it is for T5X")
+        raise UsageError(f"--lr-offset {lr_offset}: {own.called}'s schedules have none", hint="it is for T5X")
     if gin:
-        raise UsageError(f"--gin {gin[0]}: {TRAINERS[own]} has no gin files", hint="it is for T5X")
-    if own == "maxtext":
+        raise UsageError(f"--gin {gin[0]}: {own.called} has no gin files", hint="it is for T5X")
+    if own is Trainer.MAXTEXT:
         return maxtext.restart_of(checkpoint, tree)
-    return gemma.restart_of(checkpoint, tree)
+    if own is Trainer.GEMMA:
+        return gemma.restart_of(checkpoint, tree)
+    assert_never(own)

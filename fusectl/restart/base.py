@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from fusectl.errors import Incompatible
-from fusectl.escape import visible
-from fusectl.formats import format_named, orbax_for
+from fusectl.families.kinds import Norm, Trainer
+from fusectl.formats.record import Record
+from fusectl.formats.registry import format_named, orbax_for
 from fusectl.formats.tree import Checkpoint
-from fusectl.lineage import is_told
-from fusectl.record import Record
+from fusectl.optimizer.kinds import OnState
+from fusectl.sources.lineage import is_told
+from fusectl.system.escape import visible
 
 
-# By the names of the option, what they are called.
-TRAINERS = {"t5x": "T5X", "maxtext": "MaxText", "gemma": "Gemma"}
 # What the text for each is; JSON has it under this key.
-_LANGUAGES = {"t5x": "gin", "maxtext": "shell", "gemma": "python"}
+_LANGUAGES = {Trainer.T5X: "gin", Trainer.MAXTEXT: "shell", Trainer.GEMMA: "python"}
 
 
 class NotRead(Incompatible):
@@ -27,9 +27,9 @@ class NotRead(Incompatible):
 
 @dataclass(frozen=True)
 class Restart:
-    """What one of TRAINERS has to be told to go on with the checkpoint at `path`."""
+    """What a trainer has to be told to go on with the checkpoint at `path`."""
 
-    trainer: str
+    trainer: Trainer
     path: str
     notes: tuple[str, ...]
     # In the trainer's own language; comments in all of them begin with #.
@@ -43,7 +43,7 @@ class Restart:
     @property
     def trainer_name(self) -> str:
         """What the trainer is called."""
-        return TRAINERS[self.trainer]
+        return self.trainer.called
 
     @property
     def settings(self) -> tuple[str, ...]:
@@ -68,7 +68,7 @@ class Restart:
 
 def notes_on_history(record: Record | None) -> Iterator[str]:
     """What a fusion's record says of the first updates, and of the learning rate."""
-    if record is not None and record.optimizer in {"reset", "asymmetric"}:
+    if record is not None and record.optimizer in {OnState.RESET, OnState.ASYMMETRIC}:
         yield "optimizer state that starts from zeros, in part at least: its first updates need a warm-up"
     if record is not None and record.self_fused:
         yield "learning rates as before move it faster: fusectl self-fuse --lr-table says by how much"
@@ -83,24 +83,24 @@ def notes_on_lineage(record: Record | None) -> Iterator[str]:
         )
 
 
-def notes_on_norm(record: Record | None, trainer: str) -> Iterator[str]:
+def notes_on_norm(record: Record | None, trainer: Trainer) -> Iterator[str]:
     """That a norm per source, if the record wants it, is not to be had from a decoder's trainer."""
-    if record is not None and record.norm == "property":
+    if record is not None and record.norm == Norm.PROPERTY:
         groups = ", ".join(map(str, record.norm_groups))
         yield (
-            f"meant for a norm per source, which {TRAINERS[trainer]} does not have: one norm over the whole width "
-            f"deviates; fusectl.archs.decoder_flax has it, norm_groups = ({groups})"
+            f"meant for a norm per source, which {trainer.called} does not have: one norm over the whole width "
+            f"deviates; fusectl.networks.decoder_flax has it, norm_groups = ({groups})"
         )
 
 
-def require_read(checkpoint: Checkpoint, trainer: str) -> None:
+def require_read(checkpoint: Checkpoint, trainer: Trainer) -> None:
     """Raises NotRead for a checkpoint in a layout that the trainer does not restore."""
     layout = format_named(checkpoint.format)
     if not layout.is_read_by(trainer):
         raise not_read(checkpoint, trainer, f"{layout.name} ({layout.says})", orbax_for(trainer).name)
 
 
-def not_read(checkpoint: Checkpoint, trainer: str, what: str, instead: str) -> NotRead:
+def not_read(checkpoint: Checkpoint, trainer: Trainer, what: str, instead: str) -> NotRead:
     """The NotRead of what a checkpoint is, with the command that makes it what the trainer restores."""
     mended = f"fusectl convert {shlex.quote(checkpoint.path)} --format {instead}"
-    return NotRead(f"{checkpoint.path}: {TRAINERS[trainer]} does not read {what}", hint=mended)
+    return NotRead(f"{checkpoint.path}: {trainer.called} does not read {what}", hint=mended)

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from fusectl.archs import Recognized
-from fusectl.archs.config import GEMMA_QUERY_SCALES, GEMMA_SIZES, counted_sizes
-from fusectl.archs.network import Attending, Network
+from fusectl.families.config import GEMMA_QUERY_SCALES, GEMMA_SIZES, counted_sizes
+from fusectl.families.kinds import Trainer
+from fusectl.families.recognized import Recognized
+from fusectl.families.settings import Attending, Network
 from fusectl.formats.tree import Checkpoint
 from fusectl.restart.base import Restart, notes_on_history, notes_on_norm, require_read
 
@@ -28,7 +29,7 @@ _SCALES = "gm.nn.config.QueryPreAttentionNormalisation"
 
 def restart_of(checkpoint: Checkpoint, tree: Recognized) -> Restart:
     """The module for a checkpoint of one of Gemma's families; raises NotRead for one in T5X's format."""
-    require_read(checkpoint, "gemma")
+    require_read(checkpoint, Trainer.GEMMA)
     config, path = dict(_config(tree)), str(checkpoint.location.index)
     network = tree.network
     name = "Gemma3_4B" if any("query_norm" in row.roles for row in tree.rows.values()) else "Gemma2_9B"
@@ -38,7 +39,7 @@ def restart_of(checkpoint: Checkpoint, tree: Recognized) -> Restart:
         notes.append(f"as the public models have it, since no --config has told it: {', '.join(assumed)}")
     if network.query_scale == "embed_over_heads":
         notes.append(f"{config['query_pre_attn_norm']} keeps its value: embed_dim and num_heads grow alike")
-    notes += notes_on_norm(checkpoint.record, "gemma")
+    notes += notes_on_norm(checkpoint.record, Trainer.GEMMA)
     notes += notes_on_history(checkpoint.record)
     lines = (
         "from gemma import gm",
@@ -47,7 +48,7 @@ def restart_of(checkpoint: Checkpoint, tree: Recognized) -> Restart:
         ")",
         f"params = gm.ckpts.load_params({path!r})",
     )
-    return Restart("gemma", checkpoint.path, tuple(notes), lines, {"config": config, "params": path})
+    return Restart(Trainer.GEMMA, checkpoint.path, tuple(notes), lines, {"config": config, "params": path})
 
 
 def _config(tree: Recognized) -> Iterator[tuple[str, Any]]:

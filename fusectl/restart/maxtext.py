@@ -12,17 +12,18 @@ import shlex
 from collections.abc import Iterator
 from typing import Any
 
-from fusectl.archs import Recognized
-from fusectl.archs.config import MAXTEXT_SIZES, counted_sizes
-from fusectl.archs.naming import MAXTEXT
-from fusectl.formats import format_named
+from fusectl.families.config import MAXTEXT_SIZES, counted_sizes
+from fusectl.families.kinds import Trainer
+from fusectl.families.naming import MAXTEXT
+from fusectl.families.recognized import Recognized
 from fusectl.formats.locate import names_in
 from fusectl.formats.objects import Place
+from fusectl.formats.record import Record
+from fusectl.formats.registry import format_named
 from fusectl.formats.tree import Checkpoint, Location
-from fusectl.packed import PACKED
-from fusectl.record import Record
+from fusectl.optimizer.slots import is_state
 from fusectl.restart.base import Restart, notes_on_history, notes_on_norm, require_read
-from fusectl.transforms.optimizer import is_state
+from fusectl.sources.packed_qkv import PACKED
 
 
 _STEPS, _ITEM = "checkpoints", "items"
@@ -48,7 +49,7 @@ Pairs = Iterator[tuple[str, Any]]
 
 def restart_of(checkpoint: Checkpoint, tree: Recognized) -> Restart:
     """The overrides for a checkpoint of one of MaxText's families; raises NotRead for one in T5X's format."""
-    require_read(checkpoint, "maxtext")
+    require_read(checkpoint, Trainer.MAXTEXT)
     run = _run(checkpoint.location)
     path, has_state = str(checkpoint.location.index), any(map(is_state, checkpoint.leaves))
     overrides = {**dict(_network(tree)), **dict(_told(tree)), **dict(_layout(checkpoint))}
@@ -63,7 +64,7 @@ def restart_of(checkpoint: Checkpoint, tree: Recognized) -> Restart:
     notes = [
         "behind the command line of the small model's run; what is not set here stays as it was there",
         *_notes_on_network(tree),
-        *notes_on_norm(checkpoint.record, "maxtext"),
+        *notes_on_norm(checkpoint.record, Trainer.MAXTEXT),
     ]
     if has_state and run is not None:
         notes.append(f"or, in a run of another name, load_full_state_path={path} without these two")
@@ -85,7 +86,7 @@ def restart_of(checkpoint: Checkpoint, tree: Recognized) -> Restart:
         notes += _notes_on_rates(checkpoint)
         lines += tuple(f"{_MARK}{line}".rstrip() for line in _RATES.strip().splitlines())
         values["rates"] = _RATES.lstrip()
-    return Restart("maxtext", checkpoint.path, tuple(notes), lines, values)
+    return Restart(Trainer.MAXTEXT, checkpoint.path, tuple(notes), lines, values)
 
 
 def _has_rates(record: Record | None) -> bool:

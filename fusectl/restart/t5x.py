@@ -13,15 +13,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fusectl.archs import Recognized
-from fusectl.archs.ginfile import GinFiles, literal, read_gin
-from fusectl.builder import LARGEST_STEP
 from fusectl.errors import Incompatible, UsageError
+from fusectl.families.kinds import Norm, Trainer
+from fusectl.families.recognized import Recognized
 from fusectl.formats.locate import T5X_STEP
+from fusectl.formats.registry import format_named
 from fusectl.formats.tree import Checkpoint
 from fusectl.formats.zarr import np_dtype
+from fusectl.optimizer.slots import is_state
+from fusectl.planning.builder import LARGEST_STEP
 from fusectl.restart.base import Restart, not_read, notes_on_history, notes_on_lineage, require_read
-from fusectl.transforms.optimizer import is_state
+from fusectl.restart.ginfile import GinFiles, literal, read_gin
 
 
 _HEAD, _GATE = "decoder/logits_dense/kernel", re.compile(r"mlp/wi_0/kernel$")
@@ -90,16 +92,16 @@ def restart_of(checkpoint: Checkpoint, tree: Recognized, lr_offset: int, gin: Se
         "flaxformer": macros,
     }
     lines = tuple(_lines(checkpoint.path, _imports(tree, groups, files, settings), bound, macros))
-    return Restart("t5x", checkpoint.path, notes, lines, values, f" this, in {_PLACE}", _renamed(checkpoint))
+    return Restart(Trainer.T5X, checkpoint.path, notes, lines, values, f" this, in {_PLACE}", _renamed(checkpoint))
 
 
 def _require_restored(checkpoint: Checkpoint, tree: Recognized) -> None:
-    require_read(checkpoint, "t5x")
+    require_read(checkpoint, Trainer.T5X)
     item = checkpoint.location.item
-    if checkpoint.format != "t5x" and item != _ITEM:
-        raise not_read(checkpoint, "t5x", f"a tree that is not the item {_ITEM!r} of a step", "t5x")
+    if format_named(checkpoint.format).keeps_tree and item != _ITEM:
+        raise not_read(checkpoint, Trainer.T5X, f"a tree that is not the item {_ITEM!r} of a step", "t5x")
     if tree.naming.prefix != _PREFIX:
-        raise not_read(checkpoint, "t5x", f"parameters that do not begin with {_PREFIX!r}", "t5x")
+        raise not_read(checkpoint, Trainer.T5X, f"parameters that do not begin with {_PREFIX!r}", "t5x")
 
 
 def _renamed(checkpoint: Checkpoint) -> tuple[str, ...]:
@@ -144,7 +146,7 @@ def _macros(network: Mapping[str, Any]) -> dict[str, int]:
 def _norm_groups(checkpoint: Checkpoint) -> tuple[int, ...]:
     """The widths that each have a norm of their own; none for one norm over all of them."""
     record = checkpoint.record
-    return tuple(record.norm_groups) if record is not None and record.norm == "property" else ()
+    return tuple(record.norm_groups) if record is not None and record.norm == Norm.PROPERTY else ()
 
 
 def _grouped(groups: tuple[int, ...]) -> dict[str, dict[str, Any]]:
@@ -163,7 +165,7 @@ def _imports(
     yield f"from t5x.examples.{_example(tree)} import network"
     if groups:
         yield "from t5x import models"
-        yield "from fusectl.archs import t5_flax"
+        yield "from fusectl.networks import t5_flax"
     if files is not None:
         yield from (line for value in settings.values() for line in files.imports_for(value.text))
 

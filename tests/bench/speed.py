@@ -29,13 +29,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from fusectl.formats import format_named
 from fusectl.formats.encoding import Encoding
+from fusectl.formats.registry import format_named
 from fusectl.formats.sink import NewTensor, Sink
 from fusectl.formats.staging import staged
 from fusectl.formats.tree import dict_keys
 from fusectl.formats.zarr import new_storage
-from fusectl.layout import slices, tiles
+from fusectl.layout.blocks import slices, tiles
 
 
 CHUNK_BYTES = 64 << 20
@@ -44,7 +44,7 @@ UNITS = {"M": 10**6, "B": 10**9}
 # What each process runs: its peak of resident memory goes to the file that is named first.
 MEASURED = """
 import sys
-from fusectl.memory import peak_rss_bytes
+from fusectl.system.memory import peak_rss_bytes
 report = sys.argv.pop(1)
 try:
     {body}

@@ -19,8 +19,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fusectl.builder import Options
-from fusectl.surgery import carry_out, plan_fusion
+from fusectl.operations.fuse import plan_fusion
+from fusectl.planning.builder import Options
+from fusectl.writing.carrying_out import carry_out
 
 
 PYTHON = os.environ.get("FUSECTL_GEMMA_PYTHON")

@@ -8,8 +8,8 @@ import pytest
 from models import checkpoint
 
 from fusectl.errors import Corrupt, NotFound, UsageError
-from fusectl.formats import open_checkpoint
 from fusectl.formats.locate import locate
+from fusectl.formats.registry import open_checkpoint
 from fusectl.formats.sink import save
 
 
@@ -24,6 +24,7 @@ def runs(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_root_of_steps_means_its_newest(runs):
     for root in ("t5x", "orbax", "t5x/latest", "orbax/latest", "orbax/"):
         opened = open_checkpoint(str(runs / root))

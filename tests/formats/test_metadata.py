@@ -9,7 +9,7 @@ import tensorstore as ts
 from fusectl.errors import Corrupt, FusectlError, Incompatible
 from fusectl.formats.sink import save
 from fusectl.formats.zarr import DRIVER, METADATA_FILE, parse_metadata
-from fusectl.fsck import fsck
+from fusectl.inspection.fsck import fsck
 
 
 V2 = {

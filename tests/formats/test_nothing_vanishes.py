@@ -9,16 +9,17 @@ import numpy as np
 import pytest
 from models import state
 
-from fusectl.builder import Options
-from fusectl.conversion import plan_conversion
-from fusectl.diff import diff
 from fusectl.errors import Corrupt, FusectlError, Incompatible, NotFound, UsageError
-from fusectl.formats import open_checkpoint
+from fusectl.formats.registry import open_checkpoint
 from fusectl.formats.sink import save
-from fusectl.fsck import fsck
-from fusectl.surgery import carry_out, plan_fusion
-from fusectl.verify import verify
-from fusectl.verify.report import FilesResult, FunctionResult, Report
+from fusectl.inspection.diff import diff
+from fusectl.inspection.fsck import fsck
+from fusectl.operations.convert import plan_conversion
+from fusectl.operations.fuse import plan_fusion
+from fusectl.planning.builder import Options
+from fusectl.verification import verify
+from fusectl.verification.report import FilesResult, FunctionResult, Report
+from fusectl.writing.carrying_out import carry_out
 
 
 DATA = Path(__file__).parents[1] / "data/orbax-written.tar.xz"
@@ -319,8 +320,8 @@ def function(passed):
     ],
 )
 def test_a_verdict_names_what_was_not_checked(levels, passed, verdict):
-    from fusectl.verify.claim import nothing_known
-    from fusectl.verify.report import WeightsResult
+    from fusectl.verification.claim import nothing_known
+    from fusectl.verification.report import WeightsResult
 
     made = {
         "files": lambda ok: FilesResult(ok, 1, 1, 0, ()),
@@ -336,6 +337,7 @@ def test_a_verdict_names_what_was_not_checked(levels, passed, verdict):
     assert (tree["passed"], tree["function_checked"]) == (passed, "algebra" in levels)
 
 
+@pytest.mark.slow
 def test_a_level_that_nobody_judges_does_not_pass(tmp_path, fusectl):
     from models import checkpoint
 

@@ -13,12 +13,12 @@ import pytest
 from cases import some_soon
 from models import state
 
-from fusectl.builder import Options
-from fusectl.conversion import plan_conversion
 from fusectl.errors import Incompatible
-from fusectl.formats import FORMATS, open_checkpoint
-from fusectl.fsck import fsck
-from fusectl.surgery import carry_out
+from fusectl.formats.registry import FORMATS, open_checkpoint
+from fusectl.inspection.fsck import fsck
+from fusectl.operations.convert import plan_conversion
+from fusectl.planning.builder import Options
+from fusectl.writing.carrying_out import carry_out
 
 
 ARCHIVE = Path(__file__).parent.parent / "data/orbax-written.tar.xz"
@@ -220,6 +220,7 @@ def cells(*, refused, soon):
     return some_soon(found, soon.__contains__)
 
 
+@pytest.mark.slow
 def test_the_table_is_what_the_archive_holds(orbax_written):
     assert len(CELLS) == len(set(CELLS))
     assert set(CELLS) == orbax_written.cells
@@ -246,6 +247,7 @@ def forms_of(version, name):
     return ["t5x", orbax[CELLS.index((version, name)) % len(orbax)]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("version", "name"), cells(refused=False, soon=CONVERTED_SOON))
 def test_what_a_version_wrote_is_converted(orbax_written, tmp_path, version, name):
     where, leaves = next(iter(orbax_written.truth(version, name).items()))

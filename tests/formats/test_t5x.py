@@ -6,14 +6,15 @@ import pytest
 import tensorstore as ts
 from models import state
 
-from fusectl.builder import Options
 from fusectl.errors import Corrupt, Incompatible, NotFound
-from fusectl.formats import open_checkpoint
 from fusectl.formats.encoding import Encoding
 from fusectl.formats.flaxpack import to_ext
+from fusectl.formats.registry import open_checkpoint
 from fusectl.formats.sink import save
 from fusectl.formats.t5x import kept_in_index
-from fusectl.surgery import carry_out, plan_fusion
+from fusectl.operations.fuse import plan_fusion
+from fusectl.planning.builder import Options
+from fusectl.writing.carrying_out import carry_out
 
 
 @pytest.fixture
@@ -39,6 +40,7 @@ def spec(tree):
     return tree["optimizer"]["target"]["x"]
 
 
+@pytest.mark.slow
 def test_both_formats_of_one_training_run_hold_the_same(written):
     legacy, orbax = (
         open_checkpoint(str(written / "t5_1_1/seed0" / kind / "checkpoint_20")) for kind in ("legacy", "orbax")

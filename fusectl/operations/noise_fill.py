@@ -1,0 +1,123 @@
+"""Filling the zero blocks of a fusion with noise."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import fusectl
+from fusectl.errors import Incompatible, UsageError
+from fusectl.formats.record import Fused, Record
+from fusectl.formats.tree import Checkpoint
+from fusectl.formats.zarr import np_dtype
+from fusectl.layout.fill import Fill, FillKind
+from fusectl.operations.fuse import with_exactness
+from fusectl.optimizer.kinds import OnState
+from fusectl.optimizer.slots import is_state, slot_axes
+from fusectl.planning.builder import (
+    Builder,
+    Options,
+    notes_on_items,
+    notes_on_mesh,
+    plan_step,
+    target_of,
+)
+from fusectl.planning.plan import Plan
+from fusectl.rules.fusion import Fusion, check_fill, equal_widths, filled
+from fusectl.sources.opened import Opened, open_source
+
+
+# Above this, antisymmetric noise loses digits of the kernels that it is taken off from.
+LARGE_NOISE_SCALE = 0.5
+
+
+def plan_noise_fill(path: str, options: Options, *, copies: int | None = None) -> tuple[Plan, list[Checkpoint]]:
+    """The plan that fills the zero blocks of an already fused checkpoint with noise, and the opened checkpoint.
+
+    Its record says how it was fused; `copies` (of equal width) says it for a checkpoint without one.
+    """
+    if copies is not None and copies < 2:
+        raise UsageError(f"--copies {copies}: a fusion has two or more")
+    opened = open_source(path, options.arch, options.drop)
+    own = opened.checkpoint.record
+    record = own if own is not None and own.fused else _record_for(opened, copies)
+    if record.fill.kind is not FillKind.ZEROS:
+        raise Incompatible(
+            f"{opened.label}: filled already with {record.fill.kind} noise of scale {record.fill.noise_scale:g}",
+            hint="fill the fusion with zeros instead",
+        )
+    if copies not in {None, len(record.weights)}:
+        raise UsageError(f"--copies {copies}, but {opened.label} is a fusion of {len(record.weights)}")
+    _refuse_widening(opened, options)
+    fusion = Fusion(opened.tree, record.weights, record.widths, record.residual_scales, record.means_shared)
+    check_fill(fusion, options.fill)
+    on_mesh = notes_on_mesh(options.mesh, opened.tree, opened.tree.shapes)
+    out_format, item, naming = target_of(opened, options)
+    builder = Builder([opened], options, out_format)
+    for parameter in opened.tree.shapes:
+        tensor = opened.full(parameter)
+        stored = opened.checkpoint.leaves[tensor].dtype
+        layout = filled(fusion, parameter, options.dtype or stored, options.fill, tensor)
+        builder.add(naming.full(parameter), layout, like=tensor, noise_name=parameter)
+    plan_step(builder, opened, options, out_format)
+    for name in opened.checkpoint.leaves:
+        if name not in builder.used and name not in opened.dropped:
+            axes = slot_axes(name, opened.checkpoint.leaves[name].shape, opened.tree, opened.tree.shapes)
+            builder.copy(name, axes=axes)
+    kept = any(is_state(output.name) for output in builder.outputs)
+    record = replace(
+        record,
+        version=fusectl.__version__,
+        command="noise-fill",
+        family=opened.tree.family.name,
+        table=opened.tree.family.table,
+        fill=options.fill,
+        parameters=naming.prefix,
+        optimizer=record.optimizer if kept else OnState.DROP,
+        step=record.step if options.step is None else options.step,
+        made=Fused(record.sources),
+        origin=None if out_format.keeps_tree else record.origin,
+        tensors={},
+        files={},
+    )
+    of_items = notes_on_items(opened.checkpoint)
+    notes = [*opened.checkpoint.location.notes, *of_items, *builder.notes, *_notes_on_fill(options.fill), *on_mesh]
+    return with_exactness(builder.plan(record, item, notes), naming, fusion, [opened]), [opened.checkpoint]
+
+
+def _refuse_widening(opened: Opened, options: Options) -> None:
+    """Raises Incompatible when a fusion would be cast to a wider dtype: no wider source stands behind its values."""
+    if options.dtype is None:
+        return
+    dtypes = {opened.checkpoint.leaves[opened.full(name)].dtype for name in opened.tree.shapes}
+    narrower = [dtype for dtype in sorted(dtypes) if np_dtype(dtype).itemsize < np_dtype(options.dtype).itemsize]
+    if narrower:
+        raise Incompatible(
+            f"{opened.label}: {narrower[0]} cast to {options.dtype}, which its sources may hold and it does not",
+            hint=f"fuse with --dtype {options.dtype} and --fill at once",
+        )
+
+
+def _notes_on_fill(fill: Fill) -> list[str]:
+    if fill.kind is FillKind.ANTISYMMETRIC and fill.noise_scale > LARGE_NOISE_SCALE:
+        return ["so much noise cancels only up to rounding, which grows with every layer: verify says how far"]
+    return []
+
+
+def _record_for(opened: Opened, copies: int | None) -> Record:
+    """What fusectl.json would say of a checkpoint that was fused elsewhere from `copies` models of equal width."""
+    if copies is None:
+        raise UsageError(
+            f"{opened.label}: no fusectl.json that says how it was fused", hint="--copies K for K equal widths"
+        )
+    widths = equal_widths(opened.tree, copies, opened.label)
+    return Record(
+        version=fusectl.__version__,
+        command="noise-fill",
+        family=opened.tree.family.name,
+        parameters=opened.tree.naming.prefix,
+        made=Fused(),
+        weights=(1.0 / copies,) * copies,
+        widths=widths,
+        norm_groups=widths["embed"],
+        network=opened.tree.network,
+    )

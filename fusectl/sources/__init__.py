@@ -1,0 +1,3 @@
+"""Checkpoints as sources: recognised, complete, and seen otherwise (queries, keys and values apart; layers scanned or
+not).
+"""

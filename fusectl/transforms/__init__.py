@@ -1,1 +1,0 @@
-"""Pure functions from families and shapes to Layouts: no arrays, no paths, no progress."""

@@ -1,0 +1,1 @@
+"""Carrying out a Plan: reading, evaluating, writing, the journal that an interrupted run resumes from."""
