@@ -569,7 +569,7 @@ def test_signals_end_it_within_two_seconds_with_their_code_and_the_line_that_res
     big = {**SIZES, "vocab": 60_000, "embed": 512, "joined_kv": 512, "heads": 8, "mlp": 2048}
     source = checkpoint(tmp_path / "a", sizes=big, layers={"encoder": 1, "decoder": 1})
     command = [sys.executable, "-m", "fusectl", "self-fuse", source, "-o", str(tmp_path / "out"), "--fill", "gaussian"]
-    # A background job ignores SIGINT, its children inherit that, and the program honours it. A handler is not inherited.
+    # A background job ignores SIGINT, and its children inherit that; what a handler catches is reset for them.
     ignored = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
