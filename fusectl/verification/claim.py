@@ -40,6 +40,11 @@ class Declared:
     # What the sources were trained on from, one for all or one for each.
     lineages: tuple[Lineage | None, ...] = ()
 
+    @property
+    def source(self) -> str | None:
+        """The first source that is named; None for those of the record."""
+        return next(iter(self.sources), None)
+
 
 @dataclass(frozen=True)
 class Claim:

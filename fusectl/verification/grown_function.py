@@ -22,7 +22,7 @@ from fusectl.networks.run import Model, Shelf, head_of, plan_passes, run_stages,
 from fusectl.networks.tokens import Tokens
 from fusectl.system.threads import Progress
 from fusectl.verification.function import UNITS_AS_STORED, UNITS_PER_LAYER, capped
-from fusectl.verification.growth import Grown
+from fusectl.verification.grown import Grown
 from fusectl.verification.logits import LogitsComparison
 from fusectl.verification.report import FunctionResult
 from fusectl.verification.settings import Settings

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import Any
 
+import fusectl
 from fusectl.formats.record import Record
 from fusectl.system.jsontree import finite
 
@@ -135,6 +138,11 @@ class Report:
     versions: Mapping[str, str] = field(default_factory=dict)
 
     @property
+    def damaged(self) -> bool:
+        """Whether the files were read and are not whole."""
+        return self.files is not None and not self.files.passed
+
+    @property
     def judged(self) -> tuple[str, ...]:
         """The levels that ran and held against something; others only report numbers."""
         return tuple(name for name, result in self.levels().items() if result is not None and result.passed is not None)
@@ -217,3 +225,13 @@ def _failures(result: FilesResult | WeightsResult | FunctionResult) -> Iterator[
     yield f"logits are off by {result.max_abs:.2e}{limit}; rms {result.rms:.2e}{allowed}"
     if result.first_difference is not None:
         yield f"{result.first_difference}"
+
+
+def versions(*imported: str) -> dict[str, str]:
+    """The versions of what took part, by name; `imported` are packages that not every report needs."""
+    packages = ("numpy", "tensorstore", *imported)
+    return {
+        "fusectl": fusectl.__version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages},
+    }

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fusectl.errors import UsageError
+from fusectl.families.recognized import Recognized
+from fusectl.families.table import Family
+from fusectl.networks.tokens import DEFAULT_BATCH, DEFAULT_LENGTH, Tokens, random_tokens, read_tokens
 from fusectl.system.threads import default_jobs, default_max_memory_bytes
 
 
@@ -78,3 +81,16 @@ class Settings:
     @property
     def threads(self) -> int:
         return self.jobs or default_jobs()
+
+
+def tokens_for(tree: Recognized, settings: Settings) -> Tokens:
+    """The tokens that models are run on: those of a file, or random ones."""
+    vocab = tree.sizes["vocab"]
+    if settings.tokens is not None:
+        return read_tokens(settings.tokens, vocab, settings.batch, settings.length)
+    return random_tokens(vocab, settings.batch or DEFAULT_BATCH, settings.length or DEFAULT_LENGTH, settings.seed)
+
+
+def no_models(family: Family) -> str:
+    """Why the levels with forward passes were not run, in words."""
+    return f"algebra and native were not run: fusectl has no network of {family.name} ({'; '.join(family.lacks)})"

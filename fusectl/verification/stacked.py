@@ -1,4 +1,4 @@
-"""A checkpoint that was grown from one other: its tensors by a derivation of its own, its logits against the source's.
+"""A checkpoint that was made deeper: its tensors by a derivation of its own.
 
 Which layer is made from which is worked out anew here, and the record's word is held against it. The planner's code has
 no part in it; the families' tables do.
@@ -9,61 +9,39 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from fusectl.errors import NotFound
 from fusectl.families.naming import is_stream
-from fusectl.families.recognized import Recognized
 from fusectl.families.table import DECODER, stack_of
-from fusectl.formats.record import Mapped, Record, Stacked
-from fusectl.formats.registry import fingerprint, format_named, open_checkpoint
+from fusectl.formats.record import Record, Stacked
+from fusectl.formats.registry import format_named
 from fusectl.formats.tree import STEPS, Checkpoint, kept_shapes
-from fusectl.formats.zarr import epsilon
 from fusectl.layout.blocks import Region, common_tile, shifted, size, tiles, whole
 from fusectl.optimizer.kinds import OnState
 from fusectl.optimizer.slots import FIRST_MOMENTS, UNUSED, OptimizerState, find_state, is_state
 from fusectl.rules.kinds import How
-from fusectl.sources.opened import own_family, recognized
-from fusectl.sources.packed_qkv import unpacked
 from fusectl.system.threads import Progress, in_parallel
-from fusectl.verification.copies import count_differing, of_another_model
-from fusectl.verification.report import WeightsResult
+from fusectl.verification.claim import Declared
+from fusectl.verification.compared import BYTES_PER_VALUE, count_differing, of_another_model
+from fusectl.verification.grown import Grown, open_grown, report_on
+from fusectl.verification.report import Report, WeightsResult
+from fusectl.verification.settings import Settings
 
 
-# Both sides, the cast one and a mask.
-BYTES_PER_VALUE = 24
-# The ways to grow that are known here, and how the modules begin that MaxText's streams of random numbers are in.
+# How the modules begin that MaxText's streams of random numbers are in.
 _LAYERS = "decoder/layers"
 
 
 @dataclass(frozen=True)
-class Grown:
-    """A grown checkpoint and its source, each with its tree."""
+class Deeper(Grown):
+    """A stacked checkpoint and its source."""
 
-    fused: Checkpoint
-    tree: Recognized
-    source: Checkpoint
-    source_tree: Recognized
-    made: Stacked | Mapped
-
-    @property
-    def keeps_function(self) -> bool:
-        """Whether it claims to compute what its source does."""
-        return self.made.keeps_function
-
-    @property
-    def narrowed(self) -> bool:
-        """Whether parameters are kept in a narrower dtype than the source's."""
-        now, then = (
-            {each.leaves[tree.full(name)].dtype for name in tree.shapes}
-            for each, tree in ((self.fused, self.tree), (self.source, self.source_tree))
-        )
-        return max(map(epsilon, now)) > min(map(epsilon, then))
+    made: Stacked
 
     @cached_property
     def layers(self) -> Mapping[str, tuple[list[int], list[bool]]]:
@@ -78,7 +56,6 @@ class Grown:
 
     def problems(self) -> Iterator[str]:
         """What the record says and is not so, tensors that should be there and are not, and others."""
-        assert isinstance(self.made, Stacked)
         if self.made.how not in set(How):
             yield f"the record says stacked by {self.made.how}, which fusectl does not know"
             return
@@ -309,28 +286,20 @@ def _runs(places: Sequence[int]) -> Iterator[range]:
             first = i
 
 
-def open_grown(fused: Checkpoint, path: str) -> Grown:
-    """The grown checkpoint and its source at `path`; raises NotFound where that has gone."""
-    record = fused.record
-    assert record is not None
-    assert isinstance(record.made, Stacked | Mapped)
-    fused = unpacked(fused)
-    try:
-        source = unpacked(open_checkpoint(path))
-    except NotFound as error:
-        hint = "--sources NAME says where it is now"
-        raise NotFound(f"{path}, which it was grown from, is not there any more", hint=hint) from error
-    arch = own_family(fused) or record.family
-    tree, source_tree = (recognized(each, arch, record.drop) for each in (fused, source))
-    # What a config has told of the network is in the record of what was grown.
-    return Grown(fused, tree, source, replace(source_tree, told=tree.network), record.made)
+def check(fused: Checkpoint, declared: Declared, settings: Settings, progress: Progress, report: Report) -> Report:
+    """The report on a checkpoint that was made deeper."""
+    if report.damaged:
+        return report
+    grown = open_grown(Deeper, fused, declared)
+    weigh = partial(check_layers, grown, budget_bytes=settings.read_bytes, jobs=settings.threads, progress=progress)
+    return report_on(grown, weigh, settings, progress, report)
 
 
-def check_grown(grown: Grown, *, budget_bytes: int, jobs: int, progress: Progress) -> WeightsResult:
+def check_layers(grown: Deeper, *, budget_bytes: int, jobs: int, progress: Progress) -> WeightsResult:
     """Compares all of a grown checkpoint with what it should be made of, bit for bit, after a cast if there was one."""
     problems = list(grown.problems())
     if problems:
-        problems = [*_changed(grown), *problems]
+        problems = [*grown.changed(), *problems]
         return WeightsResult(passed=False, tensors=0, blocks=0, noise_blocks=0, slots=0, problems=tuple(problems))
     comparisons = list(grown.comparisons())
     wrong: dict[str, int] = {}
@@ -357,15 +326,9 @@ def check_grown(grown: Grown, *, budget_bytes: int, jobs: int, progress: Progres
 
     in_parallel(tasks(), budget_bytes=budget_bytes, jobs=jobs)
     found = [f"{name}: {n:,} values are not what they should be made of" for name, n in sorted(wrong.items())]
-    found = [*_changed(grown), *found] if found else []
+    found = [*grown.changed(), *found] if found else []
     slots = sum(1 for _ in grown.slots())
     return WeightsResult(not found, len(grown.tree.shapes), 0, 0, slots, tuple(found), bytes_read=read)
-
-
-def _changed(grown: Grown) -> Iterator[str]:
-    """That the source is another one than it was, if it is."""
-    if fingerprint(grown.source) != grown.made.source.fingerprint:
-        yield f"{grown.source.path} has changed since it was grown"
 
 
 def _layers(how: str, now: int, then: int, turn: int) -> tuple[list[int], list[bool]]:

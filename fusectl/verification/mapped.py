@@ -25,8 +25,10 @@ from fusectl.layout.blocks import Region, whole
 from fusectl.sources.operator import CUSTOM
 from fusectl.system.lru import Cache
 from fusectl.system.threads import Progress
-from fusectl.verification.growth import Grown
-from fusectl.verification.report import WeightsResult
+from fusectl.verification.claim import Declared
+from fusectl.verification.grown import Grown, open_grown, report_on
+from fusectl.verification.report import Report, WeightsResult
+from fusectl.verification.settings import Settings
 
 
 Array = npt.NDArray[Any]
@@ -36,9 +38,27 @@ RELATIVE = 1e-11
 TABLE_ELEMENTS = 1 << 24
 
 
-def find_operator(grown: Grown) -> Checkpoint | None:
-    """The operator that made a checkpoint, opened; None where none did, or where it is not there any more."""
-    if not isinstance(grown.made, Mapped) or grown.made.operator is None:
+@dataclass(frozen=True)
+class Enlarged(Grown):
+    """A mapped checkpoint and its source."""
+
+    made: Mapped
+
+
+def check(fused: Checkpoint, declared: Declared, settings: Settings, progress: Progress, report: Report) -> Report:
+    """The report on a checkpoint that an operator has made."""
+    if report.damaged:
+        return report
+    grown = open_grown(Enlarged, fused, declared)
+    operator = find_operator(grown)
+    learned = "" if operator is None else held_out(operator)
+    weigh = partial(check_linear, grown, operator, budget_bytes=settings.read_bytes, progress=progress)
+    return report_on(grown, weigh, settings, progress, report, (learned,) if learned else ())
+
+
+def find_operator(grown: Enlarged) -> Checkpoint | None:
+    """The operator that made a checkpoint, opened; None where it was not kept, or is not there any more."""
+    if grown.made.operator is None:
         return None
     try:
         return open_checkpoint(grown.made.operator)
@@ -58,9 +78,10 @@ def held_out(operator: Checkpoint) -> str:
     return f"held-out losses when it was learned: {', '.join(said)}"
 
 
-def check_linear(grown: Grown, operator: Checkpoint | None, *, budget_bytes: int, progress: Progress) -> WeightsResult:
+def check_linear(
+    grown: Enlarged, operator: Checkpoint | None, *, budget_bytes: int, progress: Progress
+) -> WeightsResult:
     """Compares every tensor with the operator's, to the rounding of its dtype; raises NotFound without the operator."""
-    assert isinstance(grown.made, Mapped)
     if operator is None:
         raise NotFound(
             f"the operator {grown.made.operator} is not there any more", hint="move it back, beside what it grew"

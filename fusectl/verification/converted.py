@@ -1,4 +1,4 @@
-"""The weights level of a converted checkpoint: every tensor, key and other node against the one that it is a copy of.
+"""A copy: every tensor, key and other node against the one that it is a copy of.
 
 It knows how trees are renamed on the way to T5X and back, and nothing of plans.
 """
@@ -6,36 +6,52 @@ It knows how trees are renamed on the way to T5X and back, and nothing of plans.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from fusectl.errors import Incompatible, NotFound
-from fusectl.families.kinds import Norm
 from fusectl.families.recognized import UNKNOWN
 from fusectl.families.table import Family
-from fusectl.formats.record import Converted, Origin, Record
+from fusectl.formats.record import Converted, Origin
 from fusectl.formats.registry import fingerprint, format_named, open_checkpoint
 from fusectl.formats.tree import NONE, STEPS, T5X_STEP, Checkpoint, Key, dict_keys, is_dropped
 from fusectl.layout.blocks import Region, common_tile, size, tiles
-from fusectl.layout.fill import FillKind
 from fusectl.optimizer.slots import is_state
 from fusectl.sources.opened import own_family, recognized
 from fusectl.sources.scan import restacked
 from fusectl.system.threads import Progress, in_parallel
-from fusectl.verification.report import WeightsResult
+from fusectl.verification.claim import Declared
+from fusectl.verification.compared import BYTES_PER_VALUE, count_differing, of_another_model
+from fusectl.verification.report import Report, WeightsResult
+from fusectl.verification.settings import Settings
 
-
-# Both sides, the cast one and a mask.
-BYTES_PER_VALUE = 24
-# What the record of a copy, or of a model that is grown, says as its source's does.
-_OF_THE_MODEL = ("weights", "widths", "norm", "norm_groups", "residual_scales")
 
 Pairs = tuple[tuple[str, int], ...]
+
+
+def check(fused: Checkpoint, declared: Declared, settings: Settings, progress: Progress, report: Report) -> Report:
+    """The report on a copy: as every tensor is its source's, so is what it computes."""
+    if report.damaged:
+        return report
+    path = declared.source or converted_of(fused).source.path
+    started = time.monotonic()
+    weights = check_copy(fused, path, budget_bytes=settings.read_bytes, jobs=settings.threads, progress=progress)
+    notes = [f"a copy of {path}: compared tensor by tensor, no model was run"]
+    if report.record.fused:
+        notes.append("--sources A B holds it against what was fused instead")
+    weights = replace(weights, seconds=time.monotonic() - started)
+    return replace(report, weights=weights, notes=(*report.notes, *notes))
+
+
+def converted_of(fused: Checkpoint) -> Converted:
+    """How a copy came about, by its record."""
+    assert fused.record is not None
+    assert isinstance(fused.record.made, Converted)
+    return fused.record.made
 
 
 def check_copy(fused: Checkpoint, path: str, *, budget_bytes: int, jobs: int, progress: Progress) -> WeightsResult:
@@ -75,31 +91,9 @@ def check_copy(fused: Checkpoint, path: str, *, budget_bytes: int, jobs: int, pr
     return WeightsResult(not problems, len(compared), 0, 0, slots, tuple(problems), bytes_read=read)
 
 
-def of_another_model(record: Record, source: Checkpoint) -> Iterator[str]:
-    """What a record says of the model, and that of its source does not."""
-    theirs = source.record
-    if theirs is None:
-        if record.fused or record.norm != Norm.RULE or record.fill.kind is not FillKind.ZEROS:
-            yield f"{source.path} has no record of a fusion, as this one has"
-        return
-    for what in _OF_THE_MODEL:
-        if getattr(record, what) != getattr(theirs, what):
-            yield f"the record's {what}: {getattr(record, what)}, not {getattr(theirs, what)}"
-    if replace(record.fill, seed=None) != replace(theirs.fill, seed=None):
-        yield f"the record's fill: {record.fill}, not {theirs.fill}"
-
-
-def count_differing(found: npt.NDArray[Any], expected: npt.NDArray[Any]) -> int:
-    """How many values of two arrays of one shape and dtype are not the same bytes: a NaN is, and -0 is not 0."""
-    one, other = (np.ascontiguousarray(each).reshape(-1).view(np.uint8) for each in (found, expected))
-    return int(np.count_nonzero((one != other).reshape(found.size, -1).any(axis=1)))
-
-
 def _opened(fused: Checkpoint, path: str, budget_bytes: int) -> Checkpoint:
     """The checkpoint that it was copied from, its layers as they are in the copy."""
-    assert fused.record is not None
-    assert isinstance(fused.record.made, Converted)
-    copy = fused.record.made
+    copy = converted_of(fused)
     try:
         source = open_checkpoint(path)
     except NotFound as error:
@@ -119,8 +113,7 @@ class _Pair:
 
     def __post_init__(self) -> None:
         assert self.fused.record is not None
-        assert isinstance(self.fused.record.made, Converted)
-        self.record, self.copy = self.fused.record, self.fused.record.made
+        self.record, self.copy = self.fused.record, converted_of(self.fused)
         self.kept = [name for name in self.source.leaves if not is_dropped(name, self.copy.drop)]
         self.step = next((name for name in STEPS if name in self.kept), None)
         self.theirs = self.source.record.origin if self.source.record is not None else None
