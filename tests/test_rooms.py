@@ -13,20 +13,9 @@ import fusectl
 PACKAGE = Path(fusectl.__file__).parent
 # In the order of the pass. What judges a checkpoint comes before all that makes one, and knows none of it.
 ROOMS = (
-    *("errors", "system", "layout", "families", "rules", "optimizer", "formats", "sources", "networks", "verification"),
-    *(
-        "planning",
-        "operations",
-        "writing",
-        "demo",
-        "inspection",
-        "restart",
-        "research",
-        "testing",
-        "cli",
-        "__init__",
-        "__main__",
-    ),
+    *("errors", "system", "layout", "families", "rules", "optimizer", "verbs", "formats", "sources", "networks"),
+    *("verification", "planning", "operations", "writing", "demo", "inspection", "restart", "research", "testing"),
+    *("cli", "__init__", "__main__"),
 )
 
 

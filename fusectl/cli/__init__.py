@@ -1,7 +1,8 @@
 """The command line: which commands there are, and running one of them.
 
-surgery, growth, proof, looking,
-experiments, demo                       the commands: each parses, calls the library once, renders once
+operations                              the commands that are made of their rows in fusectl.verbs
+fuse, ligo, grow, proof, looking,
+experiments, demo                       the others: each parses, calls the library once, renders once
 options                                 the options that they have in common, and what is made of their values
 writing                                 what those end with that write a checkpoint
 process                                 arguments, standard streams, signals
@@ -27,17 +28,15 @@ from fusectl.cli.process import ARGUMENTS, handle_signals, let_end, prepare_stre
 from fusectl.cli.screen import Screen, Terminated
 from fusectl.errors import StorageError
 from fusectl.system.memory import prepare_process
+from fusectl.verbs import VERBS
 
 
 # The module that each command is in, in the order of --help.
 MODULES = {
-    "fuse": "surgery",
-    "self-fuse": "surgery",
-    "noise-fill": "surgery",
-    "convert": "surgery",
-    "stack": "growth",
-    "ligo": "growth",
-    "grow": "growth",
+    "fuse": "fuse",
+    **{name: "operations" for name, verb in VERBS.items() if verb.about},
+    "ligo": "ligo",
+    "grow": "grow",
     "verify": "proof",
     "diff": "proof",
     "inspect": "looking",

@@ -5,19 +5,21 @@ fields, so that no list of options stands twice; --help shows each group under i
 
     @commands.command(...)
     @spread
-    def stack(source: Source = None, *, layers: Layers = None, disk: OnDisk, running: Running, common: Common): ...
+    def fuse(sources: Annotated[list[str], ...], *, filling: Filling, disk: OnDisk, common: Common): ...
+
+The commands of most operations are made whole of their rows in fusectl.verbs (`operation`).
 """
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from copy import copy
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from functools import cached_property
 from inspect import Parameter, Signature, signature
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args, get_type_hints
 
 import typer
 from typer.core import TyperCommand
@@ -31,6 +33,7 @@ from fusectl.formats.kinds import Codec, Dtype, FormatName
 from fusectl.layout.fill import FillKind
 from fusectl.operations.kinds import Measure
 from fusectl.optimizer.kinds import OnState
+from fusectl.verbs import Option, Verb
 
 
 if TYPE_CHECKING:
@@ -69,6 +72,10 @@ Seed = Annotated[int, typer.Option(help="The noise's seed.")]
 OptimizerOption = Annotated[
     OnState,
     typer.Option(help="The optimizer's state: carried over, zeros, none, or kept for the first copy only."),
+]
+LayeredOptimizer = Annotated[
+    Literal[OnState.CARRY, OnState.RESET, OnState.DROP],
+    typer.Option(help="The optimizer's state: along with the layers, zeros, or none."),
 ]
 NormOption = Annotated[
     Norm | None,
@@ -162,14 +169,6 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard 
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Nothing on standard error but errors.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
-Layers = Annotated[int | None, typer.Option("--layers", help="How many layers each stack is to have.", min=1)]
-EncoderLayers = Annotated[
-    int | None, typer.Option(help="How many layers the encoder is to have. [default: --layers, or as it is]", min=1)
-]
-DecoderLayers = Annotated[
-    int | None, typer.Option(help="How many layers the decoder is to have. [default: --layers, or as it is]", min=1)
-]
-
 # The headings of --help.
 SOURCES, OPERATION, OPTIMIZER = "Sources", "Operation", "Optimizer"
 ON_DISK, RUNNING, OUTPUT = "Layout on disk", "Running", "Output"
@@ -183,12 +182,20 @@ class Reading:
     arch: Arch = None
     drop: Drop = field(default_factory=list)
 
+    def given(self) -> dict[str, Any]:
+        """What of planning.builder.Options it says; each group of such options has this method."""
+        return {"arch": self.arch, "drop": tuple(self.drop)}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Described(Reading):
     """Sources that a config tells more of."""
 
     config: Configs = field(default_factory=list)
+
+    def given(self) -> dict[str, Any]:
+        """See Reading."""
+        return {**super().given(), "configs": tuple(self.config)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,6 +211,10 @@ class Norms:
         from fusectl.sources.lineage import lineages
 
         return lineages(self.fused_from, self.norm_groups)
+
+    def given(self) -> dict[str, Any]:
+        """See Reading."""
+        return {"lineages": self.lineages()}
 
     def lineage(self) -> Lineage | None:
         """That of a single source."""
@@ -226,6 +237,10 @@ class Filling:
         """The library's Fill; raises UsageError for a scale of no noise, or that is no scale."""
         return fill_of(self.fill, self.noise_scale, self.seed)
 
+    def given(self) -> dict[str, Any]:
+        """See Reading."""
+        return {"fill": self.value()}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Noise(Filling):
@@ -241,6 +256,10 @@ class StepToWrite:
     heading: ClassVar[str] = OPTIMIZER
     step: Step = None
 
+    def given(self) -> dict[str, Any]:
+        """See Reading."""
+        return {"step": self.step}
+
 
 @dataclass(frozen=True, kw_only=True)
 class State(StepToWrite):
@@ -248,6 +267,21 @@ class State(StepToWrite):
 
     optimizer: OptimizerOption = OnState.CARRY
     lr_table: LrTable = None
+
+    def given(self) -> dict[str, Any]:
+        """See Reading."""
+        return {**super().given(), "optimizer": self.optimizer}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayeredState(StepToWrite):
+    """What becomes of the optimizer's state where layers move as wholes."""
+
+    optimizer: LayeredOptimizer = OnState.CARRY
+
+    def given(self) -> dict[str, Any]:
+        """See Reading."""
+        return {**super().given(), "optimizer": self.optimizer}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,12 +297,27 @@ class Copied:
     axis_rules: AxisRules = None
     check: Check = True
 
+    def given(self) -> dict[str, Any]:
+        """See Reading."""
+        return {
+            "format": self.format,
+            "dtype": self.dtype,
+            "codec": self.codec,
+            "sparse": self.sparse,
+            "check": self.check,
+            "mesh": mesh_of(self.mesh, self.axis_rules),
+        }
+
 
 @dataclass(frozen=True, kw_only=True)
 class OnDisk(Copied):
     """How the output is stored, where sources' chunks can be linked."""
 
     link: Link = False
+
+    def given(self) -> dict[str, Any]:
+        """See Reading."""
+        return {**super().given(), "link": self.link}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,6 +336,11 @@ class Proven:
     def lets_nonfinite_pass(self) -> bool:
         """Never where values are computed with."""
         return False
+
+    def given(self) -> dict[str, Any]:
+        """See Reading."""
+        most = parse_bytes(self.max_memory, "--max-memory")
+        return {} if most is None else {"max_memory_bytes": most}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -350,10 +404,9 @@ class _Spread:
     asked for.
     """
 
-    def __init__(self, command: Callable[..., None]) -> None:
+    def __init__(self, command: Callable[..., None], name: str, text: str | None) -> None:
         self._command = command
-        self.__name__, self.__doc__ = command.__name__, command.__doc__
-        self.__module__ = command.__module__
+        self.__name__, self.__doc__ = name, text
 
     @cached_property
     def _groups(self) -> dict[str, Any]:
@@ -364,11 +417,15 @@ class _Spread:
     def _hints(self) -> dict[str, Any]:
         return get_type_hints(self._command, include_extras=True)
 
+    def _unspread(self) -> Iterable[Parameter]:
+        """The command's own parameters, groups among them."""
+        return signature(self._command).parameters.values()
+
     @cached_property
     def __signature__(self) -> Signature:
         heading = OPERATION if Writing in self._groups.values() else None
         parameters: list[Parameter] = []
-        for parameter in signature(self._command).parameters.values():
+        for parameter in self._unspread():
             name, hint = parameter.name, self._hints[parameter.name]
             if name not in self._groups:
                 parameters.append(parameter.replace(annotation=_under(heading, hint)))
@@ -379,7 +436,7 @@ class _Spread:
                     each.name,
                     Parameter.KEYWORD_ONLY,
                     default=_default(each),
-                    annotation=_under(hint.heading, own[each.name]),
+                    annotation=_under(getattr(hint, "heading", heading), own[each.name]),
                 )
                 for each in fields(hint)
             ]
@@ -403,7 +460,35 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
 
     In --help each group stands under its heading, and what a writing command has for itself under that of operations.
     """
-    return _Spread(command)
+    return _Spread(command, command.__name__, command.__doc__)
+
+
+class _Operation(_Spread):
+    """The command of an operation, made of its row."""
+
+    def __init__(self, verb: Verb, command: Callable[..., None]) -> None:
+        super().__init__(command, verb.name.replace("-", "_"), verb.about)
+        self._verb = verb
+
+    @cached_property
+    def _hints(self) -> dict[str, Any]:
+        given = {each.value: globals()[each.value] for each in self._verb.groups}
+        sources = {name: given.pop(name) for name in list(given) if given[name].heading == SOURCES}
+        own = {} if self._verb.options is None else {"own": self._verb.options}
+        of_all = {"disk": OnDisk, "running": Running, "writing": Writing, "common": Common}
+        return {"source": Source, **sources, **own, **given, **of_all}
+
+    def _unspread(self) -> Iterable[Parameter]:
+        yield Parameter("source", Parameter.POSITIONAL_OR_KEYWORD, default=None)
+        yield from (Parameter(name, Parameter.KEYWORD_ONLY) for name in self._hints if name != "source")
+
+
+def operation(verb: Verb, command: Callable[..., None]) -> Callable[..., None]:
+    """A command that takes the options of a row of fusectl.verbs.
+
+    `command` is called with `source`, the groups by their names, `own`, and `disk`, `running`, `writing`, `common`.
+    """
+    return _Operation(verb, command)
 
 
 def _default(option: Field[Any]) -> object:
@@ -413,6 +498,10 @@ def _default(option: Field[Any]) -> object:
 def _under(heading: str | None, hint: Any) -> Any:
     """The annotation with its option under a heading, unless it has one."""
     kind, *rest = get_args(hint) if hasattr(hint, "__metadata__") else (hint,)
+    if rest and isinstance(rest[0], Option):
+        said = rest[0]
+        rest = [typer.Option(*said.names, help=said.help, min=said.least)]
+        hint = Annotated[kind, rest[0]]
     if not rest or not isinstance(rest[0], OptionInfo) or rest[0].rich_help_panel is not None:
         return hint
     option = copy(rest[0])
@@ -420,35 +509,11 @@ def _under(heading: str | None, hint: Any) -> Any:
     return Annotated[kind, option]
 
 
-def options_of(
-    disk: Copied,
-    running: Proven,
-    reading: Reading,
-    step: StepToWrite,
-    *,
-    optimizer: OnState = OnState.CARRY,
-    **more: Any,
-) -> Options:
-    """The library's Options for a writing command; `more` are those of some commands only."""
+def options_of(*groups: Any, **more: Any) -> Options:
+    """The library's Options, as groups of options say; `more` are those of one command."""
     from fusectl.planning.builder import Options
-    from fusectl.system.threads import default_max_memory_bytes
 
-    return Options(
-        optimizer=optimizer,
-        format=disk.format,
-        arch=reading.arch,
-        drop=tuple(reading.drop),
-        configs=tuple(reading.config) if isinstance(reading, Described) else (),
-        dtype=disk.dtype,
-        max_memory_bytes=parse_bytes(running.max_memory, "--max-memory") or default_max_memory_bytes(),
-        step=step.step,
-        codec=disk.codec,
-        sparse=disk.sparse,
-        link=isinstance(disk, OnDisk) and disk.link,
-        check=disk.check,
-        mesh=mesh_of(disk.mesh, disk.axis_rules),
-        **more,
-    )
+    return Options(**{name: value for group in groups for name, value in group.given().items()}, **more)
 
 
 # Options that are followed by several values.

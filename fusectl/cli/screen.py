@@ -29,21 +29,21 @@ if TYPE_CHECKING:
 
     from fusectl.demo import DemoRow
     from fusectl.formats.objects import Place
-    from fusectl.formats.record import Stacked
     from fusectl.inspection.diff import Diff
     from fusectl.inspection.fsck import Fsck
     from fusectl.inspection.heatmap import HeatMap
     from fusectl.inspection.inspect import Inspection
     from fusectl.layout.fill import Fill
+    from fusectl.operations.routes import Route
     from fusectl.planning.exactness import Exactness
     from fusectl.planning.plan import Plan
     from fusectl.research.reproduce import Reproduced
-    from fusectl.research.routes import Route
     from fusectl.research.theory.fusion import Lemma, Theory
     from fusectl.research.theory.symmetry import Symmetry
     from fusectl.research.when import Advice, Fit
     from fusectl.restart import Restart
     from fusectl.system.threads import Progress
+    from fusectl.verbs import Stacked
     from fusectl.verification import Report
 
 
@@ -451,7 +451,7 @@ def _exactness(found: Exactness) -> str:
 
 
 def _print_plan(console: Console, plan: Plan, output: Place) -> None:
-    from fusectl.formats.record import Stacked
+    from fusectl.verbs import Stacked
 
     record = plan.record
     facts = [

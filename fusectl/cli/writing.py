@@ -97,8 +97,8 @@ def write(
 
 def _say_how_to_go_on(screen: Screen, plan: Plan, final: Place) -> None:
     """Prints what the trainer has to be told; of a copy only if it does not restore it."""
-    from fusectl.formats.record import Converted
     from fusectl.restart import NotRead, restart
+    from fusectl.verbs import Converted
 
     # The command after it in a pipe may have moved it.
     with suppress(FusectlError):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,21 +92,6 @@ class Network:
             raise ValueError(f"powers of the width {self.embedding_power} and {self.tied_logits_power}")
         if not self.attending:
             raise ValueError("no layer attends in any way")
-
-    def as_json(self) -> dict[str, Any]:
-        """The settings as JSON."""
-        return {**dataclasses.asdict(self), "told": sorted(self.told)}
-
-    @classmethod
-    def from_json(cls, tree: Mapping[str, Any]) -> Network:
-        """The settings of a record; raises TypeError, ValueError or KeyError for what are none.
-
-        Those that this version does not know are ignored.
-        """
-        found = {each.name: tree[each.name] for each in dataclasses.fields(cls)}
-        found["attending"] = tuple(Attending(**each) for each in found["attending"])
-        found["told"] = frozenset(map(str, found["told"]))
-        return cls(**found)
 
     def differences(self, other: Network) -> Iterator[tuple[str, Any, Any]]:
         """The settings that are not the same, each with both values."""

@@ -19,21 +19,21 @@ index and the markers, and, last, of the record itself.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import re
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, assert_never
+from typing import Any
 
 from fusectl.errors import Corrupt, UsageError
 from fusectl.families.kinds import Norm
 from fusectl.families.settings import T5, Network
 from fusectl.families.table import LARGEST_TABLE
-from fusectl.layout.fill import Fill, FillKind
-from fusectl.system.jsontree import parsed
+from fusectl.layout.fill import Fill
+from fusectl.system.jsontree import decoded, encoded, parsed
+from fusectl.verbs import Converted, Fused, Made, SourceRecord
 
 
 FILE_NAME = "fusectl.json"
@@ -41,23 +41,8 @@ SCHEMA = "fusectl/record/4"
 _OWN_CRC32 = re.compile(rb',\n "crc32": "([0-9a-f]{8})"\n}\n\Z')
 # What a residual stream may be multiplied with, or its inverse: float32 holds the squares.
 _SMALLEST_SCALE = 1e-18
-_OPERATOR = ("operator", "operator_fingerprint")
 # How far the weights of a mean may be from summing to one.
 SUM_TOLERANCE = 1e-6
-# Relative to the kernel's standard deviation.
-# Whether layers are stacked along an axis, or stand each for itself.
-LAYERS = ("scanned", "unscanned")
-
-
-@dataclass(frozen=True, slots=True)
-class SourceRecord:
-    """A checkpoint that went in. `fingerprint` covers its index, and the names and sizes of its files."""
-
-    path: str
-    format: str
-    step: int | None
-    fingerprint: str
-    norm_groups: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,64 +56,6 @@ class Origin:
     keys: Mapping[str, tuple[tuple[str, int], ...]]
     # The keys and the kind of every node without tensors, and the text of strings.
     nodes: tuple[tuple[tuple[tuple[str, int], ...], str, str | None], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Fused:
-    """Made by fusing `sources` side by side; empty where nobody knows them any more."""
-
-    sources: tuple[SourceRecord, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Stacked:
-    """Made deeper than `source`, by `how`.
-
-    `layers` has for each layer of each stack the source's layer that it is made from; those of `idle` add nothing to
-    the residual stream.
-    """
-
-    source: SourceRecord
-    how: str
-    layers: Mapping[str, tuple[int, ...]]
-    idle: Mapping[str, tuple[int, ...]]
-
-    @property
-    def keeps_function(self) -> bool:
-        """Whether it computes what its source does."""
-        return self.how == "identity"
-
-
-@dataclass(frozen=True, slots=True)
-class Mapped:
-    """Made from `source` by a linear operator, whose matrices came about by `how`."""
-
-    source: SourceRecord
-    how: str
-    # The operator, a checkpoint: its path, and the digest of its files; None where it was not kept.
-    operator: str | None
-    operator_fingerprint: str | None
-    # Whether it computes what its source does.
-    keeps_function: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Converted:
-    """A copy of `source`, which itself was made as `of` says, and what was changed on the way.
-
-    `dtype` is the one that parameters were cast to, `layers` one of LAYERS, `step` the one that was set; None and empty
-    for as they were. `drop` are patterns of what was left out.
-    """
-
-    source: SourceRecord
-    dtype: str | None
-    layers: str
-    drop: tuple[str, ...]
-    step: int | None
-    of: Fused | Stacked | Mapped | None = None
-
-
-Made = Fused | Stacked | Mapped | Converted
 
 
 # In place of a chunk's CRC-32: it is all zeros and not on disk; it was taken over unread.
@@ -148,6 +75,13 @@ class Checksums:
     crc32: tuple[str, ...]
     # That of the file that describes the array; None where there is none, or where nobody noted it.
     metadata: str | None = None
+
+    def __post_init__(self) -> None:
+        if min((*self.chunks, 1)) < 1:
+            raise ValueError(f"chunks of shape {list(self.chunks)}")
+        chunks = math.prod(math.ceil(n / c) for n, c in zip(self.shape, self.chunks, strict=True))
+        if len(self.crc32) != chunks:
+            raise ValueError(f"{len(self.crc32)} checksums for {chunks} chunks")
 
     def of(self, index: tuple[int, ...]) -> str:
         """What stands for the chunk at this place of the grid."""
@@ -216,15 +150,7 @@ class Record:
     @property
     def made_from(self) -> tuple[SourceRecord, ...]:
         """The checkpoints that the operation was given."""
-        match self.made:
-            case None:
-                return ()
-            case Fused(sources):
-                return sources
-            case Stacked() | Mapped() | Converted():
-                return (self.made.source,)
-            case _:
-                assert_never(self.made)
+        return () if self.made is None else self.made.made_from
 
     @property
     def sources(self) -> tuple[SourceRecord, ...]:
@@ -239,8 +165,7 @@ class Record:
 
     def to_json(self) -> bytes:
         """The record as the bytes of its file."""
-        tree = {**dataclasses.asdict(self), "made": _as_json(self.made), "network": self.network.as_json()}
-        return signed({"schema": SCHEMA, **tree})
+        return signed({"schema": SCHEMA, **encoded(self)})
 
     @classmethod
     def from_json(cls, raw: bytes, where: str) -> Record:
@@ -253,30 +178,7 @@ class Record:
             if tree["schema"] != SCHEMA:
                 raise ValueError(f"of schema {tree['schema']}, not {SCHEMA}")  # noqa: TRY301
             _require_own_crc32(raw)
-            record = cls(
-                version=str(tree["version"]),
-                command=str(tree["command"]),
-                family=_family(tree["family"]),
-                parameters=_text(tree["parameters"]),
-                made=_made(tree["made"]),
-                weights=tuple(map(float, tree["weights"])),
-                widths={axis: tuple(map(int, sizes)) for axis, sizes in tree["widths"].items()},
-                norm_groups=tuple(map(int, tree["norm_groups"])),
-                fill=Fill(FillKind(tree["fill"]["kind"]), float(tree["fill"]["noise_scale"]), tree["fill"]["seed"]),
-                optimizer=_text(tree["optimizer"]),
-                drop=tuple(map(_text, tree["drop"])),
-                norm=Norm(tree["norm"]),
-                residual_scales=tuple(map(float, tree["residual_scales"])),
-                step=None if tree["step"] is None else int(tree["step"]),
-                network=Network.from_json(tree["network"]),
-                kv_repeats=tuple(map(int, tree["kv_repeats"])),
-                means_shared=bool(tree["means_shared"]),
-                table=None if tree["table"] is None else _text(tree["table"]),
-                origin=None if tree["origin"] is None else _origin(tree["origin"]),
-                random_keys={_text(name): _text(kind) for name, kind in tree["random_keys"].items()},
-                tensors={name: _checksums(entry) for name, entry in tree["tensors"].items()},
-                files={_inside(name): _text(crc32) for name, crc32 in tree["files"].items()},
-            )
+            record: Record = decoded(cls, tree)
             record._check()
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise Corrupt(f"{where}: not a record of fusectl", details=(f"{type(error).__name__}: {error}",)) from error
@@ -303,6 +205,11 @@ class Record:
             raise ValueError(f"norm groups {list(self.norm_groups)} of sources with {list(of_sources)}")
         if min(self.norm_groups, default=1) < 1 or sum(self.norm_groups) != sum(self.widths.get("embed", ())):
             raise ValueError(f"norm groups {list(self.norm_groups)} do not sum up to the width")
+        if self.family.endswith(".toml"):
+            # It would be read; a table is in the record itself.
+            raise ValueError(f"a family in the file {self.family}")
+        if outside := [name for name in self.files if name.startswith("/") or ".." in name.split("/")]:
+            raise ValueError(f"{outside[0]} leaves the checkpoint")
 
 
 def norm_groups(record: Record | None, width: int) -> tuple[int, ...]:
@@ -346,97 +253,3 @@ def _require_own_crc32(raw: bytes) -> None:
     body = raw[: found.start()] + b"\n}" if found else b""
     if found is None or int(found.group(1), 16) != zlib.crc32(body):
         raise ValueError("it has been changed since it was written (CRC-32)")
-
-
-def _inside(name: str) -> str:
-    if name.startswith("/") or ".." in name.split("/"):
-        raise ValueError(f"{name} leaves the checkpoint")
-    return name
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r} is no text")
-    return value
-
-
-def _family(value: object) -> str:
-    name = _text(value)
-    if name.endswith(".toml"):
-        # It would be read; a table is in the record itself.
-        raise ValueError(f"a family in the file {name}")
-    return name
-
-
-def _source(entry: Mapping[str, Any]) -> SourceRecord:
-    groups = tuple(map(int, entry["norm_groups"]))
-    step = None if entry["step"] is None else int(entry["step"])
-    return SourceRecord(_text(entry["path"]), _text(entry["format"]), step, _text(entry["fingerprint"]), groups)
-
-
-# The names of the operations in the file.
-_KINDS: Mapping[str, type[Made]] = {"fused": Fused, "stacked": Stacked, "mapped": Mapped, "converted": Converted}
-
-
-def _as_json(made: Made | None) -> Mapping[str, Any] | None:
-    if made is None:
-        return None
-    kind = next(kind for kind, each in _KINDS.items() if isinstance(made, each))
-    tree = {"kind": kind, **dataclasses.asdict(made)}
-    return {**tree, "of": _as_json(made.of)} if isinstance(made, Converted) else tree
-
-
-def _made(entry: Mapping[str, Any] | None) -> Made | None:
-    if entry is None:
-        return None
-    kind = _KINDS[entry["kind"]]
-    if kind is Fused:
-        return Fused(tuple(_source(each) for each in entry["sources"]))
-    source = _source(entry["source"])
-    if kind is Stacked:
-        layers, idle = (
-            {_text(stack): tuple(map(int, found)) for stack, found in entry[each].items()}
-            for each in ("layers", "idle")
-        )
-        if not layers or layers.keys() != idle.keys():
-            raise ValueError(f"layers of {', '.join(layers)}, and idle ones of {', '.join(idle)}")
-        return Stacked(source, _text(entry["how"]), layers, idle)
-    if kind is Mapped:
-        operator, digest = (None if entry[each] is None else _text(entry[each]) for each in _OPERATOR)
-        return Mapped(source, _text(entry["how"]), operator, digest, bool(entry["keeps_function"]))
-    layers_now = _text(entry["layers"])
-    if layers_now not in {"", *LAYERS}:
-        raise ValueError(f"layers that are {layers_now}")
-    of = _made(entry["of"])
-    if isinstance(of, Converted):
-        raise TypeError("a copy of a copy")
-    dtype = None if entry["dtype"] is None else _text(entry["dtype"])
-    step = None if entry["step"] is None else int(entry["step"])
-    return Converted(source, dtype, layers_now, tuple(map(_text, entry["drop"])), step, of)
-
-
-def _origin(entry: Mapping[str, Any]) -> Origin:
-    def keys(found: Any) -> tuple[tuple[str, int], ...]:
-        return tuple((_text(name), int(kind)) for name, kind in found)
-
-    item = None if entry["item"] is None else _text(entry["item"])
-    nodes = tuple(
-        (keys(node), _text(kind), None if text is None else _text(text)) for node, kind, text in entry["nodes"]
-    )
-    return Origin(item, {_text(name): keys(found) for name, found in entry["keys"].items()}, nodes)
-
-
-def _checksums(entry: Mapping[str, Any]) -> Checksums:
-    sums = Checksums(
-        tuple(map(int, entry["shape"])),
-        _text(entry["dtype"]),
-        tuple(map(int, entry["chunks"])),
-        tuple(map(_text, entry["crc32"])),
-        None if entry["metadata"] is None else _text(entry["metadata"]),
-    )
-    if min((*sums.chunks, 1)) < 1:
-        raise ValueError(f"chunks of shape {list(sums.chunks)}")
-    chunks = math.prod(math.ceil(n / c) for n, c in zip(sums.shape, sums.chunks, strict=True))
-    if len(sums.crc32) != chunks:
-        raise ValueError(f"{len(sums.crc32)} checksums for {chunks} chunks")
-    return sums

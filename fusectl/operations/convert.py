@@ -13,7 +13,7 @@ from dataclasses import replace
 from fusectl.errors import Incompatible, UsageError
 from fusectl.families.naming import Naming
 from fusectl.families.recognized import UNKNOWN, Recognized
-from fusectl.formats.record import LAYERS, Converted, Fused, Mapped, Origin, Record, Stacked
+from fusectl.formats.record import Origin, Record
 from fusectl.formats.registry import format_named, open_checkpoint
 from fusectl.formats.tree import DICT, T5X_STEP, Checkpoint, Key, Node, dict_keys, is_dropped, kept_shapes
 from fusectl.layout.blocks import Block, Layout, Term, whole
@@ -34,6 +34,7 @@ from fusectl.planning.builder import (
 from fusectl.planning.plan import Plan
 from fusectl.sources.opened import Opened, ready, recognized, require_chunks
 from fusectl.sources.scan import restacked
+from fusectl.verbs import Converted, Fused, Mapped, Scan, Stacked
 
 
 Keys = tuple[Key, ...]
@@ -42,16 +43,18 @@ Keys = tuple[Key, ...]
 SCAN_LAYERS = "scan_layers"
 
 
-def plan_conversion(path: str, options: Options, layers: str | None = None) -> tuple[Plan, list[Checkpoint]]:
+def plan_conversion(
+    path: str, options: Options, layers: str | None = None, *, drop_optimizer: bool = False
+) -> tuple[Plan, list[Checkpoint]]:
     """The plan that writes a checkpoint anew as the options say, and the opened checkpoint.
 
-    With `layers` its layers are `scanned` or `unscanned`. A tree of no family that fusectl knows is copied as it is.
+    `layers` says how its layers are to stand (verbs.Scan). A tree of no family that fusectl knows is copied as it is.
     Raises Incompatible where its parameters would have to be known for what is asked.
     """
-    if layers not in {None, *LAYERS}:
-        raise UsageError(f"layers {layers!r}: {' or '.join(LAYERS)}")
-    if options.optimizer == OnState.DROP:
-        options = replace(options, drop=(*options.drop, *(f"{root}*" for root in STATES)))
+    if layers not in {None, *Scan}:
+        raise UsageError(f"layers {layers!r}: {' or '.join(Scan)}")
+    if drop_optimizer or options.optimizer == OnState.DROP:
+        options = replace(options, optimizer=OnState.DROP, drop=(*options.drop, *(f"{root}*" for root in STATES)))
     source = open_checkpoint(path)
     # For the chunks that several layers are cut from.
     cache_bytes = 0 if layers is None else options.max_memory_bytes // 4
@@ -83,7 +86,12 @@ def plan_conversion(path: str, options: Options, layers: str | None = None) -> t
         own,
         parameters=_prefix(places, opened.tree),
         made=Converted(
-            source_record(opened), options.dtype, layers or "", options.drop, options.step, _of(own, layers)
+            source_record(opened),
+            options.dtype,
+            None if layers is None else Scan(layers),
+            options.drop,
+            options.step,
+            _of(own, layers),
         ),
         origin=origin if to_t5x else None,
     )
@@ -91,7 +99,7 @@ def plan_conversion(path: str, options: Options, layers: str | None = None) -> t
     dropped = tuple(name for name in source.leaves if is_dropped(name, options.drop))
     plan = replace(builder.plan(record, item, notes, nodes), dropped=dropped)
     if layers is not None and SCAN_LAYERS in plan.custom:
-        plan = replace(plan, custom={**plan.custom, SCAN_LAYERS: layers == "scanned"})
+        plan = replace(plan, custom={**plan.custom, SCAN_LAYERS: layers == Scan.SCANNED})
     return plan, [seen]
 
 

@@ -21,11 +21,12 @@ from fusectl.families.kinds import Norm
 from fusectl.families.naming import Naming
 from fusectl.families.recognized import Recognized
 from fusectl.families.settings import TIED_LOGITS
-from fusectl.formats.record import Fused, Record, mean_weights
+from fusectl.formats.record import Record, mean_weights
 from fusectl.formats.tree import Checkpoint
 from fusectl.formats.zarr import epsilon
 from fusectl.layout.fill import FillKind
 from fusectl.operations.equalize import Equalize, residual_scales
+from fusectl.operations.routes import Larger, Route, Step
 from fusectl.optimizer.kinds import OnState
 from fusectl.optimizer.rates import CLIPPED, in_words, rates
 from fusectl.optimizer.slots import is_state
@@ -47,6 +48,7 @@ from fusectl.sources.kv_heads import expanded, repeats
 from fusectl.sources.lineage import for_each, is_told
 from fusectl.sources.opened import Opened, open_source
 from fusectl.sources.packed_qkv import packed_name
+from fusectl.verbs import Fused
 
 
 def plan_fusion(
@@ -120,6 +122,27 @@ def plan_fusion(
         notes.append(f"not so where gradients are {CLIPPED}")
     plan = replace(builder.plan(record, item, notes), rates=found)
     return with_exactness(plan, naming, fusion, opened), [o.checkpoint for o in opened]
+
+
+def plan_self_fusion(path: str, options: Options, *, copies: int = 2) -> tuple[Plan, list[Checkpoint]]:
+    """The plan that fuses a checkpoint with itself, and the opened checkpoint, as often as it is a source."""
+    if copies < 2:
+        raise UsageError(f"--copies {copies}: fusing takes two or more")
+    return plan_fusion([path] * copies, options, command="self-fuse")
+
+
+def route(larger: Larger) -> Route:
+    """Whether self-fusion leads to larger sizes, and how."""
+    copies = min(larger.ratios.values())
+    keeps = "the function, exactly; the optimizer's state, exactly"
+    if set(larger.ratios.values()) != {copies} or copies < 2 or copies % 1:
+        said = ", ".join(f"{axis} x {ratio:g}" for axis, ratio in larger.ratios.items())
+        return Route(keeps, why_not=f"all widths have to be the same whole number of times larger: {said}")
+    step: Step = ("self-fuse", {"copies": int(copies), "fill": "antisymmetric"})
+    if not larger.deeper:
+        return Route(keeps, (step,))
+    stacked: Step = ("stack", {**larger.layer_options, "how": "identity"})
+    return Route(f"{keeps}; new layers add nothing at first", (step, stacked))
 
 
 def with_exactness(plan: Plan, naming: Naming, fusion: Fusion, opened: Sequence[Opened]) -> Plan:

@@ -7,11 +7,12 @@ from dataclasses import replace
 
 from fusectl.errors import UsageError
 from fusectl.families.kinds import Norm
-from fusectl.formats.record import Mapped
 from fusectl.formats.registry import fingerprint
 from fusectl.formats.tree import Checkpoint
 from fusectl.layout.fill import Fill
 from fusectl.operations.one_source import depths_wanted, grown_record, open_one
+from fusectl.operations.routes import Larger, Route
+from fusectl.operations.target import WORDS
 from fusectl.optimizer.kinds import OnState
 from fusectl.optimizer.slots import is_state
 from fusectl.planning.builder import (
@@ -31,6 +32,7 @@ from fusectl.rules.fusion import widths_of
 from fusectl.rules.linear import Application, Growing, growing_to
 from fusectl.sources.opened import Opened
 from fusectl.sources.operator import Kept, Operator, initial
+from fusectl.verbs import Mapped
 
 
 # Matrices that are kept in memory: those of two kernels' sides.
@@ -94,7 +96,7 @@ def plan_with_operator(path: str, operator: Kept, options: Options) -> tuple[Pla
     )
     widths = widths_of([grown])
     record = replace(
-        grown_record(opened, builder, options, made, OnState.DROP if with_state else "none"),
+        grown_record("ligo", opened, builder, options, made, OnState.DROP if with_state else "none"),
         # One model of one width, whatever the small one was made of.
         weights=(1.0,),
         widths=widths,
@@ -117,3 +119,28 @@ def _largest(growing: Growing) -> int:
     sizes = growing.grown.sizes
     pairs = [(n, growing.tree.sizes[axis]) for axis, n in sizes.items() if axis in growing.tree.family.grown]
     return max((large * small for large, small in pairs), default=0)
+
+
+def route_without_data(larger: Larger) -> Route:
+    """How the operator leads to larger sizes that keeps the function."""
+    keeps = (
+        "the function, exactly; copies of a unit stay equal until dropout, noise or rounding tells them apart; no state"
+    )
+    return Route(keeps, (("ligo", {**_sizes(larger), "steps": 0}),))
+
+
+def route_with_data(larger: Larger) -> Route:
+    """How an operator leads to larger sizes that is learned."""
+    keeps = "neither function nor state; it starts from the small model's loss and learns from there"
+    return Route(keeps, (("ligo", _sizes(larger)),), data="data")
+
+
+def _sizes(larger: Larger) -> dict[str, int | str]:
+    """The options that say how large."""
+    tree, grown = larger.tree, larger.grown
+    sizes = {
+        word: grown.sizes[axis]
+        for word, axis in WORDS.items()
+        if axis in tree.family.grown and tree.sizes.get(axis) != grown.sizes.get(axis)
+    }
+    return {**sizes, **larger.layer_options}

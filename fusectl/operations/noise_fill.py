@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import fusectl
 from fusectl.errors import Incompatible, UsageError
-from fusectl.formats.record import Fused, Record
+from fusectl.formats.record import Record
 from fusectl.formats.tree import Checkpoint
 from fusectl.formats.zarr import np_dtype
 from fusectl.layout.fill import Fill, FillKind
@@ -24,6 +24,7 @@ from fusectl.planning.builder import (
 from fusectl.planning.plan import Plan
 from fusectl.rules.fusion import Fusion, check_fill, equal_widths, filled
 from fusectl.sources.opened import Opened, open_source
+from fusectl.verbs import Fused
 
 
 # Above this, antisymmetric noise loses digits of the kernels that it is taken off from.
@@ -37,6 +38,8 @@ def plan_noise_fill(path: str, options: Options, *, copies: int | None = None) -
     """
     if copies is not None and copies < 2:
         raise UsageError(f"--copies {copies}: a fusion has two or more")
+    if options.fill.kind is FillKind.ZEROS:
+        raise UsageError("--fill zeros: there are zeros already", hint="--fill gaussian or antisymmetric")
     opened = open_source(path, options.arch, options.drop)
     own = opened.checkpoint.record
     record = own if own is not None and own.fused else _record_for(opened, copies)

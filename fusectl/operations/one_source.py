@@ -8,7 +8,7 @@ from dataclasses import replace
 from fusectl.errors import UsageError
 from fusectl.families.config import read_config
 from fusectl.families.recognized import Recognized
-from fusectl.formats.record import Mapped, Origin, Record, Stacked
+from fusectl.formats.record import Origin, Record
 from fusectl.formats.tree import DICT, T5X_STEP, Key, is_dropped, keys_beside
 from fusectl.layout.fill import FillKind
 from fusectl.optimizer.kinds import OnState
@@ -20,6 +20,7 @@ from fusectl.planning.builder import (
     target_of,
 )
 from fusectl.sources.opened import Opened, open_source
+from fusectl.verbs import Mapped, Stacked
 
 
 def open_one(path: str, options: Options) -> Opened:
@@ -36,9 +37,11 @@ def depths_wanted(tree: Recognized, layers: int | None, of_stack: Mapping[str, i
     return depths | {stack: n for stack, n in of_stack.items() if n is not None}
 
 
-def grown_record(opened: Opened, builder: Builder, options: Options, made: Stacked | Mapped, optimizer: str) -> Record:
+def grown_record(
+    command: str, opened: Opened, builder: Builder, options: Options, made: Stacked | Mapped, optimizer: str
+) -> Record:
     """The record of a model that was grown from a source: what that one's own says, but for what it was made from."""
-    own = own_record(opened, "stack" if isinstance(made, Stacked) else "ligo")
+    own = own_record(opened, command)
     out_format, _, naming = target_of(opened, options)
     return replace(
         own,

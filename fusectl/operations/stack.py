@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 
 from fusectl.errors import UsageError
-from fusectl.formats.record import Stacked
+from fusectl.families.table import DECODER, ENCODER
 from fusectl.formats.tree import Checkpoint
 from fusectl.formats.zarr import epsilon
 from fusectl.layout.blocks import Layout
 from fusectl.operations.one_source import depths_wanted, grown_record, open_one
+from fusectl.operations.routes import Larger, Route
 from fusectl.optimizer.slots import unnamed
 from fusectl.planning.builder import (
     Builder,
@@ -28,19 +29,26 @@ from fusectl.planning.plan import Plan
 from fusectl.rules.depth import Deepening, deepen
 from fusectl.rules.kinds import How
 from fusectl.sources.opened import Opened
+from fusectl.verbs import Stacked
 
 
 def plan_stack(
-    path: str, how: str, layers: int | None, of_stack: Mapping[str, int | None], options: Options
+    path: str,
+    options: Options,
+    *,
+    how: str = How.STACK,
+    layers: int | None = None,
+    encoder_layers: int | None = None,
+    decoder_layers: int | None = None,
 ) -> tuple[Plan, list[Checkpoint]]:
-    """The plan that gives each stack of a checkpoint so many `layers`, or those `of_stack`, and the opened checkpoint.
+    """The plan that gives each stack of a checkpoint so many `layers`, or its own number, and the opened checkpoint.
 
     `how` is one of rules.kinds.How. Raises Incompatible where a stack cannot be as deep; UsageError where none
     would be deeper.
     """
     opened = open_one(path, options)
     tree = opened.tree
-    depths = depths_wanted(tree, layers, of_stack)
+    depths = depths_wanted(tree, layers, {ENCODER: encoder_layers, DECODER: decoder_layers})
     deepening = deepen(tree, how, depths, opened.label)
     grown = deepening.grown
     if grown.depths == tree.depths:
@@ -58,12 +66,20 @@ def plan_stack(
     leaves = opened.checkpoint.leaves
     for name, like, shape, blocks in deepening.streams({name: leaves[name].shape for name in auxiliary(opened)}):
         builder.add(name, Layout(unnamed(shape), shape, leaves[like].dtype, blocks), like=like)
-    record = grown_record(opened, builder, options, _stacked(opened, deepening, how), optimizer)
+    record = grown_record("stack", opened, builder, options, _stacked(opened, deepening, how), optimizer)
     again = [] if how == How.IDENTITY else [Exactness(APPROXIMATE, (f"layers that come again ({how})",))]
     of_source = [*opened.checkpoint.location.notes, *notes_on_items(opened.checkpoint)]
     notes = [*of_source, *builder.notes, *_notes(deepening, how), *on_mesh]
     exactness = least([*again, *_rounding(opened, options)])
     return replace(builder.plan(record, item, notes), exactness=exactness), [opened.checkpoint]
+
+
+def route(larger: Larger) -> Route:
+    """Whether more layers lead to larger sizes, and how."""
+    keeps = "the function, exactly (other --how do not); the optimizer's state of the layers that were there"
+    if larger.wider:
+        return Route(keeps, why_not="widths change, not only the number of layers")
+    return Route(keeps, (("stack", {**larger.layer_options, "how": "identity"}),))
 
 
 def _rounding(opened: Opened, options: Options) -> Iterator[Exactness]:

@@ -14,7 +14,7 @@ from fusectl.families.naming import T5X, Naming, is_stream
 from fusectl.families.recognized import Recognized
 from fusectl.formats.kinds import Codec
 from fusectl.formats.placing import misplaced
-from fusectl.formats.record import Record, SourceRecord
+from fusectl.formats.record import Record
 from fusectl.formats.registry import ORBAX, Format, fingerprint, format_named, orbax_for
 from fusectl.formats.tree import (
     STEPS,
@@ -39,6 +39,7 @@ from fusectl.sources.lineage import Lineage
 from fusectl.sources.opened import Opened
 from fusectl.sources.packed_qkv import PARTS, joined, packed_name, packs_of
 from fusectl.system.threads import default_max_memory_bytes
+from fusectl.verbs import SourceRecord
 
 
 # The item that T5X's Orbax checkpoints have their tree in.

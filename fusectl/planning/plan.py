@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 
 from fusectl.errors import Incompatible, NotEnoughSpace
-from fusectl.formats.record import Mapped, Record, Stacked
+from fusectl.formats.record import Record
 from fusectl.formats.tree import Key, Node
 from fusectl.formats.zarr import Storage, np_dtype
 from fusectl.layout.blocks import Block, Layout, Region, Term, place_in_grid, shifted, size, tiles_in
@@ -19,6 +19,7 @@ from fusectl.layout.mesh import Mesh, bytes_read, fits
 from fusectl.optimizer.rates import Rate
 from fusectl.planning.exactness import Exactness
 from fusectl.system.threads import TOLERATED_EXCESS_BYTES
+from fusectl.verbs import Mapped, Stacked
 
 
 @dataclass(frozen=True, slots=True)

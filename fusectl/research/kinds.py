@@ -5,15 +5,6 @@ from __future__ import annotations
 from enum import StrEnum
 
 
-class Way(StrEnum):
-    """The operators that may lead to larger sizes."""
-
-    SELF_FUSE = "self-fuse"
-    STACK = "stack"
-    DUPLICATE = "duplicate"
-    LIGO = "ligo"
-
-
 class Experiment(StrEnum):
     """The experiments of the papers that can be run at a small size."""
 

@@ -261,8 +261,8 @@ def _counted(
     from fusectl.families.table import ENCODER
     from fusectl.formats.registry import open_checkpoint
     from fusectl.networks.examples import full_target_length
+    from fusectl.operations.target import read_target
     from fusectl.research.flops import flops_per_step
-    from fusectl.research.routes import read_target
     from fusectl.rules.linear import growing_to
     from fusectl.sources.opened import recognized
     from fusectl.sources.packed_qkv import unpacked

@@ -28,12 +28,12 @@ from pathlib import Path
 from typing import Protocol
 
 from fusectl.formats.objects import Place
-from fusectl.formats.record import Fused, Made
 from fusectl.formats.registry import open_checkpoint
 from fusectl.formats.staging import storage_errors
 from fusectl.formats.tree import Checkpoint
 from fusectl.system.memory import peak_rss_bytes
 from fusectl.system.threads import Progress, Silent
+from fusectl.verbs import Fused, Made
 from fusectl.verification.claim import Declared, nothing_known, require_named
 from fusectl.verification.files import check_files
 from fusectl.verification.page import page

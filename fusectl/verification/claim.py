@@ -14,7 +14,7 @@ from fusectl.families.recognized import Recognized
 from fusectl.families.settings import Network
 from fusectl.families.table import Family
 from fusectl.formats.objects import bucket_of
-from fusectl.formats.record import Converted, Fused, Mapped, Record, SourceRecord, mean_weights, norm_groups
+from fusectl.formats.record import Record, mean_weights, norm_groups
 from fusectl.formats.registry import fingerprint, open_checkpoint
 from fusectl.formats.tree import Checkpoint
 from fusectl.layout.fill import DEFAULT_NOISE_SCALE, Fill, FillKind
@@ -23,6 +23,7 @@ from fusectl.sources.kv_heads import expanded
 from fusectl.sources.lineage import Lineage, for_each, remembered
 from fusectl.sources.opened import Opened, own_family, recognized, require_widths
 from fusectl.sources.packed_qkv import unpacked
+from fusectl.verbs import Converted, Fused, Mapped, SourceRecord
 
 
 @dataclass(frozen=True)

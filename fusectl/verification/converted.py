@@ -16,7 +16,7 @@ import numpy as np
 from fusectl.errors import Incompatible, NotFound
 from fusectl.families.recognized import UNKNOWN
 from fusectl.families.table import Family
-from fusectl.formats.record import Converted, Origin
+from fusectl.formats.record import Origin
 from fusectl.formats.registry import fingerprint, format_named, open_checkpoint
 from fusectl.formats.tree import NONE, STEPS, T5X_STEP, Checkpoint, Key, dict_keys, is_dropped
 from fusectl.layout.blocks import Region, common_tile, size, tiles
@@ -24,6 +24,7 @@ from fusectl.optimizer.slots import is_state
 from fusectl.sources.opened import own_family, recognized
 from fusectl.sources.scan import restacked
 from fusectl.system.threads import Progress, in_parallel
+from fusectl.verbs import Converted
 from fusectl.verification.claim import Declared
 from fusectl.verification.compared import BYTES_PER_VALUE, count_differing, of_another_model
 from fusectl.verification.report import Report, WeightsResult

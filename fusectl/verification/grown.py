@@ -12,13 +12,13 @@ from typing import TypeVar
 
 from fusectl.errors import NotFound, UsageError
 from fusectl.families.recognized import Recognized
-from fusectl.formats.record import Mapped, Stacked
 from fusectl.formats.registry import fingerprint, open_checkpoint
 from fusectl.formats.tree import Checkpoint
 from fusectl.formats.zarr import epsilon
 from fusectl.sources.opened import own_family, recognized
 from fusectl.sources.packed_qkv import unpacked
 from fusectl.system.threads import Progress
+from fusectl.verbs import Mapped, Stacked
 from fusectl.verification.claim import Declared
 from fusectl.verification.report import Report, WeightsResult, versions
 from fusectl.verification.settings import Settings, no_models, tokens_for

@@ -15,12 +15,13 @@ import numpy.typing as npt
 
 from fusectl.families.kinds import Norm
 from fusectl.families.recognized import Recognized
-from fusectl.formats.record import Mapped, Record
+from fusectl.formats.record import Record
 from fusectl.formats.tree import Checkpoint
 from fusectl.formats.zarr import epsilon
 from fusectl.networks.run import Model, Shelf, head_of, plan_passes, run_stages, twin_of
 from fusectl.networks.tokens import Tokens
 from fusectl.system.threads import Progress
+from fusectl.verbs import Mapped
 from fusectl.verification.function import UNITS_AS_STORED, UNITS_PER_LAYER, capped
 from fusectl.verification.grown import Grown
 from fusectl.verification.logits import LogitsComparison

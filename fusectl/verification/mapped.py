@@ -17,7 +17,6 @@ import numpy.typing as npt
 
 from fusectl.errors import NotFound
 from fusectl.families.table import Row, stack_of
-from fusectl.formats.record import Mapped
 from fusectl.formats.registry import fingerprint, open_checkpoint
 from fusectl.formats.tree import Checkpoint
 from fusectl.formats.zarr import epsilon
@@ -25,6 +24,7 @@ from fusectl.layout.blocks import Region, whole
 from fusectl.sources.operator import CUSTOM
 from fusectl.system.lru import Cache
 from fusectl.system.threads import Progress
+from fusectl.verbs import Mapped
 from fusectl.verification.claim import Declared
 from fusectl.verification.grown import Grown, open_grown, report_on
 from fusectl.verification.report import Report, WeightsResult

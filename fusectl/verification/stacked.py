@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from fusectl.families.naming import is_stream
 from fusectl.families.table import DECODER, stack_of
-from fusectl.formats.record import Record, Stacked
+from fusectl.formats.record import Record
 from fusectl.formats.registry import format_named
 from fusectl.formats.tree import STEPS, Checkpoint, kept_shapes
 from fusectl.layout.blocks import Region, common_tile, shifted, size, tiles, whole
@@ -26,6 +26,7 @@ from fusectl.optimizer.kinds import OnState
 from fusectl.optimizer.slots import FIRST_MOMENTS, UNUSED, OptimizerState, find_state, is_state
 from fusectl.rules.kinds import How
 from fusectl.system.threads import Progress, in_parallel
+from fusectl.verbs import Stacked
 from fusectl.verification.claim import Declared
 from fusectl.verification.compared import BYTES_PER_VALUE, count_differing, of_another_model
 from fusectl.verification.grown import Grown, open_grown, report_on

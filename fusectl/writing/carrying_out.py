@@ -12,7 +12,6 @@ from pathlib import Path, PurePath
 from fusectl.errors import Corrupt, OutputExists, UsageError, counted, shorten
 from fusectl.formats.locate import T5X_STEP
 from fusectl.formats.objects import ObjectPath, Place
-from fusectl.formats.record import Converted
 from fusectl.formats.registry import format_named, open_location
 from fusectl.formats.servercopy import missing_library
 from fusectl.formats.sink import Manner, Sink, names_written
@@ -32,6 +31,7 @@ from fusectl.optimizer.rates import module, table
 from fusectl.planning.plan import Plan
 from fusectl.system.lru import Cache
 from fusectl.system.threads import Progress, Silent, default_jobs
+from fusectl.verbs import VERBS
 from fusectl.writing.axis_matrices import Matrices
 from fusectl.writing.execute import Work, execute
 from fusectl.writing.finished import find_finished
@@ -143,18 +143,16 @@ def default_output(sources: Sequence[Checkpoint], plan: Plan) -> Place:
     checkpoint_20 becomes checkpoint_20.fused-2x/checkpoint_20: T5X restores only from directories of such names.
     """
     home = sources[0].location.home
-    stem, suffix = (home.stem, ".ckpt") if home.suffix == ".ckpt" else (home.name, "")
+    stem, ending = (home.stem, ".ckpt") if home.suffix == ".ckpt" else (home.name, "")
     fill = plan.record.fill
-    noisy = fill.kind is not FillKind.ZEROS and not isinstance(plan.record.made, Converted)
+    verb = VERBS.get(plan.record.command)
+    suffix = "" if verb is None else verb.suffix
+    if verb is not None and verb.suffix_elsewhere and plan.format != sources[0].format:
+        suffix = verb.suffix_elsewhere
+    suffix = suffix.format(sources=len(sources), format=plan.format)
+    noisy = fill.kind is not FillKind.ZEROS and (verb is None or verb.tells_noise)
     noise = f".{fill.kind}-{fill.noise_scale:g}" if noisy else ""
-    fused_name = {
-        "fuse": f".fused-{len(sources)}x",
-        "self-fuse": f".self-fused-{len(sources)}x",
-        "stack": ".stacked",
-        "ligo": ".ligo",
-        "convert": ".converted" if plan.format == sources[0].format else f".{plan.format}",
-    }.get(plan.record.command, "")
-    renamed = home.with_name(f"{stem}{fused_name}{noise}{suffix}")
+    renamed = home.with_name(f"{stem}{suffix}{noise}{ending}")
     return renamed / home.name if T5X_STEP.fullmatch(home.name) else renamed
 
 

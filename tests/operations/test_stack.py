@@ -16,7 +16,7 @@ from written import FACTORED, restored, trained, tree, written_by_orbax
 
 from fusectl.errors import Incompatible
 from fusectl.families.registry import family_named
-from fusectl.formats.record import FILE_NAME, Fused
+from fusectl.formats.record import FILE_NAME
 from fusectl.formats.registry import open_checkpoint
 from fusectl.formats.sink import save
 from fusectl.layout.fill import Fill
@@ -29,6 +29,7 @@ from fusectl.planning.builder import Options
 from fusectl.restart import restart
 from fusectl.rules.kinds import How
 from fusectl.testing.evaluate import evaluate_plan
+from fusectl.verbs import Fused
 from fusectl.verification import Settings, verify
 from fusectl.writing.carrying_out import carry_out
 
@@ -42,8 +43,12 @@ NATIVE = Settings(levels=("native",), batch=2, length=8)
 EXACT = replace(NATIVE, x64=True)
 
 
+def own_depths(of_stack):
+    return {f"{name}_layers": n for name, n in of_stack.items()}
+
+
 def stack(path, out, how="stack", layers=None, of_stack=None, **options):
-    plan, sources = plan_stack(str(path), how, layers, of_stack or {}, Options(**options))
+    plan, sources = plan_stack(str(path), Options(**options), how=how, layers=layers, **own_depths(of_stack or {}))
     carry_out(plan, sources, Path(out), sync=False)
     return plan
 
@@ -253,7 +258,9 @@ def test_every_tensor_is_made_of_the_right_layers(tmp_path, case):
     found = values(source)
 
     for how in HOWS:
-        plan, sources = plan_stack(str(source), how, then["layers"], then["of_stack"], Options())
+        plan, sources = plan_stack(
+            str(source), Options(), how=how, layers=then["layers"], **own_depths(then["of_stack"])
+        )
         same(evaluate_plan(plan, sources), deeper(found, how, **told))
 
 
@@ -531,8 +538,8 @@ def test_what_was_rounded_is_approximate(tmp_path):
     assert (plan.exactness.kind, "rounded to bfloat16" in str(plan.exactness.because)) == ("approximate", True)
     report = proved(tmp_path / "b", NATIVE)
     assert report.native.passed is None
-    assert plan_stack(source, "identity", 4, {}, Options())[0].exactness.kind == "exact"
-    assert plan_stack(source, "stack", 4, {}, Options())[0].exactness.kind == "approximate"
+    assert plan_stack(source, Options(), how="identity", layers=4)[0].exactness.kind == "exact"
+    assert plan_stack(source, Options(), how="stack", layers=4)[0].exactness.kind == "approximate"
 
 
 @pytest.mark.slow
@@ -635,7 +642,7 @@ def test_one_stack_grows_and_the_other_stays(tmp_path, fusectl, part, other):
 
 def test_layers_is_for_both_and_the_others_come_first(tmp_path):
     source = checkpoint(tmp_path / "a", layers=T5_LAYERS)
-    plan, _ = plan_stack(source, "stack", 4, {"decoder": 7, "encoder": None}, Options())
+    plan, _ = plan_stack(source, Options(), how="stack", layers=4, decoder_layers=7)
     assert {each: len(found) for each, found in plan.record.made.layers.items()} == {"encoder": 4, "decoder": 7}
 
 
@@ -707,7 +714,7 @@ def test_tensors_that_only_some_layers_have_are_refused(tmp_path):
         {n.replace("layer_", "blocks_"): v for n, v in _by_blocks(found, "identity", 2, 6).items()},
     )
     with pytest.raises(Incompatible, match="do not have the same tensors") as caught:
-        plan_stack(str(tmp_path / "b"), "stack", 6, {}, Options(arch=str(tmp_path / "own.toml")))
+        plan_stack(str(tmp_path / "b"), Options(arch=str(tmp_path / "own.toml")), how="stack", layers=6)
     assert "blocks_3/bias: none in layer 1" in str(caught.value.details)
 
 
@@ -766,9 +773,9 @@ def test_an_encoder_alone_by_a_table_of_one_s_own(tmp_path):
 def test_chunks_are_taken_over_as_they_are(tmp_path, fusectl):
     source = checkpoint(tmp_path / "a", layers=TINY, format="orbax-zarr2")
     for how in ("stack", "interleave"):
-        plan, _ = plan_stack(source, how, 4, {}, Options())
+        plan, _ = plan_stack(source, Options(), how=how, layers=4)
         assert plan.passed_bytes > 0.999 * plan.nonzero_bytes
-    plan, _ = plan_stack(source, "identity", 4, {}, Options())
+    plan, _ = plan_stack(source, Options(), how="identity", layers=4)
     assert plan.passed_bytes > 0.99 * plan.nonzero_bytes
 
     assert fusectl("stack", source, "--layers", 4, "--link", "-o", tmp_path / "b").code == 0

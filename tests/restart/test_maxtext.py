@@ -126,7 +126,7 @@ def test_the_streams_of_layers_go_along_and_their_keys_stay_keys(posttrained, tm
 @pytest.mark.slow
 def test_a_post_trained_model_becomes_deeper(posttrained, tmp_path):
     source = posttrained / "sft_unscanned/7"
-    plan, opened = plan_stack(str(source), "identity", 6, {}, Options())
+    plan, opened = plan_stack(str(source), Options(), how="identity", layers=6)
     carry_out(plan, opened, tmp_path / "8")
 
     assert verify(str(tmp_path / "8"), settings=WEIGHTS).passed
@@ -442,7 +442,7 @@ def test_what_of_a_state_is_no_parameters_is_held_against_the_source(trained, tm
 
 @pytest.mark.parametrize("how", ["identity", "stack"])
 def test_a_window_begins_anew_in_a_deeper_model_too(trained, tmp_path, how):
-    carry_out(*plan_stack(trained("skip"), how, 6, {}, Options()), tmp_path / "f")
+    carry_out(*plan_stack(trained("skip"), Options(), how=how, layers=6), tmp_path / "f")
 
     found = open_checkpoint(str(tmp_path / "f"))
     assert not found.read("opt_state/losses").any()

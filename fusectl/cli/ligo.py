@@ -1,32 +1,20 @@
-"""The commands that grow one checkpoint otherwise than by fusing it: stack, ligo, grow."""
+"""The command ligo: learning an operator, and applying it."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fusectl.cli.options import (
-    OPTIMIZER,
-    Arch,
     Common,
     Copied,
-    DecoderLayers,
     Described,
-    DryRun,
-    EncoderLayers,
-    Force,
     Grouped,
-    Layers,
-    MaxMemory,
-    OnDisk,
-    Output,
     Proven,
-    Running,
     Source,
     StepToWrite,
-    Verify,
     Writing,
     options_of,
     path_of,
@@ -36,53 +24,15 @@ from fusectl.cli.screen import Screen
 from fusectl.cli.writing import final_place, write
 from fusectl.errors import Incompatible, UsageError
 from fusectl.optimizer.kinds import OnState
-from fusectl.research.kinds import Way
-from fusectl.rules.kinds import How, Tie
+from fusectl.rules.kinds import Tie
 from fusectl.sources.lesson import Data, Init, Learning
+from fusectl.verbs import LayerCounts
 
 
 if TYPE_CHECKING:
     from fusectl.formats.objects import Place
 
 commands = typer.Typer()
-
-
-@commands.command(
-    cls=Grouped,
-    short_help="Make a checkpoint deeper, without data.",
-    epilog="Example: fusectl stack small/checkpoint_500000 --layers 24 --how identity",
-)
-@spread
-def stack(
-    source: Source = None,
-    *,
-    reading: Described,
-    layers: Layers = None,
-    encoder_layers: EncoderLayers = None,
-    decoder_layers: DecoderLayers = None,
-    how: Annotated[
-        How,
-        typer.Option(help="The whole stack again, each layer again, or new layers that add nothing at first."),
-    ] = How.STACK,
-    optimizer: Annotated[
-        Literal[OnState.CARRY, OnState.RESET, OnState.DROP],
-        typer.Option(help="The optimizer's state: along with the layers, zeros, or none.", rich_help_panel=OPTIMIZER),
-    ] = OnState.CARRY,
-    step: StepToWrite,
-    disk: OnDisk,
-    running: Running,
-    writing: Writing,
-    common: Common,
-) -> None:
-    """Make a checkpoint deeper: its layers again, or new ones that keep the function, the optimizer's state along."""
-    screen = common.screen("stack")
-    with screen.errors():
-        from fusectl.operations.stack import plan_stack
-
-        options = options_of(disk, running, reading, step, optimizer=optimizer)
-        depths = {"encoder": encoder_layers, "decoder": decoder_layers}
-        plan, opened = plan_stack(path_of(source), how, layers, depths, options)
-        write(screen, plan, opened, running, writing)
 
 
 @commands.command(
@@ -99,9 +49,7 @@ def ligo(
     heads: Annotated[int | None, typer.Option(help="Heads, of as many features as now.", min=1)] = None,
     kv_heads: Annotated[int | None, typer.Option(help="Kv heads. [default: as many for a head as now]", min=1)] = None,
     mlp: Annotated[int | None, typer.Option(help="The width of the MLP.", min=1)] = None,
-    layers: Layers = None,
-    encoder_layers: EncoderLayers = None,
-    decoder_layers: DecoderLayers = None,
+    depth: LayerCounts,
     data: Annotated[
         str | None,
         typer.Option(
@@ -158,10 +106,10 @@ def ligo(
         from fusectl.operations.ligo import begin_operator, plan_with_operator
         from fusectl.sources.operator import kept, open_operator
 
-        options = options_of(disk, running, reading, step, optimizer=OnState.DROP)
+        options = options_of(reading, step, disk, running, optimizer=OnState.DROP)
         path = path_of(source)
         sizes = {"embed": emb, "heads": heads, "kv_heads": kv_heads, "mlp": mlp}
-        depths = {"encoder": encoder_layers, "decoder": decoder_layers}
+        layers, depths = depth.layers, {"encoder": depth.encoder_layers, "decoder": depth.decoder_layers}
         of_learning = (data, operator_out, tie, init, steps, learning_rate, learner, target_length, sentinel)
         if operator is not None and any(
             each is not None for each in (*sizes.values(), *depths.values(), layers, *of_learning)
@@ -242,63 +190,3 @@ def _learned(
             hint="a smaller --learning-rate",
         )
     return str(at)
-
-
-@commands.command(
-    cls=Grouped,
-    short_help="Say which operator leads to larger sizes, and what it keeps.",
-    epilog="Example: fusectl grow small/checkpoint_500000 --to emb=1024,heads=16,mlp=4096,layers=12",
-)
-@spread
-def grow(
-    source: Source = None,
-    *,
-    to: Annotated[
-        str | None,
-        typer.Option(
-            "--to", metavar="NAME=N,...|FILE|CKPT", help="Sizes, a config (yml, json, gin), or another checkpoint."
-        ),
-    ] = None,
-    how: Annotated[
-        Way | None,
-        typer.Option(help="Grow by this operator. [default: say what there is]"),
-    ] = None,
-    data: Annotated[str | None, typer.Option(help="For ligo: what to learn from.")] = None,
-    output: Output = None,
-    arch: Arch = None,
-    max_memory: MaxMemory = None,
-    force: Force = False,
-    dry_run: DryRun = False,
-    verify: Verify = False,
-    common: Common,
-) -> None:
-    """Say which operators lead from a checkpoint to larger sizes and what each keeps; run the one that is asked for."""
-    screen = common.screen("grow")
-    with screen.errors():
-        from fusectl.formats.registry import open_checkpoint
-        from fusectl.research.routes import read_target, routes
-        from fusectl.sources.opened import recognized
-        from fusectl.sources.packed_qkv import unpacked
-
-        path = path_of(source)
-        if to is None:
-            raise UsageError("--to: what to grow to", hint="--to emb=1024,heads=16,mlp=4096,layers=12")
-        checkpoint = unpacked(open_checkpoint(path))
-        tree = recognized(checkpoint, arch)
-        found = routes(tree, read_target(to, tree), path)
-        if how is None:
-            screen.routes(found, path)
-            return
-        route = next(each for each in found if each.how == how)
-        if route.why_not:
-            raise Incompatible(f"{path}: {how} does not lead there", details=(route.why_not,), hint="without --how")
-        if len(route.steps) > 1:
-            raise UsageError(f"--how {how}: two steps, of which each writes a checkpoint", hint=route.command(path))
-        ((name, given),) = route.steps
-        options = {**given, **({"data": data} if how is Way.LIGO else {}), "arch": arch, "output": output}
-        options |= {"max_memory": max_memory, "force": force, "dry_run": dry_run, "verify": verify}
-    from fusectl.cli.surgery import self_fuse
-
-    # It prints what it has done, and its errors, itself.
-    commands: dict[str, Any] = {"self-fuse": self_fuse, "stack": stack, "ligo": ligo}
-    commands[name](path, **options, json=common.json, quiet=common.quiet, debug=common.debug)

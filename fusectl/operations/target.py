@@ -1,20 +1,13 @@
-"""Which operators lead from a checkpoint to larger sizes, and what each of them keeps: the front door to all of them.
+"""What a checkpoint is to grow to: sizes and depths, in words, from a config, or from another checkpoint.
 
-    self-fuse    widths that are K times as large            function, optimizer's state
-    stack        the same widths, more layers                with --how identity the function; the state
-    duplicate    any larger widths and depths                function
-    ligo         any larger widths and depths, with data     neither; the loss is lower than that of the others
-
-A target is written as `emb=1024,heads=16,mlp=4096,layers=12`, or taken from a config (MaxText's, gemma's, T5X's gin) or
-from another checkpoint.
+A target is written as `emb=1024,heads=16,mlp=4096,layers=12`, or taken from a config (MaxText's, gemma's, T5X's gin).
 """
 
 from __future__ import annotations
 
 import os
 import re
-import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,8 +17,6 @@ from fusectl.families.kinds import Trainer
 from fusectl.families.recognized import Recognized
 from fusectl.families.table import DECODER, ENCODER
 from fusectl.formats.registry import open_checkpoint
-from fusectl.research.kinds import Way
-from fusectl.rules.linear import growing_to
 from fusectl.sources.opened import recognized
 from fusectl.sources.packed_qkv import unpacked
 from fusectl.system.given import read_given
@@ -72,34 +63,6 @@ class Target:
     depths: Mapping[str, int]
 
 
-# A command, and what it is given.
-Step = tuple[str, Mapping[str, int | str]]
-
-
-@dataclass(frozen=True)
-class Route:
-    """One way: what it keeps, in words, the commands that follow each other and what they are given; or why it
-    does not lead there.
-    """
-
-    how: Way
-    keeps: str
-    steps: tuple[Step, ...] = ()
-    why_not: str = ""
-
-    def command(self, where: str) -> str:
-        """The line that goes there."""
-        lines = [
-            " ".join(["fusectl", name, *([] if i else [shlex.quote(where)]), *map(_option, given.items())])
-            for i, (name, given) in enumerate(self.steps)
-        ]
-        return " | ".join(lines)
-
-
-def _option(pair: tuple[str, int | str]) -> str:
-    return f"--{pair[0].replace('_', '-')} {pair[1]}"
-
-
 def read_target(text: str, tree: Recognized) -> Target:
     """The Target that a text, a config or another checkpoint is, for a model of this tree.
 
@@ -123,61 +86,6 @@ def read_target(text: str, tree: Recognized) -> Target:
         # Configs count them for all models, trees where they are fewer than heads.
         del found["kv_heads"]
     return Target({axis: found[axis] for axis in ("embed", "heads", "kv_heads", "mlp") if axis in found}, depths)
-
-
-def routes(tree: Recognized, target: Target, where: str) -> list[Route]:
-    """The Routes from a tree to a target, those that lead there first; raises Incompatible where none does."""
-    grown = growing_to(tree, target.sizes, target.depths, "pinv", where).grown
-    deeper = {stack: n for stack, n in grown.depths.items() if n != tree.depths[stack]}
-    ratios = {axis: grown.sizes[axis] / tree.sizes[axis] for axis in tree.sizes if axis in tree.family.grown}
-    wider = any(ratio != 1 for ratio in ratios.values())
-    if not wider and not deeper:
-        raise UsageError(f"{where}: it is as large as that already")
-    found = [_self_fuse(ratios, deeper), _stack(deeper, wider=wider), *_linear(tree, grown, deeper)]
-    return sorted(found, key=lambda route: bool(route.why_not))
-
-
-def _self_fuse(ratios: Mapping[str, float], deeper: Mapping[str, int]) -> Route:
-    copies = min(ratios.values())
-    keeps = "the function, exactly; the optimizer's state, exactly"
-    if set(ratios.values()) != {copies} or copies < 2 or copies % 1:
-        said = ", ".join(f"{axis} x {ratio:g}" for axis, ratio in ratios.items())
-        why_not = f"all widths have to be the same whole number of times larger: {said}"
-        return Route(Way.SELF_FUSE, keeps, why_not=why_not)
-    step: Step = ("self-fuse", {"copies": int(copies), "fill": "antisymmetric"})
-    if deeper:
-        return Route(Way.SELF_FUSE, f"{keeps}; new layers add nothing at first", (step, _identity(deeper)))
-    return Route(Way.SELF_FUSE, keeps, (step,))
-
-
-def _stack(deeper: Mapping[str, int], *, wider: bool) -> Route:
-    keeps = "the function, exactly (other --how do not); the optimizer's state of the layers that were there"
-    if wider:
-        return Route(Way.STACK, keeps, why_not="widths change, not only the number of layers")
-    return Route(Way.STACK, keeps, (_identity(deeper),))
-
-
-def _identity(deeper: Mapping[str, int]) -> Step:
-    return "stack", {**_depth_options(deeper), "how": "identity"}
-
-
-def _linear(tree: Recognized, grown: Recognized, deeper: Mapping[str, int]) -> Iterator[Route]:
-    sizes = {
-        word: grown.sizes[axis]
-        for word, axis in WORDS.items()
-        if axis in tree.family.grown and tree.sizes.get(axis) != grown.sizes.get(axis)
-    }
-    options: dict[str, int | str] = {**sizes, **_depth_options(deeper)}
-    lossless = (
-        "the function, exactly; copies of a unit stay equal until dropout, noise or rounding tells them apart; no state"
-    )
-    yield Route(Way.DUPLICATE, lossless, (("ligo", {**options, "steps": 0}),))
-    learned = "neither function nor state; it starts from the small model's loss and learns from there"
-    yield Route(Way.LIGO, learned, (("ligo", {**options, "data": "FILE"}),))
-
-
-def _depth_options(depths: Mapping[str, int]) -> dict[str, int | str]:
-    return {f"{stack}_layers": n for stack, n in depths.items()}
 
 
 def _read(text: str, tree: Recognized) -> dict[str, int]:
