@@ -3,7 +3,7 @@
 The library's verbs, imported on first use so that the command line starts at once:
 
     open_checkpoint                   formats/
-    Options                           planning/builder.py
+    Options                           planning/options.py
     plan_fusion                       operations/fuse.py
     plan_noise_fill                   operations/noise_fill.py
     plan_conversion                   operations/convert.py
@@ -19,7 +19,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _VERBS = {
-    "Options": "fusectl.planning.builder",
+    "Options": "fusectl.planning.options",
     "carry_out": "fusectl.writing.carrying_out",
     "plan_conversion": "fusectl.operations.convert",
     "plan_fusion": "fusectl.operations.fuse",

@@ -24,7 +24,7 @@ from fusectl.layout.fill import Fill, FillKind
 from fusectl.operations.fuse import plan_fusion
 from fusectl.operations.noise_fill import plan_noise_fill
 from fusectl.optimizer.slots import STATE, OptimizerState, fresh_slots
-from fusectl.planning.builder import Options
+from fusectl.planning.options import Options
 from fusectl.verification import Report, verify
 from fusectl.writing.carrying_out import carry_out
 

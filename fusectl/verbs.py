@@ -150,7 +150,7 @@ class OwnOptions:
 class Verb:
     """An operation.
 
-    `plan` is `module:function` of fusectl.operations: from paths or one path, planning.builder.Options, and the fields
+    `plan` is `module:function` of fusectl.operations: from paths or one path, planning.options.Options, and the fields
     of `options` by name, to a Plan and the opened sources. Commands of operations that do more than plan and write have
     a module of their own in cli/; that of all others is made of `groups` and `options`.
     """

@@ -17,7 +17,7 @@ from fusectl.formats.registry import FORMATS
 from fusectl.formats.staging import staging_of
 from fusectl.layout.fill import Fill
 from fusectl.operations.fuse import plan_fusion
-from fusectl.planning.builder import Options
+from fusectl.planning.options import Options
 from fusectl.system.memory import peak_rss_bytes
 from fusectl.writing.carrying_out import carry_out
 

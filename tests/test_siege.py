@@ -27,7 +27,7 @@ from fusectl.inspection.fsck import fsck
 from fusectl.networks.tokens import read_tokens
 from fusectl.operations.convert import plan_conversion
 from fusectl.operations.fuse import plan_fusion
-from fusectl.planning.builder import Options
+from fusectl.planning.options import Options
 from fusectl.system.escape import caption
 from fusectl.system.given import read_given
 from fusectl.verification import Report

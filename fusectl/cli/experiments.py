@@ -94,7 +94,7 @@ def theory(
     screen = common.screen("theory")
     with screen.errors():
         stay_on_the_cpu()
-        from fusectl.planning.builder import Options
+        from fusectl.planning.options import Options
         from fusectl.research.theory.fusion import Batch, is_fusion, paths_of
         from fusectl.research.theory.fusion import symmetry as run_symmetry
         from fusectl.research.theory.fusion import theory as run_theory

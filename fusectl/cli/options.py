@@ -39,7 +39,7 @@ from fusectl.verbs import Option, Verb
 if TYPE_CHECKING:
     from fusectl.layout.fill import Fill
     from fusectl.layout.mesh import Mesh
-    from fusectl.planning.builder import Options
+    from fusectl.planning.options import Options
     from fusectl.sources.lineage import Lineage
 
 
@@ -183,7 +183,7 @@ class Reading:
     drop: Drop = field(default_factory=list)
 
     def given(self) -> dict[str, Any]:
-        """What of planning.builder.Options it says; each group of such options has this method."""
+        """What of planning.options.Options it says; each group of such options has this method."""
         return {"arch": self.arch, "drop": tuple(self.drop)}
 
 
@@ -511,7 +511,7 @@ def _under(heading: str | None, hint: Any) -> Any:
 
 def options_of(*groups: Any, **more: Any) -> Options:
     """The library's Options, as groups of options say; `more` are those of one command."""
-    from fusectl.planning.builder import Options
+    from fusectl.planning.options import Options
 
     return Options(**{name: value for group in groups for name, value in group.given().items()}, **more)
 

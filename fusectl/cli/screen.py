@@ -475,7 +475,7 @@ def _print_plan(console: Console, plan: Plan, output: Place) -> None:
         ("chunks", _passing(plan)),
         ("zeros", "left out" if plan.sparse else "stored"),
         *([] if plan.mesh is None else [("mesh", _per_device(plan))]),
-        ("memory", f"at most {human(plan.budget_bytes)} in flight"),
+        ("memory", f"at most {human(plan.resources.budget)} in flight"),
     ]
     _print_facts(console, facts)
     rows = [("tensor", "shape", "axes", "dtype", "chunks", "codec", "passed")]

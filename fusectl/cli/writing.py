@@ -73,7 +73,7 @@ def write(
                 write_report(found, written.location.home)
 
         # The free memory may be another when it goes on, and the chunks with it.
-        budget = [] if running.max_memory else ["--max-memory", str(plan.budget_bytes)]
+        budget = [] if running.max_memory else ["--max-memory", str(plan.resources.budget)]
         carry_out(
             plan,
             opened,

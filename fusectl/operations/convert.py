@@ -20,18 +20,14 @@ from fusectl.layout.blocks import Block, Layout, Term, whole
 from fusectl.layout.fill import Fill, FillKind
 from fusectl.optimizer.kinds import OnState
 from fusectl.optimizer.slots import STATES, slot_axes
-from fusectl.planning.builder import (
-    Builder,
-    Options,
-    notes_on_items,
-    notes_on_mesh,
-    own_record,
-    plan_step,
-    source_record,
-    step_of,
-    target_of,
-)
+from fusectl.planning.builder import Builder
+from fusectl.planning.notes import notes_on_items, notes_on_mesh
+from fusectl.planning.options import Options
+from fusectl.planning.places import target_of
 from fusectl.planning.plan import Plan
+from fusectl.planning.records import own_record, source_record
+from fusectl.planning.resources import resources_of
+from fusectl.planning.step import plan_step, step_of
 from fusectl.sources.opened import Opened, ready, recognized, require_chunks
 from fusectl.sources.scan import restacked
 from fusectl.verbs import Converted, Fused, Mapped, Scan, Stacked
@@ -67,7 +63,8 @@ def plan_conversion(
     to_t5x = not out_format.keeps_tree
     origin = source.record.origin if source.record is not None else None
     places = _places(opened, None if to_t5x else origin, naming if to_t5x else None)
-    builder = Builder([opened], options, out_format, reserved_bytes=cache_bytes)
+    resources = resources_of(options.max_memory_bytes, out_format, cache=cache_bytes)
+    builder = Builder([opened], options, out_format, resources)
     _plan_tensors(builder, opened, places, options)
     stored = step_of(opened)
     if stored in places or to_t5x or options.step is not None:
@@ -97,10 +94,10 @@ def plan_conversion(
     )
     notes = [*source.location.notes, *builder.notes, *_notes(source, opened, options, layers, to_t5x=to_t5x), *on_mesh]
     dropped = tuple(name for name in source.leaves if is_dropped(name, options.drop))
-    plan = replace(builder.plan(record, item, notes, nodes), dropped=dropped)
-    if layers is not None and SCAN_LAYERS in plan.custom:
-        plan = replace(plan, custom={**plan.custom, SCAN_LAYERS: layers == Scan.SCANNED})
-    return plan, [seen]
+    custom = seen.custom
+    if layers is not None and SCAN_LAYERS in custom:
+        custom = {**custom, SCAN_LAYERS: layers == Scan.SCANNED}
+    return builder.plan(record, item, notes, nodes=nodes, dropped=dropped, custom=custom), [seen]
 
 
 def _plan_tensors(builder: Builder, opened: Opened, places: Mapping[str, Keys], options: Options) -> None:

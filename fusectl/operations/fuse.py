@@ -18,7 +18,6 @@ import fusectl
 from fusectl.errors import Incompatible, UsageError, shorten
 from fusectl.families.config import read_config
 from fusectl.families.kinds import Norm
-from fusectl.families.naming import Naming
 from fusectl.families.recognized import Recognized
 from fusectl.families.settings import TIED_LOGITS
 from fusectl.formats.record import Record, mean_weights
@@ -30,24 +29,19 @@ from fusectl.operations.routes import Larger, Route, Step
 from fusectl.optimizer.kinds import OnState
 from fusectl.optimizer.rates import CLIPPED, in_words, rates
 from fusectl.optimizer.slots import is_state
-from fusectl.planning.builder import (
-    Builder,
-    Options,
-    notes_on_items,
-    notes_on_mesh,
-    plan_auxiliary,
-    plan_step,
-    source_record,
-    target_of,
-)
-from fusectl.planning.exactness import Exactness, least, of_model, of_tensor
+from fusectl.planning.builder import Builder
+from fusectl.planning.exactness import Exactness, of_model, of_tensor
+from fusectl.planning.notes import notes_on_items, notes_on_mesh
 from fusectl.planning.optimizer import plan_state
+from fusectl.planning.options import Options
+from fusectl.planning.places import target_of
 from fusectl.planning.plan import Plan
+from fusectl.planning.records import source_record
+from fusectl.planning.step import plan_auxiliary, plan_step
 from fusectl.rules.fusion import Fusion, check_fill, fused, line_up
 from fusectl.sources.kv_heads import expanded, repeats
 from fusectl.sources.lineage import for_each, is_told
 from fusectl.sources.opened import Opened, open_source
-from fusectl.sources.packed_qkv import packed_name
 from fusectl.verbs import Fused
 
 
@@ -85,15 +79,6 @@ def plan_fusion(
     if equalize is not None:
         fusion = replace(fusion, residual_scales=residual_scales(opened, equalize))
     out_format, item, naming = target_of(first, options)
-    builder = Builder(opened, options, out_format)
-    for parameter in first.tree.shapes:
-        tensors = [o.full(parameter) for o in opened]
-        stored = first.checkpoint.leaves[tensors[0]].dtype
-        layout = fused(fusion, parameter, options.dtype or stored, options.fill, tensors)
-        builder.add(naming.full(parameter), layout, like=tensors[0], noise_name=parameter)
-    optimizer, kind = plan_state(builder, opened, fusion, options)
-    plan_step(builder, first, options, out_format)
-    plan_auxiliary(builder, opened)
     record = Record(
         version=fusectl.__version__,
         command=command,
@@ -104,7 +89,6 @@ def plan_fusion(
         widths=fusion.widths,
         norm_groups=tuple(group for o in opened for group in o.norm_groups),
         fill=options.fill,
-        optimizer=optimizer,
         drop=options.drop,
         norm=norm,
         residual_scales=fusion.residual_scales,
@@ -114,14 +98,25 @@ def plan_fusion(
         means_shared=fusion.means_shared,
         table=first.tree.family.table,
     )
+    builder = Builder(opened, options, out_format)
+    for parameter in first.tree.shapes:
+        tensors = [o.full(parameter) for o in opened]
+        stored = first.checkpoint.leaves[tensors[0]].dtype
+        layout = fused(fusion, parameter, options.dtype or stored, options.fill, tensors)
+        exact = exactness_in(fusion, record, parameter, layout.dtype, opened)
+        builder.add(naming.full(parameter), layout, like=tensors[0], noise_name=parameter, exactness=exact)
+    optimizer, kind = plan_state(builder, opened, fusion, options)
+    plan_step(builder, first, options, out_format)
+    plan_auxiliary(builder, opened)
     # Between different models blocks do not move alike.
     found = rates(fusion) if record.self_fused else {}
     notes = [*builder.notes, *_notes_on(opened, options, record), *on_mesh]
     if kind is not None and (words := in_words(found, kind)):
         notes.append(f"at an unchanged rate it moves faster; {kind} goes on as before with {words} (--lr-table FILE)")
         notes.append(f"not so where gradients are {CLIPPED}")
-    plan = replace(builder.plan(record, item, notes), rates=found)
-    return with_exactness(plan, naming, fusion, opened), [o.checkpoint for o in opened]
+    record = replace(record, optimizer=optimizer)
+    plan = builder.plan(record, item, notes, exactness=of_model(builder.exactness, record), rates=found)
+    return plan, [o.checkpoint for o in opened]
 
 
 def plan_self_fusion(path: str, options: Options, *, copies: int = 2) -> tuple[Plan, list[Checkpoint]]:
@@ -145,20 +140,10 @@ def route(larger: Larger) -> Route:
     return Route(f"{keeps}; new layers add nothing at first", (step, stacked))
 
 
-def with_exactness(plan: Plan, naming: Naming, fusion: Fusion, opened: Sequence[Opened]) -> Plan:
-    """The plan with what each parameter, and all of them, do for the mean of the logits."""
-    dtypes = {output.name: output.layout.dtype for output in plan.outputs}
-    found: dict[str, Exactness] = {}
-    for parameter in fusion.tree.rows:
-        name = naming.full(parameter)
-        # Of those that are packed again.
-        name = name if name in dtypes else packed_name(name)
-        stored = [epsilon(o.checkpoint.leaves[o.full(parameter)].dtype) for o in opened]
-        dtype = dtypes[name]
-        narrowed = epsilon(dtype) > min(stored)
-        found[name] = least((found.get(name), of_tensor(fusion, plan.record, parameter, dtype, narrowed=narrowed)))
-    outputs = tuple(replace(output, exactness=found.get(output.name)) for output in plan.outputs)
-    return replace(plan, outputs=outputs, exactness=of_model(list(found.values()), plan.record))
+def exactness_in(fusion: Fusion, record: Record, parameter: str, dtype: str, opened: Sequence[Opened]) -> Exactness:
+    """What a parameter, stored in a dtype, does for the mean of the logits."""
+    stored = [epsilon(o.checkpoint.leaves[o.full(parameter)].dtype) for o in opened]
+    return of_tensor(fusion, record, parameter, dtype, narrowed=epsilon(dtype) > min(stored))
 
 
 def open_sources(paths: Sequence[str], options: Options) -> list[Opened]:

@@ -15,19 +15,16 @@ from fusectl.operations.routes import Larger, Route
 from fusectl.operations.target import WORDS
 from fusectl.optimizer.kinds import OnState
 from fusectl.optimizer.slots import is_state
-from fusectl.planning.builder import (
-    Builder,
-    Options,
-    auxiliary,
-    notes_on_items,
-    notes_on_mesh,
-    plan_step,
-    source_record,
-    target_of,
-)
+from fusectl.planning.builder import Builder
 from fusectl.planning.exactness import APPROXIMATE, Exactness
+from fusectl.planning.notes import notes_on_items, notes_on_mesh
 from fusectl.planning.optimizer import DROPPED
+from fusectl.planning.options import Options
+from fusectl.planning.places import target_of
 from fusectl.planning.plan import Plan
+from fusectl.planning.records import source_record
+from fusectl.planning.resources import resources_of
+from fusectl.planning.step import auxiliary, plan_step
 from fusectl.rules.fusion import widths_of
 from fusectl.rules.linear import Application, Growing, growing_to
 from fusectl.sources.opened import Opened
@@ -76,7 +73,8 @@ def plan_with_operator(path: str, operator: Kept, options: Options) -> tuple[Pla
     # For the matrices of a layer, both as they are and inverted.
     matrix_bytes = min(options.max_memory_bytes // 4, 8 * MATRICES * _largest(growing))
     mapped_bytes = options.max_memory_bytes // 4
-    builder = Builder([opened], options, out_format, reserved_bytes=matrix_bytes + mapped_bytes)
+    resources = resources_of(options.max_memory_bytes, out_format, matrices=matrix_bytes, mapped=mapped_bytes)
+    builder = Builder([opened], options, out_format, resources)
     for parameter in grown.shapes:
         like = application.like(parameter)
         layout = application.layout(parameter, options.dtype or opened.checkpoint.leaves[opened.full(like)].dtype)
@@ -109,8 +107,7 @@ def plan_with_operator(path: str, operator: Kept, options: Options) -> tuple[Pla
     because = f"a linear operator has made it ({operator.how}): its loss is for verify to tell"
     exactness = Exactness() if operator.keeps_function else Exactness(APPROXIMATE, (because,))
     notes = [*opened.checkpoint.location.notes, *notes_on_items(opened.checkpoint), *builder.notes, *on_mesh]
-    plan = replace(builder.plan(record, item, notes), exactness=exactness)
-    plan = replace(plan, matrix_bytes=matrix_bytes, mapped_bytes=mapped_bytes)
+    plan = builder.plan(record, item, notes, exactness=exactness)
     return plan, [opened.checkpoint, *([] if own is None else [own])]
 
 

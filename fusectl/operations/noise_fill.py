@@ -10,18 +10,16 @@ from fusectl.formats.record import Record
 from fusectl.formats.tree import Checkpoint
 from fusectl.formats.zarr import np_dtype
 from fusectl.layout.fill import Fill, FillKind
-from fusectl.operations.fuse import with_exactness
+from fusectl.operations.fuse import exactness_in
 from fusectl.optimizer.kinds import OnState
 from fusectl.optimizer.slots import is_state, slot_axes
-from fusectl.planning.builder import (
-    Builder,
-    Options,
-    notes_on_items,
-    notes_on_mesh,
-    plan_step,
-    target_of,
-)
+from fusectl.planning.builder import Builder
+from fusectl.planning.exactness import of_model
+from fusectl.planning.notes import notes_on_items, notes_on_mesh
+from fusectl.planning.options import Options
+from fusectl.planning.places import target_of
 from fusectl.planning.plan import Plan
+from fusectl.planning.step import plan_step
 from fusectl.rules.fusion import Fusion, check_fill, equal_widths, filled
 from fusectl.sources.opened import Opened, open_source
 from fusectl.verbs import Fused
@@ -55,18 +53,6 @@ def plan_noise_fill(path: str, options: Options, *, copies: int | None = None) -
     check_fill(fusion, options.fill)
     on_mesh = notes_on_mesh(options.mesh, opened.tree, opened.tree.shapes)
     out_format, item, naming = target_of(opened, options)
-    builder = Builder([opened], options, out_format)
-    for parameter in opened.tree.shapes:
-        tensor = opened.full(parameter)
-        stored = opened.checkpoint.leaves[tensor].dtype
-        layout = filled(fusion, parameter, options.dtype or stored, options.fill, tensor)
-        builder.add(naming.full(parameter), layout, like=tensor, noise_name=parameter)
-    plan_step(builder, opened, options, out_format)
-    for name in opened.checkpoint.leaves:
-        if name not in builder.used and name not in opened.dropped:
-            axes = slot_axes(name, opened.checkpoint.leaves[name].shape, opened.tree, opened.tree.shapes)
-            builder.copy(name, axes=axes)
-    kept = any(is_state(output.name) for output in builder.outputs)
     record = replace(
         record,
         version=fusectl.__version__,
@@ -75,16 +61,30 @@ def plan_noise_fill(path: str, options: Options, *, copies: int | None = None) -
         table=opened.tree.family.table,
         fill=options.fill,
         parameters=naming.prefix,
-        optimizer=record.optimizer if kept else OnState.DROP,
         step=record.step if options.step is None else options.step,
         made=Fused(record.sources),
         origin=None if out_format.keeps_tree else record.origin,
         tensors={},
         files={},
     )
+    builder = Builder([opened], options, out_format)
+    for parameter in opened.tree.shapes:
+        tensor = opened.full(parameter)
+        stored = opened.checkpoint.leaves[tensor].dtype
+        layout = filled(fusion, parameter, options.dtype or stored, options.fill, tensor)
+        exact = exactness_in(fusion, record, parameter, layout.dtype, [opened])
+        builder.add(naming.full(parameter), layout, like=tensor, noise_name=parameter, exactness=exact)
+    plan_step(builder, opened, options, out_format)
+    for name in opened.checkpoint.leaves:
+        if name not in builder.used and name not in opened.dropped:
+            axes = slot_axes(name, opened.checkpoint.leaves[name].shape, opened.tree, opened.tree.shapes)
+            builder.copy(name, axes=axes)
+    kept = any(is_state(output.name) for output in builder.outputs)
+    record = replace(record, optimizer=record.optimizer if kept else OnState.DROP)
     of_items = notes_on_items(opened.checkpoint)
     notes = [*opened.checkpoint.location.notes, *of_items, *builder.notes, *_notes_on_fill(options.fill), *on_mesh]
-    return with_exactness(builder.plan(record, item, notes), naming, fusion, [opened]), [opened.checkpoint]
+    plan = builder.plan(record, item, notes, exactness=of_model(builder.exactness, record))
+    return plan, [opened.checkpoint]
 
 
 def _refuse_widening(opened: Opened, options: Options) -> None:

@@ -13,12 +13,10 @@ from fusectl.formats.tree import DICT, T5X_STEP, Key, is_dropped, keys_beside
 from fusectl.layout.fill import FillKind
 from fusectl.optimizer.kinds import OnState
 from fusectl.optimizer.slots import STATES
-from fusectl.planning.builder import (
-    Builder,
-    Options,
-    own_record,
-    target_of,
-)
+from fusectl.planning.builder import Builder
+from fusectl.planning.options import Options
+from fusectl.planning.places import target_of
+from fusectl.planning.records import own_record
 from fusectl.sources.opened import Opened, open_source
 from fusectl.verbs import Mapped, Stacked
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 from fusectl.errors import UsageError
 from fusectl.families.table import DECODER, ENCODER
@@ -13,19 +12,15 @@ from fusectl.layout.blocks import Layout
 from fusectl.operations.one_source import depths_wanted, grown_record, open_one
 from fusectl.operations.routes import Larger, Route
 from fusectl.optimizer.slots import unnamed
-from fusectl.planning.builder import (
-    Builder,
-    Options,
-    auxiliary,
-    notes_on_items,
-    notes_on_mesh,
-    plan_step,
-    source_record,
-    target_of,
-)
+from fusectl.planning.builder import Builder
 from fusectl.planning.exactness import APPROXIMATE, Exactness, least
+from fusectl.planning.notes import notes_on_items, notes_on_mesh
 from fusectl.planning.optimizer import plan_deeper_state
+from fusectl.planning.options import Options
+from fusectl.planning.places import target_of
 from fusectl.planning.plan import Plan
+from fusectl.planning.records import source_record
+from fusectl.planning.step import auxiliary, plan_step
 from fusectl.rules.depth import Deepening, deepen
 from fusectl.rules.kinds import How
 from fusectl.sources.opened import Opened
@@ -71,7 +66,7 @@ def plan_stack(
     of_source = [*opened.checkpoint.location.notes, *notes_on_items(opened.checkpoint)]
     notes = [*of_source, *builder.notes, *_notes(deepening, how), *on_mesh]
     exactness = least([*again, *_rounding(opened, options)])
-    return replace(builder.plan(record, item, notes), exactness=exactness), [opened.checkpoint]
+    return builder.plan(record, item, notes, exactness=exactness), [opened.checkpoint]
 
 
 def route(larger: Larger) -> Route:

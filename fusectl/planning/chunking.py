@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache, reduce
 
 from fusectl.formats.encoding import ZSTD_LEVEL, Encoding
+from fusectl.formats.registry import Format, format_named
 from fusectl.formats.tree import Leaf
 from fusectl.formats.zarr import Storage, new_storage, np_dtype
 from fusectl.layout.blocks import (
@@ -27,7 +28,10 @@ from fusectl.layout.blocks import (
     recurring_noise,
     size,
 )
+from fusectl.layout.fill import FillKind
 from fusectl.layout.mesh import divisors, fits
+from fusectl.planning.options import Options
+from fusectl.planning.resources import Resources
 from fusectl.system.threads import TOLERATED_EXCESS_BYTES
 
 
@@ -43,6 +47,20 @@ OCDBT_COPIES = 1
 CHUNKS_AT_ONCE = 6
 # Larger ones are not written into an OCDBT database in one piece: it takes four times their size.
 LARGEST_VALUE_BYTES = 32 << 20
+
+
+def storing_for(out_format: Format, options: Options, resources: Resources, sources: Sequence[str]) -> Storing:
+    """How a plan's tensors are stored in a format; `sources` are the formats of its sources."""
+    return Storing(
+        zarr=out_format.zarr,
+        codec=options.codec,
+        budget_bytes=resources.units,
+        ocdbt=out_format.ocdbt,
+        sparse=out_format.reads_left_out if options.sparse is None else options.sparse,
+        # With noise most of a source's data files would be of no use to the output.
+        refers=all(format_named(name).ocdbt for name in sources) and options.fill.kind is FillKind.ZEROS,
+        passthrough=options.passthrough,
+    )
 
 
 @dataclass(frozen=True, slots=True)

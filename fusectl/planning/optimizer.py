@@ -21,7 +21,8 @@ from fusectl.optimizer.slots import (
     slot_axes,
     unnamed,
 )
-from fusectl.planning.builder import Builder, Options
+from fusectl.planning.builder import Builder
+from fusectl.planning.options import Options
 from fusectl.rules.depth import Deepening
 from fusectl.rules.fusion import Fusion
 from fusectl.sources.opened import Opened

@@ -18,6 +18,7 @@ from fusectl.layout.blocks import Block, Layout, Region, Term, place_in_grid, sh
 from fusectl.layout.mesh import Mesh, bytes_read, fits
 from fusectl.optimizer.rates import Rate
 from fusectl.planning.exactness import Exactness
+from fusectl.planning.resources import Resources
 from fusectl.system.threads import TOLERATED_EXCESS_BYTES
 from fusectl.verbs import Mapped, Stacked
 
@@ -88,10 +89,7 @@ class Plan:
     record: Record
     dropped: tuple[str, ...]
     notes: tuple[str, ...]
-    budget_bytes: int
-    # Of an OCDBT database: how many bytes are committed at once, and how many it holds of what it has been given.
-    commit_bytes: int
-    pending_bytes: int
+    resources: Resources
     # Whether chunks of zeros are left out, whether the sources' files are linked where they are taken over, and whether
     # they are read then.
     sparse: bool = False
@@ -103,10 +101,6 @@ class Plan:
     exactness: Exactness | None = None
     # What the trainer has noted of the step.
     custom: Mapping[str, object] = field(default_factory=dict, repr=False)
-    # The memory for the matrices that axes are expanded with.
-    matrix_bytes: int = 0
-    # And for parts of kernels that have been.
-    mapped_bytes: int = 0
     # The learning rates that continue the trajectory, by parameter.
     rates: Mapping[str, Rate] = field(default_factory=dict, repr=False)
 
@@ -164,10 +158,10 @@ class Plan:
         if problems:
             raise Incompatible("a plan that contradicts itself; please report it with this text", details=problems)
         largest = max(self.outputs, key=lambda output: output.cost_bytes, default=None)
-        if largest is not None and largest.cost_bytes > self.budget_bytes + TOLERATED_EXCESS_BYTES:
+        if largest is not None and largest.cost_bytes > self.resources.budget + TOLERATED_EXCESS_BYTES:
             raise NotEnoughSpace(
                 f"{largest.name}: one chunk of it does not fit into the memory budget",
-                details=(f"{largest.cost_bytes:,} bytes needed, --max-memory is {self.budget_bytes:,}",),
+                details=(f"{largest.cost_bytes:,} bytes needed, --max-memory is {self.resources.budget:,}",),
                 hint=f"--max-memory {math.ceil(largest.cost_bytes / 2**20)}MiB",
             )
 
@@ -219,7 +213,7 @@ def summary(plan: Plan) -> Mapping[str, object]:
         "nonzero_bytes": plan.nonzero_bytes,
         "passed_bytes": plan.passed_bytes,
         "read_bytes": plan.read_bytes,
-        "max_memory_bytes": plan.budget_bytes,
+        "max_memory_bytes": plan.resources.budget,
         "mesh": plan.mesh and {**plan.mesh.as_json(), "bytes_per_device": plan.bytes_per_device},
         "sparse": plan.sparse,
         "link": plan.links,

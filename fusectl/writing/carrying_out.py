@@ -107,10 +107,10 @@ def carry_out(
         plan.record.fill,
         allow_nonfinite,
         plan.check_sources,
-        matrices=Matrices(sources, plan.matrix_bytes),
-        mapped=Cache(plan.mapped_bytes),
+        matrices=Matrices(sources, plan.resources.matrices),
+        mapped=Cache(plan.resources.mapped),
     )
-    manner = Manner(plan.sparse, plan.links, plan.commit_bytes)
+    manner = Manner(plan.sparse, plan.links, plan.resources.commit)
     out_format = format_named(plan.format)
     names = names_written((o.keys for o in plan.outputs), out_format, plan.item)
     with staged(output, force=force, sync=sync, resume=resume, names=names, kept=kept, note=note) as staging:

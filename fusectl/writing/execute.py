@@ -126,7 +126,7 @@ def execute(
             (output.cost_bytes + sink.copies * math.prod(output.chunks) * output.itemsize, partial(one, output, tile))
             for output, tile in _units(plan)
         ),
-        budget_bytes=plan.budget_bytes - plan.pending_bytes,
+        budget_bytes=plan.resources.units,
         jobs=jobs,
     )
     return {output.name: _checksums(output, sums[output.name]) for output in plan.outputs}
@@ -505,7 +505,7 @@ def measure_kernels(plan: Plan, work: Work, *, jobs: int, progress: Progress) ->
     tasks = (
         (2 * leaves[noise.like].reading_bytes, partial(measure, noise, output)) for noise, output in wanted.values()
     )
-    in_parallel(tasks, budget_bytes=plan.budget_bytes, jobs=jobs)
+    in_parallel(tasks, budget_bytes=plan.resources.budget, jobs=jobs)
     return found
 
 
@@ -548,7 +548,7 @@ def measure_means(plan: Plan, work: Work, *, jobs: int, progress: Progress) -> d
 
     in_parallel(
         ((2 * leaf.reading_bytes + sums_bytes(mean), partial(measure, mean)) for mean, leaf in leaves.items()),
-        budget_bytes=plan.budget_bytes,
+        budget_bytes=plan.resources.budget,
         jobs=jobs,
     )
     return found

@@ -38,7 +38,7 @@ def find_finished(
     if found.format != plan.format or not alike:
         return None
     read = check_files(
-        found, budget_bytes=plan.budget_bytes, jobs=jobs, allow_nonfinite=allow_nonfinite, progress=progress
+        found, budget_bytes=plan.resources.budget, jobs=jobs, allow_nonfinite=allow_nonfinite, progress=progress
     )
     problems = [*read.problems, *_unlike_their_sources(plan, sources, found)]
     if problems:

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from fusectl.operations.fuse import plan_fusion
-from fusectl.planning.builder import Options
+from fusectl.planning.options import Options
 from fusectl.writing.carrying_out import carry_out
 
 

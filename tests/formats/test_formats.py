@@ -16,7 +16,7 @@ from fusectl.formats.sink import save
 from fusectl.formats.store import directory, ocdbt
 from fusectl.layout.blocks import tiles
 from fusectl.operations.fuse import plan_fusion
-from fusectl.planning.builder import Options
+from fusectl.planning.options import Options
 from fusectl.writing.carrying_out import carry_out
 
 

@@ -16,7 +16,7 @@ from fusectl.inspection.diff import diff
 from fusectl.inspection.fsck import fsck
 from fusectl.operations.convert import plan_conversion
 from fusectl.operations.fuse import plan_fusion
-from fusectl.planning.builder import Options
+from fusectl.planning.options import Options
 from fusectl.verification import verify
 from fusectl.verification.report import FilesResult, FunctionResult, Report
 from fusectl.writing.carrying_out import carry_out

@@ -13,7 +13,7 @@ from fusectl.formats.registry import FORMATS, fingerprint, open_checkpoint
 from fusectl.inspection.fsck import fsck
 from fusectl.layout.fill import Fill
 from fusectl.operations.fuse import plan_fusion
-from fusectl.planning.builder import Options
+from fusectl.planning.options import Options
 from fusectl.verification import Settings, verify
 from fusectl.writing.carrying_out import carry_out
 

@@ -17,7 +17,7 @@ from fusectl.errors import Incompatible
 from fusectl.formats.registry import FORMATS, open_checkpoint
 from fusectl.inspection.fsck import fsck
 from fusectl.operations.convert import plan_conversion
-from fusectl.planning.builder import Options
+from fusectl.planning.options import Options
 from fusectl.writing.carrying_out import carry_out
 
 

@@ -13,7 +13,7 @@ from fusectl.formats.registry import open_checkpoint
 from fusectl.formats.sink import save
 from fusectl.formats.t5x import kept_in_index
 from fusectl.operations.fuse import plan_fusion
-from fusectl.planning.builder import Options
+from fusectl.planning.options import Options
 from fusectl.writing.carrying_out import carry_out
 
 

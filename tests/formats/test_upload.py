@@ -22,7 +22,7 @@ from fusectl.inspection.fsck import fsck
 from fusectl.layout.fill import Fill
 from fusectl.operations.fuse import plan_fusion
 from fusectl.planning import builder
-from fusectl.planning.builder import Options
+from fusectl.planning.options import Options
 from fusectl.verification import Settings, verify
 from fusectl.writing.carrying_out import carry_out
 from fusectl.writing.journal import Journal

@@ -25,7 +25,7 @@ from fusectl.formats.store import Extent
 from fusectl.inspection.fsck import fsck
 from fusectl.layout.fill import Fill
 from fusectl.operations.fuse import plan_fusion
-from fusectl.planning.builder import Options
+from fusectl.planning.options import Options
 from fusectl.system.memory import peak_rss_bytes
 from fusectl.writing.carrying_out import carry_out
 

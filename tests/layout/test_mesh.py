@@ -22,8 +22,8 @@ from fusectl.layout.mesh import STANDARD_RULES, Mesh, fits, parse_mesh
 from fusectl.operations.fuse import plan_fusion
 from fusectl.operations.noise_fill import plan_noise_fill
 from fusectl.optimizer.slots import slot_axes
-from fusectl.planning.builder import Options
 from fusectl.planning.chunking import SMALLEST_CHUNK_BYTES, choose_chunks
+from fusectl.planning.options import Options
 from fusectl.planning.plan import summary
 from fusectl.writing.carrying_out import carry_out
 from fusectl.writing.journal import digest_of, stamps_of

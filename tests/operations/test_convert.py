@@ -26,7 +26,7 @@ from fusectl.layout.fill import Fill
 from fusectl.operations.convert import plan_conversion
 from fusectl.operations.fuse import plan_fusion
 from fusectl.operations.noise_fill import plan_noise_fill
-from fusectl.planning.builder import Options
+from fusectl.planning.options import Options
 from fusectl.restart import restart
 from fusectl.verification import Settings, verify
 from fusectl.writing.carrying_out import carry_out

@@ -30,7 +30,7 @@ from fusectl.layout.fill import Fill
 from fusectl.operations.fuse import plan_fusion
 from fusectl.operations.noise_fill import plan_noise_fill
 from fusectl.optimizer.slots import is_state
-from fusectl.planning.builder import Options
+from fusectl.planning.options import Options
 from fusectl.verification import Declared, Settings, verify
 from fusectl.writing.carrying_out import carry_out
 
@@ -647,7 +647,7 @@ def test_official_sizes_are_planned_from_metadata_alone(tmp_path, family):
     tables = sizes["vocab"] * embed * (2 if family.startswith("maxtext") else 1)
     assert plan.nbytes == itemsize * (4 * kernels + 2 * norms + 2 * tables)
     assert plan.nonzero_bytes == itemsize * 2 * (kernels + norms + tables)
-    assert max(output.cost_bytes for output in plan.outputs) <= plan.budget_bytes + (1 << 20)
+    assert max(output.cost_bytes for output in plan.outputs) <= plan.resources.budget + (1 << 20)
     by_name = {output.name: output.layout.shape for output in plan.outputs}
     if family == "maxtext-llama-scanned":
         assert by_name["params/params/decoder/layers/self_attention/key/kernel"] == (8192, 32, 16, 128)

@@ -22,8 +22,8 @@ from fusectl.layout.blocks import Block, Layout, Term, whole
 from fusectl.layout.fill import Fill
 from fusectl.operations.fuse import plan_fusion
 from fusectl.operations.noise_fill import plan_noise_fill
-from fusectl.planning.builder import Options
 from fusectl.planning.chunking import Storing, choose_chunks
+from fusectl.planning.options import Options
 from fusectl.writing.carrying_out import carry_out
 
 

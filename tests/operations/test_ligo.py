@@ -20,7 +20,7 @@ from fusectl.formats.registry import open_checkpoint
 from fusectl.formats.sink import save
 from fusectl.operations.learning import network
 from fusectl.operations.ligo import begin_operator, plan_with_operator
-from fusectl.planning.builder import Options
+from fusectl.planning.options import Options
 from fusectl.sources.operator import CUSTOM, open_operator, save_operator
 from fusectl.verification import Settings, verify
 from fusectl.writing.carrying_out import carry_out

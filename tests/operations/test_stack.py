@@ -25,7 +25,7 @@ from fusectl.operations.convert import plan_conversion
 from fusectl.operations.fuse import plan_fusion
 from fusectl.operations.noise_fill import plan_noise_fill
 from fusectl.operations.stack import plan_stack
-from fusectl.planning.builder import Options
+from fusectl.planning.options import Options
 from fusectl.restart import restart
 from fusectl.rules.kinds import How
 from fusectl.testing.evaluate import evaluate_plan

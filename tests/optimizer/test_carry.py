@@ -26,7 +26,7 @@ from fusectl.networks.t5_flax import Transformer
 from fusectl.operations.convert import plan_conversion
 from fusectl.operations.fuse import plan_fusion
 from fusectl.optimizer.slots import STATE, adafactor_slots, factored_axes, find_state
-from fusectl.planning.builder import Options
+from fusectl.planning.options import Options
 from fusectl.verification import Settings, verify
 from fusectl.writing.carrying_out import carry_out, write_table
 

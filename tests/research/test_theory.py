@@ -18,7 +18,7 @@ from fusectl.layout.fill import Fill
 from fusectl.networks.tokens import random_tokens
 from fusectl.networks.training import batch_of
 from fusectl.operations.fuse import open_sources
-from fusectl.planning.builder import Options
+from fusectl.planning.options import Options
 from fusectl.research.theory import field
 from fusectl.research.theory.field import LARGEST_STEP, Losses, combined, convergence, derivatives, norm
 from fusectl.research.theory.fusion import Batch, _arrays, _lemmas, theory

@@ -21,7 +21,7 @@ from fusectl.formats.sink import save
 from fusectl.operations.convert import plan_conversion
 from fusectl.operations.fuse import plan_fusion
 from fusectl.operations.stack import plan_stack
-from fusectl.planning.builder import Options
+from fusectl.planning.options import Options
 from fusectl.verification import Settings, verify
 from fusectl.writing.carrying_out import carry_out
 

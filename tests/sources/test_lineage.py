@@ -11,7 +11,7 @@ from fusectl.formats.record import FILE_NAME
 from fusectl.formats.registry import open_checkpoint
 from fusectl.inspection.inspect import inspect
 from fusectl.operations.fuse import plan_fusion
-from fusectl.planning.builder import Options
+from fusectl.planning.options import Options
 from fusectl.restart import restart
 from fusectl.sources.lineage import Lineage, for_each, lineages, remembered
 from fusectl.writing.carrying_out import carry_out

@@ -19,7 +19,7 @@ from fusectl.networks.stages import Step
 from fusectl.networks.tokens import Tokens
 from fusectl.operations.fuse import plan_fusion
 from fusectl.operations.noise_fill import plan_noise_fill
-from fusectl.planning.builder import Options
+from fusectl.planning.options import Options
 from fusectl.sources.packed_qkv import unpacked
 from fusectl.verification import Settings, verify
 from fusectl.writing.carrying_out import carry_out

@@ -20,7 +20,7 @@ from fusectl.networks.stages import Part, Step
 from fusectl.networks.tokens import Tokens
 from fusectl.operations.fuse import plan_fusion
 from fusectl.operations.noise_fill import plan_noise_fill
-from fusectl.planning.builder import Options
+from fusectl.planning.options import Options
 from fusectl.verification import Declared, Settings, verify
 from fusectl.verification.logits import LogitsComparison
 from fusectl.writing.carrying_out import carry_out

@@ -8,7 +8,7 @@ from models import SIZES, checkpoint
 
 from fusectl.formats.registry import open_checkpoint
 from fusectl.operations.fuse import plan_fusion
-from fusectl.planning.builder import Options
+from fusectl.planning.options import Options
 from fusectl.writing.carrying_out import carry_out
 
 

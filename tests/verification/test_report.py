@@ -9,7 +9,7 @@ from models import checkpoint
 
 from fusectl.formats.registry import fingerprint, open_checkpoint
 from fusectl.operations.fuse import plan_fusion
-from fusectl.planning.builder import Options
+from fusectl.planning.options import Options
 from fusectl.verification import Settings, verify, write_report
 from fusectl.verification.page import draw, page
 from fusectl.verification.report import FILE_NAME, PAGE_NAME

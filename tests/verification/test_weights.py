@@ -15,7 +15,7 @@ from fusectl.formats.registry import open_checkpoint
 from fusectl.formats.sink import save
 from fusectl.layout.fill import Fill
 from fusectl.operations.fuse import plan_fusion
-from fusectl.planning.builder import Options
+from fusectl.planning.options import Options
 from fusectl.verification import Settings, verify, weights
 from fusectl.writing.carrying_out import carry_out
 

@@ -32,7 +32,8 @@ from fusectl.layout.blocks import (
     whole,
 )
 from fusectl.layout.fill import Fill
-from fusectl.planning.builder import Builder, Options
+from fusectl.planning.builder import Builder
+from fusectl.planning.options import Options
 from fusectl.sources.opened import Opened
 from fusectl.testing.evaluate import evaluate, evaluate_plan
 from fusectl.writing.carrying_out import carry_out

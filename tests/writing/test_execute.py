@@ -18,7 +18,7 @@ from fusectl.formats.sink import save
 from fusectl.layout.fill import Fill
 from fusectl.operations.fuse import plan_fusion
 from fusectl.planning import plan
-from fusectl.planning.builder import Options
+from fusectl.planning.options import Options
 from fusectl.writing import execute
 from fusectl.writing.carrying_out import carry_out
 

@@ -24,7 +24,7 @@ from fusectl.formats.zarr import METADATA_FILE
 from fusectl.layout.fill import Fill
 from fusectl.operations.fuse import plan_fusion
 from fusectl.operations.noise_fill import plan_noise_fill
-from fusectl.planning.builder import Options
+from fusectl.planning.options import Options
 from fusectl.writing.carrying_out import carry_out
 
 
@@ -581,7 +581,7 @@ def test_what_a_unit_of_work_takes_is_counted(tmp_path):
     def cost(**options):
         plan, _ = plan_fusion([a, a], Options(**options))
         # What is given to a database stays with it until it is committed.
-        assert (plan.pending_bytes > 0) == FORMATS[plan.format].ocdbt
+        assert (plan.resources.pending > 0) == FORMATS[plan.format].ocdbt
         return next(output.cost_bytes for output in plan.outputs if output.name == KERNEL)
 
     assert cost() == 2 * chunk

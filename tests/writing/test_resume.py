@@ -30,7 +30,7 @@ from fusectl.layout.fill import Fill
 from fusectl.operations.fuse import plan_fusion
 from fusectl.operations.ligo import begin_operator
 from fusectl.planning import builder
-from fusectl.planning.builder import Options
+from fusectl.planning.options import Options
 from fusectl.sources.operator import save_operator
 from fusectl.system.memory import peak_rss_bytes
 from fusectl.writing.carrying_out import carry_out

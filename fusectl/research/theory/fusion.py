@@ -28,7 +28,7 @@ from fusectl.networks.tokens import DEFAULT_BATCH, DEFAULT_LENGTH, Tokens, rando
 from fusectl.networks.training import batch_of
 from fusectl.operations.fuse import open_sources, shared_differ
 from fusectl.operations.learning.learn import examples_of
-from fusectl.planning.builder import Options
+from fusectl.planning.options import Options
 from fusectl.research.theory.field import LARGEST_STEP, Convergence, Derivatives, Losses, convergence, derivatives, norm
 from fusectl.research.theory.space import Space
 from fusectl.research.theory.symmetry import Symmetry, of_checkpoint, of_fusion, symmetry_of
