@@ -23,7 +23,8 @@ from fusectl.formats.sink import save
 from fusectl.layout.fill import Fill, FillKind
 from fusectl.operations.fuse import plan_fusion
 from fusectl.operations.noise_fill import plan_noise_fill
-from fusectl.optimizer.slots import STATE, OptimizerState, fresh_slots
+from fusectl.optimizer.adafactor import Adafactor
+from fusectl.optimizer.state import STATE
 from fusectl.planning.options import Options
 from fusectl.verification import Report, verify
 from fusectl.writing.carrying_out import carry_out
@@ -119,7 +120,7 @@ def random_t5x_state(
     state: dict[str, npt.NDArray[Any]] = {f"target/{name}": values for name, values in target.items()}
     tree = recognize({name: values.shape for name, values in state.items()}, family.name, family.name)
     rng = np.random.default_rng(seed + 1_000_000)
-    for name, shape in fresh_slots(OptimizerState("adafactor", (), factored=True), tree, tree.shapes).items():
+    for name, shape in Adafactor(factored=True).fresh(tree, tree.shapes).items():
         used = shape != (1,)
         state[name] = (rng.uniform(1e-6, 1e-4, shape) if used else np.zeros(shape)).astype(np.float32)
     assert all(name.startswith((STATE, "target/")) for name in state)

@@ -24,7 +24,7 @@ from fusectl.formats.registry import open_location
 from fusectl.formats.store import MANIFEST, Extent, Files, ocdbt
 from fusectl.formats.tree import Checkpoint, Location
 from fusectl.formats.zarr import METADATA_FILE
-from fusectl.optimizer.slots import find_state, unlike_their_parameters
+from fusectl.optimizer.registry import find_state, unlike_their_parameters
 from fusectl.sources.opened import recognized
 from fusectl.system.jsontree import parsed
 from fusectl.system.threads import Progress, Silent, default_jobs, default_max_memory_bytes

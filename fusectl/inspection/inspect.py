@@ -14,7 +14,9 @@ from fusectl.families.registry import family_named
 from fusectl.families.table import Family, Row
 from fusectl.formats.registry import FORMATS, open_checkpoint
 from fusectl.formats.tree import Checkpoint
-from fusectl.optimizer.slots import OptimizerState, find_state
+from fusectl.optimizer.registry import find_state
+from fusectl.optimizer.state import OptimizerState
+from fusectl.optimizer.unknown import Unknown
 from fusectl.sources.lineage import Lineage, remembered
 from fusectl.sources.opened import recognized
 from fusectl.sources.packed_qkv import unpacked
@@ -122,7 +124,7 @@ def inspect(path: str, arch: str | None = None, lineage: Lineage | None = None) 
     apart = unpacked(checkpoint)
     family = family_named(arch) if arch else None
     missing = tuple(chunk for name in checkpoint.leaves for chunk in checkpoint.missing_chunks(name))
-    unknown = OptimizerState("unknown", ())
+    unknown = Unknown()
     try:
         tree = recognized(apart, family)
     except Incompatible as error:

@@ -24,7 +24,8 @@ from fusectl.families.recognized import Recognized
 from fusectl.families.table import EMBEDDING
 from fusectl.networks.run import twin_of
 from fusectl.networks.tokens import Tokens
-from fusectl.optimizer.slots import FACTORED_FROM, STATE, UNUSED
+from fusectl.optimizer.adafactor import FACTORED_FROM
+from fusectl.optimizer.state import STATE, UNUSED
 
 
 Array = Any

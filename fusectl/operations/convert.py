@@ -19,7 +19,7 @@ from fusectl.formats.tree import DICT, T5X_STEP, Checkpoint, Key, Node, dict_key
 from fusectl.layout.blocks import Block, Layout, Term, whole
 from fusectl.layout.fill import Fill, FillKind
 from fusectl.optimizer.kinds import OnState
-from fusectl.optimizer.slots import STATES, slot_axes
+from fusectl.optimizer.state import STATES, slot_axes
 from fusectl.planning.builder import Builder
 from fusectl.planning.notes import notes_on_items, notes_on_mesh
 from fusectl.planning.options import Options

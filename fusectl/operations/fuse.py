@@ -28,7 +28,7 @@ from fusectl.operations.equalize import Equalize, residual_scales
 from fusectl.operations.routes import Larger, Route, Step
 from fusectl.optimizer.kinds import OnState
 from fusectl.optimizer.rates import CLIPPED, in_words, rates
-from fusectl.optimizer.slots import is_state
+from fusectl.optimizer.state import is_state
 from fusectl.planning.builder import Builder
 from fusectl.planning.exactness import Exactness, of_model, of_tensor
 from fusectl.planning.notes import notes_on_items, notes_on_mesh
@@ -105,14 +105,16 @@ def plan_fusion(
         layout = fused(fusion, parameter, options.dtype or stored, options.fill, tensors)
         exact = exactness_in(fusion, record, parameter, layout.dtype, opened)
         builder.add(naming.full(parameter), layout, like=tensors[0], noise_name=parameter, exactness=exact)
-    optimizer, kind = plan_state(builder, opened, fusion, options)
+    optimizer, state = plan_state(builder, opened, fusion, options)
     plan_step(builder, first, options, out_format)
     plan_auxiliary(builder, opened)
     # Between different models blocks do not move alike.
     found = rates(fusion) if record.self_fused else {}
     notes = [*builder.notes, *_notes_on(opened, options, record), *on_mesh]
-    if kind is not None and (words := in_words(found, kind)):
-        notes.append(f"at an unchanged rate it moves faster; {kind} goes on as before with {words} (--lr-table FILE)")
+    if words := in_words(found, state.steps):
+        notes.append(
+            f"at an unchanged rate it moves faster; {state.kind} goes on as before with {words} (--lr-table FILE)"
+        )
         notes.append(f"not so where gradients are {CLIPPED}")
     record = replace(record, optimizer=optimizer)
     plan = builder.plan(record, item, notes, exactness=of_model(builder.exactness, record), rates=found)

@@ -14,7 +14,7 @@ from fusectl.operations.one_source import depths_wanted, grown_record, open_one
 from fusectl.operations.routes import Larger, Route
 from fusectl.operations.target import WORDS
 from fusectl.optimizer.kinds import OnState
-from fusectl.optimizer.slots import is_state
+from fusectl.optimizer.state import is_state
 from fusectl.planning.builder import Builder
 from fusectl.planning.exactness import APPROXIMATE, Exactness
 from fusectl.planning.notes import notes_on_items, notes_on_mesh

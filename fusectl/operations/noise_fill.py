@@ -12,7 +12,7 @@ from fusectl.formats.zarr import np_dtype
 from fusectl.layout.fill import Fill, FillKind
 from fusectl.operations.fuse import exactness_in
 from fusectl.optimizer.kinds import OnState
-from fusectl.optimizer.slots import is_state, slot_axes
+from fusectl.optimizer.state import is_state, slot_axes
 from fusectl.planning.builder import Builder
 from fusectl.planning.exactness import of_model
 from fusectl.planning.notes import notes_on_items, notes_on_mesh

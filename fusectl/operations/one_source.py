@@ -12,7 +12,7 @@ from fusectl.formats.record import Origin, Record
 from fusectl.formats.tree import DICT, T5X_STEP, Key, is_dropped, keys_beside
 from fusectl.layout.fill import FillKind
 from fusectl.optimizer.kinds import OnState
-from fusectl.optimizer.slots import STATES
+from fusectl.optimizer.state import STATES
 from fusectl.planning.builder import Builder
 from fusectl.planning.options import Options
 from fusectl.planning.places import target_of

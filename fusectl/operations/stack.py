@@ -11,7 +11,7 @@ from fusectl.formats.zarr import epsilon
 from fusectl.layout.blocks import Layout
 from fusectl.operations.one_source import depths_wanted, grown_record, open_one
 from fusectl.operations.routes import Larger, Route
-from fusectl.optimizer.slots import unnamed
+from fusectl.optimizer.state import unnamed
 from fusectl.planning.builder import Builder
 from fusectl.planning.exactness import APPROXIMATE, Exactness, least
 from fusectl.planning.notes import notes_on_items, notes_on_mesh

@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 
 from fusectl.errors import Incompatible
 from fusectl.layout.blocks import Block, Factor, Mean, Product, Region, Term, whole
-from fusectl.optimizer.slots import FIRST_MOMENTS, UNUSED, Axes, OptimizerState
+from fusectl.optimizer.state import UNUSED, Axes, OptimizerState, Order
 from fusectl.rules.fusion import Fusion, stored_offset, stored_scale
 
 
@@ -49,7 +49,7 @@ class Carry:
         first = self.states[0]
         for parameter in self.fusion.tree.shapes:
             shape, spec = self.fusion.fused_shape(parameter), self.fusion.tree.rows[parameter].spec
-            for slot in first.moments:
+            for slot in first.moments(parameter):
                 kept = first.axes_of(slot, shape, spec)
                 if kept is None:
                     yield first.slot(parameter, slot), UNUSED, ()
@@ -85,7 +85,7 @@ class Carry:
             shares = dict.fromkeys(shares, 1.0)
         every = tuple(range(len(kept)))
         for one, share in shares.items():
-            if slot in FIRST_MOMENTS:
+            if self.states[0].is_first(slot):
                 tensor = self.states[one].slot(parameter, slot)
                 yield Term(one, tensor, whole(self.fusion.source_shape(parameter, one)), share)
                 continue
@@ -113,12 +113,13 @@ class Carry:
         own, scale = self.models[writes], gradient_scale(self.fusion, parameter, writes)
         squared = scale**2
         shape = self.fusion.source_shape(parameter, own)
-        if slot in FIRST_MOMENTS:
+        if self.states[0].is_first(slot):
             if self.models[reads] == own:
-                by = scale if slot == "mu" else growth(self.fusion, parameter)
+                by = scale if self.states[0].orders[slot] is Order.GRADIENT else rms_ratio(self.fusion, parameter)
                 if math.isnan(by):
+                    whose = f"{self.states[0].kind.capitalize()}'s momentum of a norm"
                     raise Incompatible(
-                        f"{parameter}: Adafactor's momentum of a norm that multiplies with 1 + scale cannot be carried",
+                        f"{parameter}: {whose} that multiplies with 1 + scale cannot be carried",
                         hint="--optimizer reset",
                     )
                 yield Term(own, self.states[own].slot(parameter, slot), whole(shape), by)
@@ -151,7 +152,7 @@ class Carry:
     def _mean(self, source: int, parameter: str, kept: Axes) -> Mean:
         """The mean of a source's second moments over all axes but these."""
         state, shape = self.states[source], self.fusion.source_shape(parameter, source)
-        slot, has = state.second_moments(kept, shape, self.fusion.tree.rows[parameter].spec)
+        slot, has = state.second_moments(parameter, kept, shape, self.fusion.tree.rows[parameter].spec)
         over = tuple(i for i, axis in enumerate(has) if axis not in kept)
         return Mean(source, state.slot(parameter, slot), over)
 
@@ -163,7 +164,7 @@ def gradient_scale(fusion: Fusion, parameter: str, source: int) -> float:
     return fusion.weights[source] / stored_scale(fusion, fusion.tree.rows[parameter], source)
 
 
-def growth(fusion: Fusion, parameter: str) -> float:
+def rms_ratio(fusion: Fusion, parameter: str) -> float:
     """RMS of a fused parameter over that of a source, as if all sources had one; noise is left out of account.
 
     NaN where more than a factor is between the two: a norm that multiplies with 1 + scale.

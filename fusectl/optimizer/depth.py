@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from fusectl.layout.blocks import Block
-from fusectl.optimizer.slots import FIRST_MOMENTS, UNUSED, OptimizerState
+from fusectl.optimizer.state import UNUSED, OptimizerState
 from fusectl.rules.depth import Deepening, blocks_of
 
 
@@ -20,10 +20,10 @@ def deepened_slots(
     for parameter, row in deepening.grown.rows.items():
         pieces = list(deepening.pieces(parameter))
         like = pieces[0].parameter
-        for slot in state.moments:
+        for slot in state.moments(like):
             kept = state.axes_of(slot, deepening.grown.shapes[parameter], row.spec)
             axes = () if kept is None else tuple(row.spec.axes[axis] for axis in kept)
             shape = UNUSED if kept is None else tuple(deepening.grown.shapes[parameter][axis] for axis in kept)
-            moved = [piece for piece in pieces if slot not in FIRST_MOMENTS or not piece.in_idle_layer]
-            blocks = blocks_of(moved, axes, shape, partial(state.slot, what=slot)) if kept is not None else ()
+            moved = [piece for piece in pieces if not state.is_first(slot) or not piece.in_idle_layer]
+            blocks = blocks_of(moved, axes, shape, partial(state.slot, moment=slot)) if kept is not None else ()
             yield state.slot_beside(like, parameter, slot), state.slot(like, slot), shape, blocks

@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fusectl.optimizer.carry import gradient_scale, growth
+from fusectl.optimizer.carry import gradient_scale, rms_ratio
+from fusectl.optimizer.state import Steps
 from fusectl.rules.fusion import Fusion, stored_scale
 
 
@@ -53,7 +54,7 @@ def _rate(fusion: Fusion, parameter: str) -> Rate:
     add_up = fusion.copies if reads and writes else 1
     adam = scale / add_up
     gradient = gradient_scale(fusion, parameter, 0)
-    wider = growth(fusion, parameter)
+    wider = rms_ratio(fusion, parameter)
     return Rate(kind, adam / gradient, adam, None if math.isnan(wider) else adam / wider, gradient)
 
 
@@ -152,10 +153,10 @@ def Adafactor(*args, **kwargs):
 '''
 
 
-def in_words(found: Mapping[str, Rate], optimizer: str) -> str | None:
-    """The factors for an optimizer in a line; None where there are none, or nothing changes."""
-    by_kind = {
-        rate.kind: float(factor) for rate in found.values() if (factor := getattr(rate, optimizer, None)) is not None
-    }
+def in_words(found: Mapping[str, Rate], steps: Steps | None) -> str | None:
+    """The factors for an optimizer whose steps scale so, in a line; None where there are none, or nothing changes."""
+    if steps is None:
+        return None
+    by_kind = {rate.kind: float(factor) for rate in found.values() if (factor := getattr(rate, steps)) is not None}
     changed = [f"{kind} x {factor:.4g}" for kind, factor in by_kind.items() if not math.isclose(factor, 1.0)]
     return ", ".join(changed) or None

@@ -19,7 +19,7 @@ from fusectl.formats.tree import STEPS, Key, Node, is_dropped
 from fusectl.layout.blocks import Block, Layout, Term, whole
 from fusectl.optimizer.kinds import OnState
 from fusectl.optimizer.rates import Rate
-from fusectl.optimizer.slots import STATES, is_state, unnamed
+from fusectl.optimizer.state import STATES, is_state, unnamed
 from fusectl.planning.chunking import storing_for
 from fusectl.planning.exactness import Exactness
 from fusectl.planning.options import Options

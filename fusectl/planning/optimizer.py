@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import replace
 
 from fusectl.errors import Incompatible
 from fusectl.families.kinds import Norm
@@ -11,16 +10,9 @@ from fusectl.layout.blocks import Block, Layout
 from fusectl.optimizer.carry import Carry, same_models
 from fusectl.optimizer.depth import deepened_slots
 from fusectl.optimizer.kinds import OnState
-from fusectl.optimizer.slots import (
-    FIRST_MOMENTS,
-    OptimizerState,
-    factored_axes,
-    find_state,
-    fresh_slots,
-    is_state,
-    slot_axes,
-    unnamed,
-)
+from fusectl.optimizer.registry import find_state
+from fusectl.optimizer.state import OptimizerState, is_state, slot_axes, unnamed
+from fusectl.optimizer.unknown import NoState
 from fusectl.planning.builder import Builder
 from fusectl.planning.options import Options
 from fusectl.rules.depth import Deepening
@@ -34,17 +26,19 @@ DROPPED = "optimizer: dropped; the trainer begins a new one, whose first updates
 RESET = "reset to zeros; the step is kept, so the first updates are of full size: warm up"
 
 
-def plan_state(builder: Builder, opened: Sequence[Opened], fusion: Fusion, options: Options) -> tuple[str, str | None]:
+def plan_state(
+    builder: Builder, opened: Sequence[Opened], fusion: Fusion, options: Options
+) -> tuple[str, OptimizerState]:
     """Plans the optimizer's slots: carried over, zeros of the right shapes, or none.
 
-    What was done, in a word, and which optimizer's slots there are.
+    What was done, in a word, and the state that was, NoState where none is left.
     """
     first = opened[0]
     with_state = [any(is_state(n) and n not in o.dropped for n in o.checkpoint.leaves) for o in opened]
     if not any(with_state) or options.optimizer == OnState.DROP:
         if any(with_state):
             builder.notes.append(DROPPED)
-        return (OnState.DROP if any(with_state) else "none"), None
+        return (OnState.DROP if any(with_state) else "none"), NoState()
     if not with_state[0] or (options.optimizer != OnState.RESET and not all(with_state)):
         without = [o.label for o, has in zip(opened, with_state, strict=True) if not has]
         raise Incompatible(
@@ -60,7 +54,7 @@ def plan_state(builder: Builder, opened: Sequence[Opened], fusion: Fusion, optio
     fused_shapes = {name: fusion.fused_shape(name) for name in first.tree.shapes}
     slots: Iterable[tuple[str, tuple[int, ...], tuple[Block, ...]]]
     if options.optimizer == OnState.RESET:
-        slots = ((name, shape, ()) for name, shape in fresh_slots(state, first.tree, fused_shapes).items())
+        slots = ((name, shape, ()) for name, shape in state.fresh(first.tree, fused_shapes).items())
         effect = RESET
     else:
         carry = Carry(
@@ -76,7 +70,7 @@ def plan_state(builder: Builder, opened: Sequence[Opened], fusion: Fusion, optio
     for name, shape, blocks in slots:
         axes = slot_axes(name, shape, first.tree, fused_shapes)
         dtype = first.checkpoint.leaves[name].dtype
-        if blocks and dtype == "float16" and state.names_of(name)[1] not in FIRST_MOMENTS:
+        if blocks and dtype == "float16" and not state.is_first(state.names_of(name)[1]):
             raise Incompatible(
                 f"{name}: second moments in float16, which come to zero when they are scaled", hint="--optimizer reset"
             )
@@ -84,7 +78,7 @@ def plan_state(builder: Builder, opened: Sequence[Opened], fusion: Fusion, optio
         planned.add(name)
     plan_beside(builder, first, state, planned, reset=options.optimizer == OnState.RESET)
     builder.notes.append(f"optimizer: {state.kind}, {len(state.names)} slots {effect}")
-    return options.optimizer, state.kind
+    return options.optimizer, state
 
 
 def plan_deeper_state(builder: Builder, opened: Opened, deepening: Deepening, options: Options) -> str:
@@ -137,13 +131,9 @@ def _one_optimizer(states: Sequence[OptimizerState], opened: Sequence[Opened]) -
 
     Raises Incompatible unless they are of one optimizer with one set of settings, and of one dtype for each slot.
     """
-    told = next((s.factored for s in states if not s.may_be_either), True)
-    states = [replace(s, factored=told) if s.may_be_either else s for s in states]
-    said = [
-        f"{s.kind}{', factored' * s.factored}{', with momentum' * s.momentum} in {o.label}"
-        for s, o in zip(states, opened, strict=True)
-    ]
-    if len({(s.kind, s.factored, s.momentum) for s in states}) == 1:
+    states = [s.among(states) for s in states]
+    said = [f"{s} in {o.label}" for s, o in zip(states, opened, strict=True)]
+    if len(set(map(str, states))) == 1:
         dtypes = [{o.checkpoint.leaves[name].dtype for name in s.names} for s, o in zip(states, opened, strict=True)]
         said = [f"{', '.join(sorted(found))} in {o.label}" for found, o in zip(dtypes, opened, strict=True)]
         if all(found == dtypes[0] for found in dtypes):
@@ -157,13 +147,9 @@ def _one_optimizer(states: Sequence[OptimizerState], opened: Sequence[Opened]) -
 
 def _notes_on_state(carry: Carry, opened: Sequence[Opened]) -> list[str]:
     """What the sources' states do not tell; raises Incompatible where one count of updates cannot stand for all."""
-    notes = []
-    state = carry.states[0]
-    if state.may_be_either and any(
-        factored_axes(carry.fusion.fused_shape(name), carry.fusion.tree.rows[name].spec)
-        for name in carry.fusion.tree.shapes
-    ):
-        notes.append("too small a source to tell whether Adafactor is factored: taken for T5X's default, factored")
+    fusion = carry.fusion
+    shapes = {name: fusion.fused_shape(name) for name in fusion.tree.shapes}
+    notes = list(carry.states[0].doubts(fusion.tree, shapes))
     counters = [[n for n in s.beside if n not in s.anew] for s in carry.states]
     counts = [[int(o.checkpoint.read(n)) for n in names] for names, o in zip(counters, opened, strict=True)]
     if any(each != counts[0] for each in counts):

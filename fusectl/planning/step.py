@@ -12,7 +12,7 @@ from fusectl.formats.registry import Format
 from fusectl.formats.tree import STEPS, T5X_STEP, Key
 from fusectl.formats.zarr import np_dtype
 from fusectl.layout.blocks import Block, Layout, Product
-from fusectl.optimizer.slots import is_state
+from fusectl.optimizer.state import is_state
 from fusectl.planning.builder import Builder
 from fusectl.planning.options import Options
 from fusectl.sources.opened import Opened

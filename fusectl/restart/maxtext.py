@@ -21,7 +21,7 @@ from fusectl.formats.objects import Place
 from fusectl.formats.record import Record
 from fusectl.formats.registry import format_named
 from fusectl.formats.tree import Checkpoint, Location
-from fusectl.optimizer.slots import is_state
+from fusectl.optimizer.state import is_state
 from fusectl.restart.base import Restart, notes_on_history, notes_on_norm, require_read
 from fusectl.sources.packed_qkv import PACKED
 

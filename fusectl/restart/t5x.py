@@ -20,7 +20,7 @@ from fusectl.formats.locate import T5X_STEP
 from fusectl.formats.registry import format_named
 from fusectl.formats.tree import Checkpoint
 from fusectl.formats.zarr import np_dtype
-from fusectl.optimizer.slots import is_state
+from fusectl.optimizer.state import is_state
 from fusectl.planning.options import LARGEST_STEP
 from fusectl.restart.base import Restart, not_read, notes_on_history, notes_on_lineage, require_read
 from fusectl.restart.ginfile import GinFiles, literal, read_gin

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from fusectl.families.recognized import Recognized
 from fusectl.formats.tree import Checkpoint, Leaf, View
 from fusectl.layout.blocks import Region, whole
-from fusectl.optimizer.slots import slot_axes
+from fusectl.optimizer.state import slot_axes
 from fusectl.rules.fusion import query_groups
 from fusectl.sources.opened import Opened
 

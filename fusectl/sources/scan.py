@@ -27,7 +27,8 @@ from fusectl.families.table import Family, Row, stack_of
 from fusectl.formats.tree import Checkpoint, Leaf, View, dict_keys, kept_shapes, keys_beside
 from fusectl.formats.zarr import np_dtype
 from fusectl.layout.blocks import Region, chunk_at, intersect, places_in_grid, slices, whole
-from fusectl.optimizer.slots import FIRST_MOMENTS, UNUSED, OptimizerState, find_state, is_state
+from fusectl.optimizer.registry import find_state
+from fusectl.optimizer.state import UNUSED, OptimizerState, is_state
 from fusectl.sources.opened import recognized
 from fusectl.system.lru import Cache
 
@@ -189,18 +190,18 @@ class _Made:
         """The full names of the parameter and its slots, and what they are made of: nothing for one not in use."""
         axes = tuple(self.here_row.spec.axes), tuple(self.there_row.spec.axes)
         yield self.tree.full(self.here), self._part(self.tree.full, *axes)
-        for slot in state.moments:
+        for slot in state.moments(self.there[0][0]):
             name = state.slot_beside(self.there[0][0], self.here, slot)
             kept = _axes_of(state, slot, self.here_shape, self.here_row)
             if kept is None:
                 yield name, None
                 continue
             other, theirs = self._like(state, slot, kept, where)
-            yield name, self._part(partial(state.slot, what=other), kept, theirs)
+            yield name, self._part(partial(state.slot, moment=other), kept, theirs)
 
     def slots_of_sources(self, state: OptimizerState) -> Iterator[str]:
         """The full names of all slots of the source's parameters, those not in use among them."""
-        return (state.slot(parameter, slot) for parameter, _ in self.there for slot in state.moments)
+        return (state.slot(parameter, slot) for parameter, _ in self.there for slot in state.moments(parameter))
 
     def _part(self, full: Callable[[str], str], here: tuple[str, ...], there: tuple[str, ...]) -> _Part:
         """What a tensor with the axes `here` is made of, whose source's have the axes `there`."""
@@ -214,13 +215,13 @@ class _Made:
     def _like(self, state: OptimizerState, slot: str, kept: tuple[str, ...], where: str) -> tuple[str, tuple[str, ...]]:
         """The source's slot that has the same axes but for the layers, whatever it is called, and its axes."""
         there = self.there[0][0]
-        for other in state.moments:
+        for other in state.moments(there):
             axes = _axes_of(state, other, self.tree.shapes[there], self.there_row)
-            of_one_kind = (other in FIRST_MOMENTS) == (slot in FIRST_MOMENTS)
+            of_one_kind = state.is_first(other) == state.is_first(slot)
             if of_one_kind and axes is not None and _without_layers(axes) == _without_layers(kept):
                 return other, axes
         raise Incompatible(
-            f"{where}: {there}: Adafactor factors it in one layout of its layers and not in the other",
+            f"{where}: {there}: {state.kind.capitalize()} factors it in one layout of its layers and not in the other",
             hint="--drop-optimizer leaves the state out",
         )
 

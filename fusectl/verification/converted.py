@@ -20,7 +20,7 @@ from fusectl.formats.record import Origin
 from fusectl.formats.registry import fingerprint, format_named, open_checkpoint
 from fusectl.formats.tree import NONE, STEPS, T5X_STEP, Checkpoint, Key, dict_keys, is_dropped
 from fusectl.layout.blocks import Region, common_tile, size, tiles
-from fusectl.optimizer.slots import is_state
+from fusectl.optimizer.state import is_state
 from fusectl.sources.opened import own_family, recognized
 from fusectl.sources.scan import restacked
 from fusectl.system.threads import Progress, in_parallel

@@ -21,7 +21,8 @@ import numpy.typing as npt
 from fusectl.formats.tree import kept_shapes
 from fusectl.layout.blocks import Region, intersect, shifted, slices, tiles, whole
 from fusectl.optimizer.kinds import OnState
-from fusectl.optimizer.slots import FIRST_MOMENTS, Axes, OptimizerState, find_state
+from fusectl.optimizer.registry import find_state
+from fusectl.optimizer.state import Axes, OptimizerState, Order
 from fusectl.verification.blocks import Blocks
 from fusectl.verification.claim import Claim
 
@@ -63,9 +64,13 @@ class Slots:
                 continue
             inside = shifted(part, place, whole(tuple(map(len, place))))
             at = slices(part, region)
-            if slot in FIRST_MOMENTS:
+            if self.fused.is_first(slot):
                 if self._models[reads] == self._models[writes]:
-                    scale = self._growth(parameter) if slot == "m" else self._gradient(parameter, writes)
+                    scale = (
+                        self._growth(parameter)
+                        if self.fused.orders[slot] is Order.UPDATE
+                        else self._gradient(parameter, writes)
+                    )
                     out[at] += scale * self._read(writes, parameter, slot, inside)
                 continue
             missing = [axis for axis in range(len(cell)) if axis not in kept]
@@ -79,7 +84,7 @@ class Slots:
     def _of_shared(self, parameter: str, slot: str, kept: Axes, region: Region) -> Array:
         """A region of the slot of a parameter that does not grow, and gets the gradients of all sources."""
         weights = self._claim.record.weights
-        if slot in FIRST_MOMENTS:
+        if self.fused.is_first(slot):
             first = [w * self._read(i, parameter, slot, region) for i, w in enumerate(weights)]
             return np.asarray(sum(first))
         roots = [w * np.sqrt(self._mean(i, parameter, kept)[slices(region)]) for i, w in enumerate(weights)]
@@ -141,7 +146,7 @@ class Slots:
 
     def _slot_with(self, source: int, parameter: str, kept: Axes) -> tuple[str, Axes]:
         tree = self._claim.trees[source]
-        return self._states[source].second_moments(kept, tree.shapes[parameter], tree.rows[parameter].spec)
+        return self._states[source].second_moments(parameter, kept, tree.shapes[parameter], tree.rows[parameter].spec)
 
     def _read(self, source: int, parameter: str, slot: str, region: Region) -> Array:
         name = self._states[source].slot(parameter, slot)

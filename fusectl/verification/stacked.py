@@ -23,7 +23,8 @@ from fusectl.formats.registry import format_named
 from fusectl.formats.tree import STEPS, Checkpoint, kept_shapes
 from fusectl.layout.blocks import Region, common_tile, shifted, size, tiles, whole
 from fusectl.optimizer.kinds import OnState
-from fusectl.optimizer.slots import FIRST_MOMENTS, UNUSED, OptimizerState, find_state, is_state
+from fusectl.optimizer.registry import find_state
+from fusectl.optimizer.state import UNUSED, OptimizerState, is_state
 from fusectl.rules.kinds import How
 from fusectl.system.threads import Progress, in_parallel
 from fusectl.verbs import Stacked
@@ -142,10 +143,10 @@ class Deeper(Grown):
 
     def slots(self) -> Iterator[tuple[str, str, str]]:
         """The full name of every slot that should be there, its parameter, and which moment it is."""
-        if self.has_state and self._state.moments:
+        if self.has_state:
             for parameter in self.tree.shapes:
                 like = self.like(parameter)
-                for moment in self._state.moments:
+                for moment in self._state.moments(like):
                     yield self._state.slot_beside(like, parameter, moment), parameter, moment
 
     def like(self, parameter: str) -> str:
@@ -205,7 +206,7 @@ class Deeper(Grown):
                 yield Comparison(name, whole(self.fused.leaves[name].shape), None)
             else:
                 axes = tuple(row.spec.axes[axis] for axis in kept)
-                yield from self._of_tensor(parameter, name, axes, moment, 0.0 if moment in FIRST_MOMENTS else None)
+                yield from self._of_tensor(parameter, name, axes, moment, 0.0 if self._state.is_first(moment) else None)
         for name in self._beside:
             anew = reset or name in self._state.anew
             yield Comparison(name, whole(self._state.beside[name]), None if anew else name)

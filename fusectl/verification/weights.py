@@ -26,7 +26,8 @@ from fusectl.layout.blocks import Region, common_tile, shifted, size, slices, ti
 from fusectl.layout.fill import FillKind
 from fusectl.layout.noise import unit_noise
 from fusectl.optimizer.kinds import OnState
-from fusectl.optimizer.slots import find_state, is_state
+from fusectl.optimizer.registry import find_state
+from fusectl.optimizer.state import is_state
 from fusectl.sources.packed_qkv import place_of
 from fusectl.system.threads import Progress, in_parallel
 from fusectl.verification.blocks import Blocks, Slices, unit, within_rounding

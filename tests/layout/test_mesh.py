@@ -21,7 +21,7 @@ from fusectl.layout.fill import Fill
 from fusectl.layout.mesh import STANDARD_RULES, Mesh, fits, parse_mesh
 from fusectl.operations.fuse import plan_fusion
 from fusectl.operations.noise_fill import plan_noise_fill
-from fusectl.optimizer.slots import slot_axes
+from fusectl.optimizer.state import slot_axes
 from fusectl.planning.chunking import SMALLEST_CHUNK_BYTES, choose_chunks
 from fusectl.planning.options import Options
 from fusectl.planning.plan import summary

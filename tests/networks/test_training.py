@@ -13,7 +13,7 @@ from fusectl.formats.sink import save
 from fusectl.networks.examples import read_examples
 from fusectl.networks.training import Recipe, Trainer, random_parameters
 from fusectl.operations.fuse import plan_fusion
-from fusectl.optimizer.slots import find_state
+from fusectl.optimizer.registry import find_state
 from fusectl.planning.options import Options
 from fusectl.writing.carrying_out import carry_out
 

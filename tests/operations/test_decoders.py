@@ -29,7 +29,7 @@ from fusectl.formats.sink import save
 from fusectl.layout.fill import Fill
 from fusectl.operations.fuse import plan_fusion
 from fusectl.operations.noise_fill import plan_noise_fill
-from fusectl.optimizer.slots import is_state
+from fusectl.optimizer.state import is_state
 from fusectl.planning.options import Options
 from fusectl.verification import Declared, Settings, verify
 from fusectl.writing.carrying_out import carry_out

@@ -25,7 +25,9 @@ from fusectl.networks import t5_stages as t5_twin
 from fusectl.networks.t5_flax import Transformer
 from fusectl.operations.convert import plan_conversion
 from fusectl.operations.fuse import plan_fusion
-from fusectl.optimizer.slots import STATE, adafactor_slots, factored_axes, find_state
+from fusectl.optimizer.adafactor import adafactor_slots, factored_axes
+from fusectl.optimizer.registry import find_state
+from fusectl.optimizer.state import STATE
 from fusectl.planning.options import Options
 from fusectl.verification import Settings, verify
 from fusectl.writing.carrying_out import carry_out, write_table

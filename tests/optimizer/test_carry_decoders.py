@@ -15,7 +15,7 @@ from fusectl.formats.sink import save
 from fusectl.networks import decoder_stages as decoder_twin
 from fusectl.networks.decoder_flax import Decoder
 from fusectl.operations.fuse import plan_fusion
-from fusectl.optimizer.slots import find_state
+from fusectl.optimizer.registry import find_state
 from fusectl.planning.options import Options
 from fusectl.verification import Settings, verify
 from fusectl.writing.carrying_out import carry_out

@@ -7,7 +7,9 @@ from fusectl.errors import Incompatible
 from fusectl.families.recognition import recognize
 from fusectl.formats.registry import open_checkpoint
 from fusectl.layout.axes import parse_axes
-from fusectl.optimizer.slots import STATE, UNUSED, adafactor_slots, find_state, fresh_slots
+from fusectl.optimizer.adafactor import adafactor_slots
+from fusectl.optimizer.registry import find_state
+from fusectl.optimizer.state import STATE, UNUSED
 
 
 def slots(shape, axes, **kwargs):
@@ -68,7 +70,7 @@ def test_the_slots_of_every_fixture_are_the_ones_the_rule_predicts(written, vari
 
     own = {name: shape for name, shape in checkpoint.shapes.items() if name.startswith(STATE)}
     assert found.kind == "adafactor"
-    assert fresh_slots(found, tree, tree.shapes) == own
+    assert found.fresh(tree, tree.shapes) == own
 
 
 def test_momentum_and_unfactored_slots_are_recognized():
@@ -93,7 +95,7 @@ def test_adam_in_t5x_is_recognized_and_grows_with_its_parameters():
     doubled = {name: tuple(2 * n for n in shape) for name, shape in tree.shapes.items()}
 
     found = find_state(shapes, tree, "here")
-    fresh = fresh_slots(found, tree, doubled)
+    fresh = found.fresh(tree, doubled)
 
     assert found.kind == "adam"
     assert fresh[f"{STATE}0/count"] == ()
