@@ -21,8 +21,9 @@ from fusectl.cli import run
 from fusectl.demo import parameter_shapes, random_parameters, random_t5x_state
 from fusectl.families.registry import FAMILIES, family_named
 from fusectl.formats.encoding import Encoding
+from fusectl.formats.opening import open_checkpoint
 from fusectl.formats.record import FILE_NAME, signed
-from fusectl.formats.registry import format_named, open_checkpoint
+from fusectl.formats.registry import format_named
 from fusectl.formats.sink import Manner, NewTensor, Sink, save
 from fusectl.formats.tree import dict_keys
 from fusectl.formats.zarr import new_storage

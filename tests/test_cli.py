@@ -21,8 +21,9 @@ from models import SIZES, WIDER, checkpoint, state
 
 from fusectl import cli
 from fusectl.cli.options import gather
-from fusectl.formats.locate import JOURNAL
-from fusectl.formats.registry import FORMATS, open_checkpoint
+from fusectl.formats.names import JOURNAL
+from fusectl.formats.opening import open_checkpoint
+from fusectl.formats.registry import FORMATS
 from fusectl.formats.sink import save
 
 

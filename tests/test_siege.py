@@ -19,8 +19,9 @@ from fusectl.errors import Corrupt, FusectlError, NotFound, OutputExists, UsageE
 from fusectl.families.config import read_config
 from fusectl.families.userfile import parse_family
 from fusectl.formats import staging
-from fusectl.formats.locate import JOURNAL
-from fusectl.formats.registry import FORMATS, open_checkpoint
+from fusectl.formats.names import JOURNAL
+from fusectl.formats.opening import open_checkpoint
+from fusectl.formats.registry import FORMATS
 from fusectl.formats.sink import Sink, save
 from fusectl.formats.staging import can_be_resumed, staging_of
 from fusectl.inspection.fsck import fsck

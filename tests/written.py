@@ -6,7 +6,8 @@ import warnings
 import numpy as np
 from models import SIZES
 
-from fusectl.formats.registry import format_named, open_checkpoint
+from fusectl.formats.opening import open_checkpoint
+from fusectl.formats.registry import format_named
 from fusectl.formats.sink import save
 
 

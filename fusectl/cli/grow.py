@@ -65,7 +65,7 @@ def grow(
     """Say which operators lead from a checkpoint to larger sizes and what each keeps; run the one that is asked for."""
     screen = common.screen("grow")
     with screen.errors():
-        from fusectl.formats.registry import open_checkpoint
+        from fusectl.formats.opening import open_checkpoint
         from fusectl.operations.routes import routes
         from fusectl.operations.target import read_target
         from fusectl.sources.opened import recognized

@@ -99,7 +99,7 @@ def verify(
     screen = common.screen("verify")
     with screen.errors():
         stay_on_the_cpu()
-        from fusectl.formats.registry import open_checkpoint
+        from fusectl.formats.opening import open_checkpoint
         from fusectl.verification import Declared, Settings, verify_checkpoint, write_report
 
         if plot is not None:

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Self
 
 
 class FormatName(StrEnum):
-    """The formats by the names of --format; ORBAX is a choice among the Orbax layouts, by the family's trainer."""
+    """The formats by the names of --format, each with the module here that has it.
 
-    T5X = "t5x"
+    ORBAX is a choice among the Orbax layouts, by the family's trainer.
+    """
+
+    module: str
+
+    def __new__(cls, name: str, module: str = "") -> Self:
+        found = str.__new__(cls, name)
+        found._value_, found.module = name, module
+        return found
+
+    T5X = "t5x", "t5x"
     ORBAX = "orbax"
-    ORBAX_OCDBT_ZARR3 = "orbax-ocdbt-zarr3"
-    ORBAX_OCDBT_ZARR2 = "orbax-ocdbt-zarr2"
-    ORBAX_ZARR2 = "orbax-zarr2"
-    ORBAX_ZARR3 = "orbax-zarr3"
+    ORBAX_OCDBT_ZARR3 = "orbax-ocdbt-zarr3", "orbax"
+    ORBAX_OCDBT_ZARR2 = "orbax-ocdbt-zarr2", "orbax"
+    ORBAX_ZARR2 = "orbax-zarr2", "orbax"
+    ORBAX_ZARR3 = "orbax-zarr3", "orbax"
 
 
 class Codec(StrEnum):

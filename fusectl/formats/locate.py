@@ -18,38 +18,32 @@ from pathlib import Path
 
 from fusectl.errors import Corrupt, FusectlError, NotFound, StorageError, UsageError
 from fusectl.formats.foreign import refuse_directory, refuse_file, refuse_files_in
+from fusectl.formats.kinds import FormatName
+from fusectl.formats.names import (
+    COMMITTED,
+    JOURNAL,
+    LEASE,
+    ORBAX_INDEX,
+    PACKED_INDEX,
+    PREFIXED,
+    STEP,
+    STEP_METADATA,
+    T5X_INDEX,
+    TEMPORARY_SUFFIX,
+    step_of,
+)
 from fusectl.formats.objects import ObjectPath, Place, head, read_small
+from fusectl.formats.registry import COMPLETING, FORMATS
 from fusectl.formats.store import MANIFEST, Files, ocdbt
+from fusectl.formats.t5x import is_t5x
 from fusectl.formats.tree import Location
 from fusectl.system.jsontree import parsed
 
 
-T5X_INDEX = "checkpoint"
-ORBAX_INDEX = "_METADATA"
-# Next to it; that of the first process is all that fusectl reads and writes.
-ARRAY_METADATAS = "array_metadatas/process_0"
-STRINGS = "_strings.json"
-# Orbax before 0.4.3 had this one instead, of the name of T5X's; up to 0.5.20 it may hold values beside the other.
-PACKED_INDEX = "checkpoint"
-STEP_METADATA = "_CHECKPOINT_METADATA"
-COMMITTED = "commit_success.txt"
-TEMPORARY_SUFFIX = ".fusectl-tmp"
-# What tells that an unfinished write can be gone on with; removed once the checkpoint has appeared.
-JOURNAL = "fusectl-journal.jsonl"
-# Who is writing to a place in a bucket.
-LEASE = "fusectl-lease.json"
 # It may hold a user's metrics.
 LARGEST_STEP_BYTES = 16 << 20
 
-# The names of directories that T5X restores from (t5x/checkpoints_utils.py, get_step_from_checkpoint_dir).
-T5X_STEP = re.compile(r"checkpoint_\d+")
-
 _TEMPORARY = re.compile(rf"\.orbax-checkpoint-tmp|\.tmp-\d+$|{re.escape(TEMPORARY_SUFFIX)}$")
-_STEP = re.compile(r"(?:checkpoint_)?(\d+)$")
-# With the `step_prefix` of a manager of Orbax's.
-_PREFIXED = re.compile(r"(.+)_(\d+)$")
-# How T5X's index begins, which has the name of Orbax's old one: {"version": …
-_T5X, _T5X_BYTES = re.compile(rb"[\x81-\x8f]\xa7version"), 9
 # And what Orbax's is: a dictionary, a list or a tuple.
 _PACKED = re.compile(rb"[\x80-\x9f\xc7-\xc9\xd4-\xd8\xdc-\xdf]")
 # Of several items in a step, the ones that hold the model, best first.
@@ -103,8 +97,9 @@ def _at_directory(at: Place, *, or_root: bool = True) -> Location:
     _refuse_uncommitted(at, names)
     if _is_item(at):
         return _item(at)
-    if T5X_INDEX in names and (_is_t5x(at) or any(name.startswith("target.") for name in names)):
-        return Location(at, at, "t5x", step=_step_of(at))
+    for each in FORMATS.values():
+        if (found := each.find(at, names)) is not None:
+            return found
     if or_root and STEP_METADATA not in names and _steps(at, names):
         # Whatever else lies next to them.
         return _newest(at)
@@ -151,17 +146,13 @@ def _is_item(at: Place) -> bool:
     """Whether a directory has one of Orbax's indexes: `_METADATA`, or before 0.4.3 a tree in `checkpoint`."""
     if (at / ORBAX_INDEX).is_file():
         return True
-    return _PACKED.match(head(at / PACKED_INDEX, 1)) is not None and not _is_t5x(at)
-
-
-def _is_t5x(at: Place) -> bool:
-    return _T5X.match(head(at / T5X_INDEX, _T5X_BYTES)) is not None
+    return _PACKED.match(head(at / PACKED_INDEX, 1)) is not None and not is_t5x(at)
 
 
 def _items(at: Place, names: set[str]) -> list[str]:
     """The items of a step; in a root, what looks like one is a step that was saved without items."""
     in_root = STEP_METADATA not in names
-    return [n for n in sorted(names) if not (in_root and _STEP.fullmatch(n)) and _is_item(at / n)]
+    return [n for n in sorted(names) if not (in_root and STEP.fullmatch(n)) and _is_item(at / n)]
 
 
 def _chosen(items: list[str]) -> str | None:
@@ -171,12 +162,17 @@ def _chosen(items: list[str]) -> str | None:
 
 def _item(at: Place) -> Location:
     home, own = at.parent, (at / STEP_METADATA).is_file()
-    if not (home / STEP_METADATA).is_file() and (own or not _STEP.fullmatch(home.name)):
+    if not (home / STEP_METADATA).is_file() and (own or not STEP.fullmatch(home.name)):
         # Saved by itself; also into the directory of a step, as `DIR/0/items`.
-        return Location(at, at, "orbax", step=_step_of(at) if _STEP.fullmatch(at.name) or not own else _step_of(home))
+        return Location(
+            at,
+            at,
+            FormatName.ORBAX,
+            step=step_of(at.name) if STEP.fullmatch(at.name) or not own else step_of(home.name),
+        )
     _refuse_uncommitted(home, names_in(home))
     by_home = _chosen(_items(home, names_in(home))) == at.name
-    return Location(at, home, "orbax", item=at.name, step=_numbered(home.name), by_home=by_home)
+    return Location(at, home, FormatName.ORBAX, item=at.name, step=_numbered(home.name), by_home=by_home)
 
 
 def _step_directory(at: Place, items: list[str]) -> Location:
@@ -186,15 +182,15 @@ def _step_directory(at: Place, items: list[str]) -> Location:
     _refuse_uncommitted(at / chosen, names_in(at / chosen))
     if (at / chosen / STEP_METADATA).is_file() and not (at / STEP_METADATA).is_file():
         return _item(at / chosen)
-    return Location(at / chosen, at, "orbax", item=chosen, step=_numbered(at.name))
+    return Location(at / chosen, at, FormatName.ORBAX, item=chosen, step=_numbered(at.name))
 
 
 def _steps(root: Place, names: set[str]) -> dict[str, int]:
     """The steps in a root, by the names of their directories: `20`, `checkpoint_20`, or all with one `step_prefix`."""
-    steps = {name: int(found.group(1)) for name in names if (found := _STEP.fullmatch(name))}
+    steps = {name: int(found.group(1)) for name in names if (found := STEP.fullmatch(name))}
     if steps:
         return steps
-    prefixed = {name: found for name in names if (found := _PREFIXED.fullmatch(name)) and _is_step(root / name)}
+    prefixed = {name: found for name in names if (found := PREFIXED.fullmatch(name)) and _is_step(root / name)}
     one = len({found.group(1) for found in prefixed.values()}) == 1
     return {name: int(found.group(2)) for name, found in prefixed.items()} if one else {}
 
@@ -229,17 +225,12 @@ def names_in(at: Place) -> set[str]:
 
 def unfinished(names: set[str]) -> bool:
     """Whether a directory with these names in it is one that fusectl has not written to the end."""
-    return not names.isdisjoint({JOURNAL, LEASE}) and names.isdisjoint({COMMITTED, T5X_INDEX})
-
-
-def _step_of(at: Place) -> int | None:
-    found = _STEP.fullmatch(at.name)
-    return int(found.group(1)) if found else None
+    return not names.isdisjoint({JOURNAL, LEASE}) and names.isdisjoint(COMPLETING)
 
 
 def _numbered(name: str) -> int | None:
     """The number of a step that a manager has named, with a prefix or without."""
-    found = _PREFIXED.fullmatch(name)
+    found = PREFIXED.fullmatch(name)
     return int(found.group(2)) if found else int(name) if name.isdecimal() else None
 
 
@@ -249,7 +240,7 @@ def _half_written(at: Place, names: set[str]) -> bool:
     return not inside_array and (
         "manifest.ocdbt" in names
         or any(n.startswith("target.") for n in names)
-        or any((at / n / "manifest.ocdbt").is_file() for n in names if not _STEP.fullmatch(n))
+        or any((at / n / "manifest.ocdbt").is_file() for n in names if not STEP.fullmatch(n))
     )
 
 
@@ -263,7 +254,7 @@ def is_checkpoint(at: Place) -> bool:
     """Whether a directory has the looks of a checkpoint: a step or an item, sound or not."""
     return (
         (at / ORBAX_INDEX).is_file()
-        or ((at / T5X_INDEX).is_file())
+        or any((at / name).is_file() for name in COMPLETING - {COMMITTED})
         or (at / STEP_METADATA).is_file()
         or any(child.is_dir() and (child / ORBAX_INDEX).is_file() for child in at.iterdir())
     )
@@ -273,7 +264,7 @@ def _checkpoint_above(at: Place) -> str | None:
     """The hint at the checkpoint that a path leads into; another one that lies there by chance is not meant."""
     above: list[Place] = list(at.parents)
     for parent in above[:3]:
-        if _is_item(parent) or _is_t5x(parent) or (parent / STEP_METADATA).is_file():
+        if _is_item(parent) or is_t5x(parent) or (parent / STEP_METADATA).is_file():
             return f"one level too deep? the checkpoint is {parent}"
     return None
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from fusectl.formats.flaxpack import CHUNKED
-from fusectl.formats.registry import Format
+from fusectl.formats.format import Format
 from fusectl.formats.tree import SEQUENCE, Key, Node, array_directory
 
 

@@ -16,15 +16,13 @@ import numpy.typing as npt
 
 from fusectl.errors import Corrupt, StorageError
 from fusectl.formats.encoding import ZSTD_LEVEL, BadChunk, Buffer, Encoding, checksum
-from fusectl.formats.kinds import FormatName
-from fusectl.formats.locate import ARRAY_METADATAS, COMMITTED, JOURNAL, ORBAX_INDEX, STEP_METADATA, STRINGS, T5X_INDEX
+from fusectl.formats.format import Format, Written
+from fusectl.formats.names import JOURNAL
 from fusectl.formats.objects import Place
-from fusectl.formats.orbax import Form, array_metadatas, item_metadata, marker, step_metadata, strings
 from fusectl.formats.record import FILE_NAME, Record, crc32_of
-from fusectl.formats.registry import Format, format_named
+from fusectl.formats.registry import format_named
 from fusectl.formats.staging import remove_any, staged, storage_errors
-from fusectl.formats.store import MANIFEST, translate
-from fusectl.formats.t5x import new_index
+from fusectl.formats.store import translate
 from fusectl.formats.target import Database, Directories, Objects, Target
 from fusectl.formats.tree import Checkpoint, Key, Leaf, Location, Node, array_directory, dict_keys
 from fusectl.formats.zarr import (
@@ -120,7 +118,7 @@ class Sink:
         """Where it can be opened once it is finished."""
         home = self._home if isinstance(self._home, Path) else self._home.anew(self._home.held)
         index = home / self._item if self._item else home
-        return Location(index, home, FormatName.ORBAX if self._format.keeps_tree else FormatName.T5X, self._item)
+        return Location(index, home, self._format.kind, self._item)
 
     def create(self, tensors: Iterable[NewTensor]) -> None:
         """Announces tensors, each chunk of which must then be written."""
@@ -240,7 +238,18 @@ class Sink:
         """
         with self._errors():
             self._target.finish()
-        files = self._closing_files(tuple(nodes), custom or {})
+        files = self._format.closing_files(
+            Written(
+                self._leaves,
+                self._kept,
+                tuple(nodes),
+                custom or {},
+                self._final,
+                self._item,
+                self._started_ns,
+                self._manner.sparse,
+            )
+        )
         if record is not None:
             tensors = {name: replace(sums, metadata=self._metadata.get(name)) for name, sums in record.tensors.items()}
             sums = {name: crc32_of(raw) for name, raw in files.items()}
@@ -252,24 +261,6 @@ class Sink:
                 path.unlink(missing_ok=True)
                 path.parent.mkdir(exist_ok=True)
             path.write_bytes(raw)
-
-    def _closing_files(self, nodes: Iterable[Node], custom: Mapping[str, Any]) -> dict[str, bytes]:
-        """The files that make a checkpoint of what has been written, by their path in it, in the order of writing."""
-        if self._format.name == FormatName.T5X:
-            return {T5X_INDEX: new_index({**self._leaves, **self._kept}, nodes)}
-        form = Form(self._format.zarr, in_ocdbt=self._format.ocdbt, sparse=self._manner.sparse)
-        below = f"{self._item}/" if self._item else ""
-        keys, texts = array_metadatas(self._leaves.values()), strings(nodes)
-        files = {
-            STEP_METADATA: step_metadata(self._item, self._started_ns, custom),
-            **({f"{below}{ARRAY_METADATAS}": keys} if keys is not None else {}),
-            **({f"{below}{STRINGS}": texts} if texts is not None else {}),
-            f"{below}{ORBAX_INDEX}": item_metadata(self._leaves.values(), nodes, form),
-        }
-        if self._item:
-            files[f"{below}{COMMITTED}"] = marker(self._final / self._item)
-        files[COMMITTED] = marker(self._final)
-        return files
 
     def _count(self, *, linked: bool) -> None:
         with self._lock:
@@ -304,11 +295,7 @@ class Sink:
 
 def names_written(keys: Iterable[Sequence[Key]], format: Format, item: str | None) -> set[str]:
     """The names that a checkpoint of arrays with these keys has in it, but for those that start with fusectl."""
-    if format.name == FormatName.T5X:
-        return {T5X_INDEX, *map(_base, keys)}
-    arrays = {MANIFEST, "d"} if format.ocdbt else set(map(_base, keys))
-    inside = {ORBAX_INDEX, STRINGS, ARRAY_METADATAS.split("/", 1)[0], *arrays}
-    return {COMMITTED, STEP_METADATA, *({item} if item else inside)}
+    return format.names(set(map(_base, keys)), item)
 
 
 def _base(keys: Sequence[Key]) -> str:

@@ -24,7 +24,8 @@ from pathlib import Path
 
 from fusectl.errors import FusectlError, NotEnoughSpace, OutputExists, StorageError
 from fusectl.formats import upload
-from fusectl.formats.locate import JOURNAL, LEASE, TEMPORARY_SUFFIX, is_checkpoint
+from fusectl.formats.locate import is_checkpoint
+from fusectl.formats.names import JOURNAL, LEASE, TEMPORARY_SUFFIX
 from fusectl.formats.objects import ObjectPath, Place
 from fusectl.formats.store import walk
 from fusectl.formats.upload import Staging

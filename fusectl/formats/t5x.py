@@ -12,17 +12,21 @@ from __future__ import annotations
 
 import json
 import posixpath
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
-from typing import Any
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import msgpack
 import numpy.typing as npt
 
 from fusectl.errors import Corrupt, FusectlError, Incompatible, NotFound
+from fusectl.families.kinds import Trainer
 from fusectl.formats.flaxpack import as_array, is_spec, leaves_of, node_of, read_tree, to_ext
-from fusectl.formats.locate import T5X_INDEX
-from fusectl.formats.objects import Place
+from fusectl.formats.format import Format, Written
+from fusectl.formats.kinds import FormatName
+from fusectl.formats.names import T5X_INDEX, step_of
+from fusectl.formats.objects import Place, head
 from fusectl.formats.record import Record
 from fusectl.formats.store import Files, directory
 from fusectl.formats.tree import NONE, Checkpoint, Leaf, Location, Node, dict_keys, stored_arrays, told
@@ -30,8 +34,65 @@ from fusectl.formats.zarr import ArrayMetadata
 
 
 VERSION = 3
+# How T5X's index begins, which has the name of Orbax's old one: {"version": …
+_T5X, _T5X_BYTES = re.compile(rb"[\x81-\x8f]\xa7version"), 9
 # Names that T5X stores in the index whatever their size: nothing partitions them.
 _INLINED_SLOTS = frozenset({"v_row", "v_col", "count", "step"})
+
+
+@dataclass(frozen=True, slots=True)
+class T5X(Format):
+    """T5X's own format."""
+
+    kind: ClassVar[FormatName] = FormatName.T5X
+    index: ClassVar[str] = T5X_INDEX
+    completing: ClassVar[frozenset[str]] = frozenset({T5X_INDEX})
+    reads_left_out: ClassVar[bool] = True
+    keeps_tree: ClassVar[bool] = False
+    needs_step: ClassVar[bool] = True
+
+    @property
+    def reserved(self) -> Collection[str]:
+        """See Format."""
+        return {T5X_INDEX}
+
+    def is_read_by(self, trainer: str) -> bool:
+        """See Format."""
+        return trainer == Trainer.T5X
+
+    def keeps_in_index(self, tensor: str, shape: tuple[int, ...]) -> bool:
+        """See Format: optimizer state that is small or that no mesh axis partitions."""
+        if tensor.startswith("target/"):
+            return False
+        return shape in {(), (1,)} or tensor.rsplit("/", 1)[-1] in _INLINED_SLOTS
+
+    def find(self, at: Place, names: Collection[str]) -> Location | None:
+        """See Format."""
+        if T5X_INDEX in names and (is_t5x(at) or any(name.startswith("target.") for name in names)):
+            return Location(at, at, self.kind, step=step_of(at.name))
+        return None
+
+    def open(
+        self, location: Location, record: Record | None, fault: Callable[[FusectlError], None] | None = None
+    ) -> Checkpoint:
+        """See Format."""
+        return open_t5x(location, record, fault)
+
+    def closing_files(self, written: Written) -> dict[str, bytes]:
+        """See Format."""
+        return {T5X_INDEX: new_index({**written.leaves, **written.kept}, written.nodes)}
+
+    def names(self, arrays: Collection[str], item: str | None) -> set[str]:  # noqa: ARG002
+        """See Format."""
+        return {T5X_INDEX, *arrays}
+
+
+FORMATS = (T5X(FormatName.T5X, "T5X legacy: msgpack index + zarr v2", 2, ocdbt=False),)
+
+
+def is_t5x(at: Place) -> bool:
+    """Whether a directory has T5X's index, whose name one of Orbax's old ones has, too."""
+    return _T5X.match(head(at / T5X_INDEX, _T5X_BYTES)) is not None
 
 
 def open_t5x(
@@ -67,7 +128,7 @@ def open_t5x(
     leaves |= {name: replace(leaves[name], random_key=kind) for name, kind in kinds.items() if name in leaves}
     # T5X itself gives its arrays no fill value, and stores every chunk.
     return Checkpoint(
-        location, "t5x", leaves, files=files, file_of=file_of, nodes=tuple(nodes), lenient=True, record=record
+        location, FormatName.T5X, leaves, files=files, file_of=file_of, nodes=tuple(nodes), lenient=True, record=record
     )
 
 
@@ -101,13 +162,6 @@ def new_index(values: Mapping[str, Leaf | npt.NDArray[Any]], nodes: Iterable[Nod
         node[last] = value
     packed: bytes = msgpack.packb({"version": VERSION, "optimizer": tree}, default=to_ext, strict_types=True)
     return packed
-
-
-def kept_in_index(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether T5X keeps this tensor in its index: optimizer state that is small or that no mesh axis partitions."""
-    if name.startswith("target/"):
-        return False
-    return shape in {(), (1,)} or name.rsplit("/", 1)[-1] in _INLINED_SLOTS
 
 
 def _packed_node(node: Node) -> Any:

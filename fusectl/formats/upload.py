@@ -24,8 +24,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 from fusectl.errors import FusectlError, NotEnoughSpace, OutputExists, StorageError
-from fusectl.formats.locate import COMMITTED, JOURNAL, LEASE, T5X_INDEX, names_in, unfinished
+from fusectl.formats.locate import names_in, unfinished
+from fusectl.formats.names import JOURNAL, LEASE
 from fusectl.formats.objects import ObjectPath, Place
+from fusectl.formats.registry import COMPLETING
 
 
 BEAT_S = 5.0
@@ -134,7 +136,7 @@ def _names_of_journal(final: ObjectPath) -> Collection[str]:
 def _publish(home: ObjectPath, lease: Lease) -> None:
     """Writes what was held back, last what makes a checkpoint of it."""
     held = home.held or {}
-    last = {(home / name).key for name in (T5X_INDEX, COMMITTED)}
+    last = {(home / name).key for name in COMPLETING}
     for key in sorted(held, key=last.__contains__):
         lease.renew()
         home.publish(key)
@@ -170,8 +172,7 @@ def _undo(
 
 def _clear(home: ObjectPath, own: Collection[str]) -> None:
     """Removes what fusectl has written there, but for the journal and the lease; what makes a checkpoint first."""
-    last = {T5X_INDEX, COMMITTED}
-    for child in sorted(home.anew().iterdir(), key=lambda child: child.name not in last):
+    for child in sorted(home.anew().iterdir(), key=lambda child: child.name not in COMPLETING):
         mine = child.name in own or child.name.startswith("fusectl")
         if mine and not child.name.startswith((JOURNAL, LEASE)):
             child.remove()

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from fusectl.errors import UsageError
-from fusectl.formats.registry import open_checkpoint
+from fusectl.formats.opening import open_checkpoint
 from fusectl.formats.tree import STEPS, Checkpoint, Node
 from fusectl.layout.blocks import Region, common_tile, size, tiles
 from fusectl.system.threads import Progress, Silent, default_jobs, default_max_memory_bytes, in_parallel

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from fusectl.errors import Corrupt, FusectlError, Incompatible, counted, shorten
-from fusectl.formats.locate import ARRAY_METADATAS, COMMITTED, ORBAX_INDEX, STEP_METADATA, locate, place
+from fusectl.formats.locate import locate, place
+from fusectl.formats.names import ARRAY_METADATAS, COMMITTED, ORBAX_INDEX, STEP_METADATA
 from fusectl.formats.objects import Place, read_small
+from fusectl.formats.opening import open_location
 from fusectl.formats.orbax import LARGEST_INDEX_BYTES
-from fusectl.formats.registry import open_location
 from fusectl.formats.store import MANIFEST, Extent, Files, ocdbt
 from fusectl.formats.tree import Checkpoint, Location
 from fusectl.formats.zarr import METADATA_FILE

@@ -12,7 +12,8 @@ from fusectl.families.recognition import match, nearest_row
 from fusectl.families.recognized import Recognized
 from fusectl.families.registry import family_named
 from fusectl.families.table import Family, Row
-from fusectl.formats.registry import FORMATS, open_checkpoint
+from fusectl.formats.opening import open_checkpoint
+from fusectl.formats.registry import FORMATS
 from fusectl.formats.tree import Checkpoint
 from fusectl.optimizer.registry import find_state
 from fusectl.optimizer.state import OptimizerState

@@ -13,8 +13,9 @@ from dataclasses import replace
 from fusectl.errors import Incompatible, UsageError
 from fusectl.families.naming import Naming
 from fusectl.families.recognized import UNKNOWN, Recognized
+from fusectl.formats.opening import open_checkpoint
 from fusectl.formats.record import Origin, Record
-from fusectl.formats.registry import format_named, open_checkpoint
+from fusectl.formats.registry import format_named
 from fusectl.formats.tree import DICT, T5X_STEP, Checkpoint, Key, Node, dict_keys, is_dropped, kept_shapes
 from fusectl.layout.blocks import Block, Layout, Term, whole
 from fusectl.layout.fill import Fill, FillKind

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from fusectl.errors import UsageError
 from fusectl.families.kinds import Norm
-from fusectl.formats.registry import fingerprint
+from fusectl.formats.opening import fingerprint
 from fusectl.formats.tree import Checkpoint
 from fusectl.layout.fill import Fill
 from fusectl.operations.one_source import depths_wanted, grown_record, open_one

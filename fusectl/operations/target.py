@@ -16,7 +16,7 @@ from fusectl.families.config import GEMMA_SIZES, MAXTEXT_SIZES, read_config
 from fusectl.families.kinds import Trainer
 from fusectl.families.recognized import Recognized
 from fusectl.families.table import DECODER, ENCODER
-from fusectl.formats.registry import open_checkpoint
+from fusectl.formats.opening import open_checkpoint
 from fusectl.sources.opened import recognized
 from fusectl.sources.packed_qkv import unpacked
 from fusectl.system.given import read_given

@@ -12,9 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from fusectl.errors import Incompatible, UsageError, shorten
+from fusectl.formats.format import Format
 from fusectl.formats.placing import misplaced
 from fusectl.formats.record import Record
-from fusectl.formats.registry import Format
 from fusectl.formats.tree import STEPS, Key, Node, is_dropped
 from fusectl.layout.blocks import Block, Layout, Term, whole
 from fusectl.optimizer.kinds import OnState

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from functools import cache, reduce
 
 from fusectl.formats.encoding import ZSTD_LEVEL, Encoding
-from fusectl.formats.registry import Format, format_named
+from fusectl.formats.format import Format
+from fusectl.formats.registry import format_named
 from fusectl.formats.tree import Leaf
 from fusectl.formats.zarr import Storage, new_storage, np_dtype
 from fusectl.layout.blocks import (

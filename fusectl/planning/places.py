@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from fusectl.families.naming import T5X, Naming
-from fusectl.formats.registry import ORBAX, Format, format_named, orbax_for
+from fusectl.formats.format import Format
+from fusectl.formats.registry import ORBAX, format_named, orbax_for
 from fusectl.formats.tree import Key, Leaf, dict_keys, keys_beside
 from fusectl.planning.options import Options
 from fusectl.sources.opened import Opened

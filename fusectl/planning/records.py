@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import fusectl
+from fusectl.formats.opening import fingerprint
 from fusectl.formats.record import Record
-from fusectl.formats.registry import fingerprint
 from fusectl.rules.fusion import widths_of
 from fusectl.sources.opened import Opened
 from fusectl.verbs import SourceRecord

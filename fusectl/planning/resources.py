@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fusectl.formats.registry import Format
+from fusectl.formats.format import Format
 
 
 # Each commit to an OCDBT database holds its bytes twice until it is done.

@@ -8,7 +8,7 @@ import numpy as np
 
 from fusectl.errors import UsageError
 from fusectl.families.naming import T5X, is_stream
-from fusectl.formats.registry import Format
+from fusectl.formats.format import Format
 from fusectl.formats.tree import STEPS, T5X_STEP, Key
 from fusectl.formats.zarr import np_dtype
 from fusectl.layout.blocks import Block, Layout, Product

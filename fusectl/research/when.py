@@ -259,7 +259,7 @@ def _counted(
 ) -> Costs:
     """The costs of a checkpoint's steps and of those of what it grows to."""
     from fusectl.families.table import ENCODER
-    from fusectl.formats.registry import open_checkpoint
+    from fusectl.formats.opening import open_checkpoint
     from fusectl.networks.examples import full_target_length
     from fusectl.operations.target import read_target
     from fusectl.research.flops import flops_per_step

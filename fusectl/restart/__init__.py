@@ -15,7 +15,7 @@ from typing import assert_never
 from fusectl.errors import Incompatible, UsageError
 from fusectl.families.kinds import Trainer
 from fusectl.families.recognized import Recognized
-from fusectl.formats.registry import open_checkpoint
+from fusectl.formats.opening import open_checkpoint
 from fusectl.formats.tree import Checkpoint
 from fusectl.restart import gemma, maxtext, t5x
 from fusectl.restart.base import NotRead, Restart

@@ -16,7 +16,7 @@ from typing import Any
 from fusectl.errors import Incompatible, UsageError
 from fusectl.families.kinds import Norm, Trainer
 from fusectl.families.recognized import Recognized
-from fusectl.formats.locate import T5X_STEP
+from fusectl.formats.names import T5X_STEP
 from fusectl.formats.registry import format_named
 from fusectl.formats.tree import Checkpoint
 from fusectl.formats.zarr import np_dtype

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 
 from fusectl.errors import Incompatible, UsageError
 from fusectl.families.kinds import Norm
+from fusectl.formats.opening import open_checkpoint
 from fusectl.formats.record import FILE_NAME, Record
-from fusectl.formats.registry import open_checkpoint
 from fusectl.formats.tree import Checkpoint
 
 

@@ -16,8 +16,8 @@ from fusectl.families.recognized import Recognized
 from fusectl.families.settings import STORED
 from fusectl.families.table import Family
 from fusectl.families.userfile import parse_family
+from fusectl.formats.opening import open_checkpoint
 from fusectl.formats.record import FILE_NAME, Record, norm_groups
-from fusectl.formats.registry import open_checkpoint
 from fusectl.formats.tree import Checkpoint, is_dropped, kept_shapes
 from fusectl.formats.zarr import is_float, nonfinite_at
 from fusectl.sources.lineage import Lineage, remembered, require_groups

@@ -24,7 +24,7 @@ import fusectl
 from fusectl.errors import Corrupt, Incompatible, UsageError, shorten
 from fusectl.families.recognized import Recognized
 from fusectl.families.table import Row, stack_of
-from fusectl.formats.registry import open_checkpoint
+from fusectl.formats.opening import open_checkpoint
 from fusectl.formats.sink import save
 from fusectl.formats.tree import Checkpoint
 from fusectl.formats.zarr import nonfinite_at

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Protocol
 
 from fusectl.formats.objects import Place
-from fusectl.formats.registry import open_checkpoint
+from fusectl.formats.opening import open_checkpoint
 from fusectl.formats.staging import storage_errors
 from fusectl.formats.tree import Checkpoint
 from fusectl.system.memory import peak_rss_bytes

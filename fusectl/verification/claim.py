@@ -14,8 +14,8 @@ from fusectl.families.recognized import Recognized
 from fusectl.families.settings import Network
 from fusectl.families.table import Family
 from fusectl.formats.objects import bucket_of
+from fusectl.formats.opening import fingerprint, open_checkpoint
 from fusectl.formats.record import Record, mean_weights, norm_groups
-from fusectl.formats.registry import fingerprint, open_checkpoint
 from fusectl.formats.tree import Checkpoint
 from fusectl.layout.fill import DEFAULT_NOISE_SCALE, Fill, FillKind
 from fusectl.rules.fusion import widths_of

@@ -16,8 +16,9 @@ import numpy as np
 from fusectl.errors import Incompatible, NotFound
 from fusectl.families.recognized import UNKNOWN
 from fusectl.families.table import Family
+from fusectl.formats.opening import fingerprint, open_checkpoint
 from fusectl.formats.record import Origin
-from fusectl.formats.registry import fingerprint, format_named, open_checkpoint
+from fusectl.formats.registry import format_named
 from fusectl.formats.tree import NONE, STEPS, T5X_STEP, Checkpoint, Key, dict_keys, is_dropped
 from fusectl.layout.blocks import Region, common_tile, size, tiles
 from fusectl.optimizer.state import is_state

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from fusectl.errors import NotFound, UsageError
 from fusectl.families.recognized import Recognized
-from fusectl.formats.registry import fingerprint, open_checkpoint
+from fusectl.formats.opening import fingerprint, open_checkpoint
 from fusectl.formats.tree import Checkpoint
 from fusectl.formats.zarr import epsilon
 from fusectl.sources.opened import own_family, recognized

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from fusectl.errors import NotFound
 from fusectl.families.table import Row, stack_of
-from fusectl.formats.registry import fingerprint, open_checkpoint
+from fusectl.formats.opening import fingerprint, open_checkpoint
 from fusectl.formats.tree import Checkpoint
 from fusectl.formats.zarr import epsilon
 from fusectl.layout.blocks import Region, whole

@@ -10,9 +10,10 @@ from functools import partial
 from pathlib import Path, PurePath
 
 from fusectl.errors import Corrupt, OutputExists, UsageError, counted, shorten
-from fusectl.formats.locate import T5X_STEP
+from fusectl.formats.names import T5X_STEP
 from fusectl.formats.objects import ObjectPath, Place
-from fusectl.formats.registry import format_named, open_location
+from fusectl.formats.opening import open_location
+from fusectl.formats.registry import format_named
 from fusectl.formats.servercopy import missing_library
 from fusectl.formats.sink import Manner, Sink, names_written
 from fusectl.formats.staging import (

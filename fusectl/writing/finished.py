@@ -8,8 +8,8 @@ from dataclasses import replace
 from fusectl.errors import Corrupt, FusectlError
 from fusectl.formats.locate import names_in, unfinished
 from fusectl.formats.objects import ObjectPath, Place, read_small
+from fusectl.formats.opening import LARGEST_RECORD_BYTES, open_checkpoint
 from fusectl.formats.record import FILE_NAME, LEFT_OUT, UNREAD, Record
-from fusectl.formats.registry import LARGEST_RECORD_BYTES, open_checkpoint
 from fusectl.formats.tree import Checkpoint
 from fusectl.layout.blocks import tiles
 from fusectl.planning.plan import Plan, taken

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 from fusectl.errors import Corrupt, Incompatible, StorageError, counted
-from fusectl.formats.locate import JOURNAL
+from fusectl.formats.names import JOURNAL
 from fusectl.formats.objects import ObjectPath, Place
 from fusectl.formats.servercopy import generations
 from fusectl.formats.staging import journal_head

@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 
 import fusectl as package
-from fusectl.formats.registry import open_checkpoint
+from fusectl.formats.opening import open_checkpoint
 from fusectl.restart import restart
 
 

@@ -6,7 +6,7 @@ from models import ALL_NAMES, RECOGNIZED, SIZES, layers_of, sizes_of, state
 from fusectl.errors import Incompatible
 from fusectl.families.recognition import recognize
 from fusectl.families.registry import FAMILIES, family_named
-from fusectl.formats.registry import open_checkpoint
+from fusectl.formats.opening import open_checkpoint
 
 
 def shapes(family, **kwargs):

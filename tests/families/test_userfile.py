@@ -14,7 +14,7 @@ from fusectl.families.roles import ROLES
 from fusectl.families.settings import ACTIVATIONS, Network
 from fusectl.families.table import Row
 from fusectl.families.userfile import ATTENDING, BIAS, NETWORK, ROW, TWIN, parse_family
-from fusectl.formats.registry import open_checkpoint
+from fusectl.formats.opening import open_checkpoint
 from fusectl.formats.sink import save
 from fusectl.networks import decoder_flax
 

@@ -11,7 +11,8 @@ import tensorstore as ts
 from models import checkpoint, state
 
 from fusectl.errors import Corrupt
-from fusectl.formats.registry import FORMATS, open_checkpoint
+from fusectl.formats.opening import open_checkpoint
+from fusectl.formats.registry import FORMATS
 from fusectl.formats.sink import save
 from fusectl.formats.store import directory, ocdbt
 from fusectl.layout.blocks import tiles

@@ -9,7 +9,7 @@ from models import checkpoint
 
 from fusectl.errors import Corrupt, NotFound, UsageError
 from fusectl.formats.locate import locate
-from fusectl.formats.registry import open_checkpoint
+from fusectl.formats.opening import open_checkpoint
 from fusectl.formats.sink import save
 
 

@@ -10,7 +10,7 @@ import pytest
 from models import state
 
 from fusectl.errors import Corrupt, FusectlError, Incompatible, NotFound, UsageError
-from fusectl.formats.registry import open_checkpoint
+from fusectl.formats.opening import open_checkpoint
 from fusectl.formats.sink import save
 from fusectl.inspection.diff import diff
 from fusectl.inspection.fsck import fsck

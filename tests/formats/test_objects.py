@@ -9,7 +9,8 @@ from models import contents
 
 from fusectl.errors import NotFound, StorageError
 from fusectl.formats.locate import locate
-from fusectl.formats.registry import FORMATS, fingerprint, open_checkpoint
+from fusectl.formats.opening import fingerprint, open_checkpoint
+from fusectl.formats.registry import FORMATS
 from fusectl.inspection.fsck import fsck
 from fusectl.layout.fill import Fill
 from fusectl.operations.fuse import plan_fusion

@@ -14,7 +14,8 @@ from cases import some_soon
 from models import state
 
 from fusectl.errors import Incompatible
-from fusectl.formats.registry import FORMATS, open_checkpoint
+from fusectl.formats.opening import open_checkpoint
+from fusectl.formats.registry import FORMATS
 from fusectl.inspection.fsck import fsck
 from fusectl.operations.convert import plan_conversion
 from fusectl.planning.options import Options

@@ -9,9 +9,9 @@ from models import state
 from fusectl.errors import Corrupt, Incompatible, NotFound
 from fusectl.formats.encoding import Encoding
 from fusectl.formats.flaxpack import to_ext
-from fusectl.formats.registry import open_checkpoint
+from fusectl.formats.opening import open_checkpoint
+from fusectl.formats.registry import FORMATS
 from fusectl.formats.sink import save
-from fusectl.formats.t5x import kept_in_index
 from fusectl.operations.fuse import plan_fusion
 from fusectl.planning.options import Options
 from fusectl.writing.carrying_out import carry_out
@@ -139,7 +139,7 @@ def test_what_t5x_keeps_in_its_index(written):
     assert tree["version"] == 3
 
     for name, leaf in opened.leaves.items():
-        assert kept_in_index(name, leaf.shape) == (leaf.value is not None), name
+        assert FORMATS["t5x"].keeps_in_index(name, leaf.shape) == (leaf.value is not None), name
 
 
 @pytest.mark.parametrize(

@@ -13,15 +13,17 @@ from models import contents, ends_at, start
 
 from fusectl.errors import Corrupt, Incompatible, NotFound, OutputExists, VerificationFailed
 from fusectl.formats import objects, servercopy, target, upload
-from fusectl.formats.locate import COMMITTED, JOURNAL, LEASE, T5X_INDEX, locate
+from fusectl.formats.locate import locate
+from fusectl.formats.names import COMMITTED, JOURNAL, LEASE, T5X_INDEX
 from fusectl.formats.objects import ObjectPath
-from fusectl.formats.registry import FORMATS, open_checkpoint
+from fusectl.formats.opening import open_checkpoint
+from fusectl.formats.registry import FORMATS
 from fusectl.formats.sink import Sink
 from fusectl.formats.store import Files
 from fusectl.inspection.fsck import fsck
 from fusectl.layout.fill import Fill
 from fusectl.operations.fuse import plan_fusion
-from fusectl.planning import builder
+from fusectl.planning import resources
 from fusectl.planning.options import Options
 from fusectl.verification import Settings, verify
 from fusectl.writing.carrying_out import carry_out
@@ -128,7 +130,7 @@ def test_what_makes_it_a_checkpoint_is_written_last(sources, bucket, place, monk
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["t5x", "orbax-ocdbt-zarr3"])
 def test_an_interrupted_upload_is_gone_on_with(sources, place, tmp_path, monkeypatch, form):
-    monkeypatch.setattr(builder, "LARGEST_COMMIT_BYTES", 4096)
+    monkeypatch.setattr(resources, "LARGEST_COMMIT_BYTES", 4096)
     fill = Fill("gaussian", 0.1)
     write(sources[form], tmp_path / "here", fill=fill)
     kept = []

@@ -18,8 +18,9 @@ from cases import first_soon
 from models import checkpoint, contents, state
 
 from fusectl.formats.encoding import Encoding
+from fusectl.formats.opening import open_checkpoint
 from fusectl.formats.record import FILE_NAME
-from fusectl.formats.registry import FORMATS, open_checkpoint
+from fusectl.formats.registry import FORMATS
 from fusectl.formats.sink import save
 from fusectl.formats.store import Extent
 from fusectl.inspection.fsck import fsck

@@ -14,7 +14,7 @@ from models import FAMILY_NAMES, SIZES, WIDER, checkpoint, contents, state
 from fusectl.errors import Incompatible, UsageError
 from fusectl.families.recognition import recognize
 from fusectl.families.registry import family_named
-from fusectl.formats.registry import open_checkpoint
+from fusectl.formats.opening import open_checkpoint
 from fusectl.formats.sink import save
 from fusectl.layout.blocks import Block, Layout, Term
 from fusectl.layout.fill import Fill

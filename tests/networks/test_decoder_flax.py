@@ -9,7 +9,7 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from fusectl.families.settings import Attending
-from fusectl.formats.registry import open_checkpoint
+from fusectl.formats.opening import open_checkpoint
 from fusectl.networks.decoder_flax import Decoder, DecoderConfig, rotated, seen
 
 

@@ -12,7 +12,7 @@ from cases import some_soon
 from fusectl.errors import Incompatible
 from fusectl.families.config import read_config
 from fusectl.families.recognition import recognize
-from fusectl.formats.registry import open_checkpoint
+from fusectl.formats.opening import open_checkpoint
 from fusectl.networks import decoder_stages as decoder_twin
 from fusectl.networks.stages import Step
 from fusectl.networks.tokens import Tokens

@@ -11,7 +11,7 @@ from cases import first_soon
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from fusectl.families.recognition import recognize
-from fusectl.formats.registry import open_checkpoint
+from fusectl.formats.opening import open_checkpoint
 from fusectl.networks.t5_flax import (
     ScalableT5Config,
     T5Config,

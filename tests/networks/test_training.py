@@ -8,7 +8,7 @@ import pytest
 from models import SIZES, checkpoint
 
 from fusectl.families.recognition import recognize
-from fusectl.formats.registry import open_checkpoint
+from fusectl.formats.opening import open_checkpoint
 from fusectl.formats.sink import save
 from fusectl.networks.examples import read_examples
 from fusectl.networks.training import Recipe, Trainer, random_parameters

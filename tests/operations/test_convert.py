@@ -17,8 +17,9 @@ from written import FACTORED, restored, tree, written_by_orbax
 import fusectl.planning.plan
 from fusectl.errors import Incompatible, NotEnoughSpace, UsageError
 from fusectl.families.recognition import recognize
+from fusectl.formats.opening import open_checkpoint
 from fusectl.formats.record import crc32_of
-from fusectl.formats.registry import FORMATS, open_checkpoint
+from fusectl.formats.registry import FORMATS
 from fusectl.formats.sink import save
 from fusectl.formats.tree import Checkpoint, Key
 from fusectl.layout.blocks import whole

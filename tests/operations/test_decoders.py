@@ -23,8 +23,8 @@ from models import (
 
 from fusectl.errors import Incompatible
 from fusectl.families.registry import family_named
+from fusectl.formats.opening import open_checkpoint
 from fusectl.formats.record import FILE_NAME
-from fusectl.formats.registry import open_checkpoint
 from fusectl.formats.sink import save
 from fusectl.layout.fill import Fill
 from fusectl.operations.fuse import plan_fusion

@@ -9,8 +9,8 @@ from models import checkpoint, state, write_record
 
 from fusectl.errors import Corrupt, Incompatible, UsageError
 from fusectl.families.recognition import recognize
+from fusectl.formats.opening import open_checkpoint
 from fusectl.formats.record import FILE_NAME
-from fusectl.formats.registry import open_checkpoint
 from fusectl.formats.sink import save
 from fusectl.layout.fill import Fill
 from fusectl.operations.equalize import Equalize

@@ -13,8 +13,8 @@ from fusectl.demo import random_parameters
 from fusectl.errors import Corrupt, Incompatible, OutputExists, UsageError
 from fusectl.families.registry import family_named
 from fusectl.formats.encoding import Encoding
+from fusectl.formats.opening import fingerprint, open_checkpoint
 from fusectl.formats.record import FILE_NAME, Record
-from fusectl.formats.registry import fingerprint, open_checkpoint
 from fusectl.formats.sink import save
 from fusectl.formats.tree import Leaf
 from fusectl.formats.zarr import new_storage

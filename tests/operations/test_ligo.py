@@ -16,7 +16,7 @@ from models import FAMILY_NAMES, LAYERS, SIZES, checkpoint, contents, ends_at, l
 
 from fusectl.cli import run
 from fusectl.families.registry import family_named
-from fusectl.formats.registry import open_checkpoint
+from fusectl.formats.opening import open_checkpoint
 from fusectl.formats.sink import save
 from fusectl.operations.learning import network
 from fusectl.operations.ligo import begin_operator, plan_with_operator

@@ -8,7 +8,7 @@ from models import checkpoint
 from fusectl.cli import run
 from fusectl.errors import Incompatible, NotFound, UsageError
 from fusectl.families.recognition import recognize
-from fusectl.formats.registry import open_checkpoint
+from fusectl.formats.opening import open_checkpoint
 from fusectl.operations.routes import routes
 from fusectl.operations.target import read_target
 from fusectl.verbs import VERBS

@@ -16,8 +16,8 @@ from written import FACTORED, restored, trained, tree, written_by_orbax
 
 from fusectl.errors import Incompatible
 from fusectl.families.registry import family_named
+from fusectl.formats.opening import open_checkpoint
 from fusectl.formats.record import FILE_NAME
-from fusectl.formats.registry import open_checkpoint
 from fusectl.formats.sink import save
 from fusectl.layout.fill import Fill
 from fusectl.networks.tokens import random_tokens

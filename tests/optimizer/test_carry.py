@@ -19,7 +19,8 @@ from fusectl.demo import random_parameters
 from fusectl.errors import Incompatible
 from fusectl.families.recognition import recognize
 from fusectl.families.registry import family_named
-from fusectl.formats.registry import FORMATS, open_checkpoint
+from fusectl.formats.opening import open_checkpoint
+from fusectl.formats.registry import FORMATS
 from fusectl.formats.sink import save
 from fusectl.networks import t5_stages as t5_twin
 from fusectl.networks.t5_flax import Transformer

@@ -10,7 +10,7 @@ from models import sizes_of, state
 
 from fusectl.families.recognition import recognize
 from fusectl.families.registry import family_named
-from fusectl.formats.registry import open_checkpoint
+from fusectl.formats.opening import open_checkpoint
 from fusectl.formats.sink import save
 from fusectl.networks import decoder_stages as decoder_twin
 from fusectl.networks.decoder_flax import Decoder

@@ -5,7 +5,7 @@ from models import state
 
 from fusectl.errors import Incompatible
 from fusectl.families.recognition import recognize
-from fusectl.formats.registry import open_checkpoint
+from fusectl.formats.opening import open_checkpoint
 from fusectl.layout.axes import parse_axes
 from fusectl.optimizer.adafactor import adafactor_slots
 from fusectl.optimizer.registry import find_state

@@ -10,7 +10,7 @@ from models import DECODER_SIZES, LAYERS, SIZES, metadata_only
 
 from fusectl.errors import Incompatible, UsageError
 from fusectl.families.table import ENCODER
-from fusectl.formats.registry import open_checkpoint
+from fusectl.formats.opening import open_checkpoint
 from fusectl.networks.tokens import Tokens
 from fusectl.networks.training import batch_of, loss_of
 from fusectl.operations.learning.learn import random_parameters

@@ -15,7 +15,7 @@ import pytest
 
 from fusectl.cli import run as fusectl
 from fusectl.errors import Corrupt, FusectlError, UsageError
-from fusectl.formats.registry import open_checkpoint
+from fusectl.formats.opening import open_checkpoint
 from fusectl.networks.examples import window_of
 from fusectl.networks.training import batch_of
 from fusectl.research import reproduce as reproduction

@@ -11,7 +11,7 @@ from cases import first_soon
 from models import SIZES, WIDER, checkpoint, state
 
 from fusectl.errors import Incompatible, NotEnoughSpace
-from fusectl.formats.registry import open_checkpoint
+from fusectl.formats.opening import open_checkpoint
 from fusectl.formats.sink import save
 from fusectl.layout.blocks import slices
 from fusectl.layout.fill import Fill

@@ -9,7 +9,7 @@ from written import csv_of, events_of, lines_of
 
 from fusectl.errors import Incompatible, UsageError
 from fusectl.families.recognition import recognize
-from fusectl.formats.registry import open_checkpoint
+from fusectl.formats.opening import open_checkpoint
 from fusectl.research.curves import Curve
 from fusectl.research.flops import flops_per_step
 from fusectl.research.papers import table

@@ -15,8 +15,9 @@ from models import contents, state, write_record
 
 from fusectl.errors import Incompatible
 from fusectl.families.recognition import recognize
+from fusectl.formats.opening import open_checkpoint
 from fusectl.formats.record import crc32_of
-from fusectl.formats.registry import FORMATS, open_checkpoint
+from fusectl.formats.registry import FORMATS
 from fusectl.formats.sink import save
 from fusectl.operations.convert import plan_conversion
 from fusectl.operations.fuse import plan_fusion

@@ -17,7 +17,8 @@ from models import LAYERS, SIZES, checkpoint, state
 from fusectl.errors import Incompatible
 from fusectl.families.recognition import recognize
 from fusectl.families.registry import family_named
-from fusectl.formats.registry import FORMATS, open_checkpoint
+from fusectl.formats.opening import open_checkpoint
+from fusectl.formats.registry import FORMATS
 from fusectl.formats.sink import save
 from fusectl.formats.tree import Checkpoint, Leaf, Location
 from fusectl.networks import t5_flax

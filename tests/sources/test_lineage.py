@@ -7,8 +7,8 @@ import pytest
 from models import checkpoint, write_record
 
 from fusectl.errors import Incompatible, UsageError
+from fusectl.formats.opening import open_checkpoint
 from fusectl.formats.record import FILE_NAME
-from fusectl.formats.registry import open_checkpoint
 from fusectl.inspection.inspect import inspect
 from fusectl.operations.fuse import plan_fusion
 from fusectl.planning.options import Options

@@ -10,8 +10,8 @@ from written import trained
 from fusectl.errors import Incompatible
 from fusectl.families.config import read_config
 from fusectl.families.recognition import recognize
+from fusectl.formats.opening import open_checkpoint
 from fusectl.formats.record import FILE_NAME
-from fusectl.formats.registry import open_checkpoint
 from fusectl.formats.sink import save
 from fusectl.layout.fill import Fill
 from fusectl.networks import decoder_stages as decoder_twin

@@ -11,7 +11,7 @@ from models import WIDER, checkpoint, state
 
 from fusectl.errors import NotEnoughSpace
 from fusectl.families.recognition import recognize
-from fusectl.formats.registry import open_checkpoint
+from fusectl.formats.opening import open_checkpoint
 from fusectl.formats.sink import save
 from fusectl.layout.fill import Fill
 from fusectl.networks import t5_stages as t5_twin

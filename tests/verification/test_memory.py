@@ -6,7 +6,7 @@ import sys
 import pytest
 from models import SIZES, checkpoint
 
-from fusectl.formats.registry import open_checkpoint
+from fusectl.formats.opening import open_checkpoint
 from fusectl.operations.fuse import plan_fusion
 from fusectl.planning.options import Options
 from fusectl.writing.carrying_out import carry_out

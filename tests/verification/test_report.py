@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from models import checkpoint
 
-from fusectl.formats.registry import fingerprint, open_checkpoint
+from fusectl.formats.opening import fingerprint, open_checkpoint
 from fusectl.operations.fuse import plan_fusion
 from fusectl.planning.options import Options
 from fusectl.verification import Settings, verify, write_report

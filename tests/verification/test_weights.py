@@ -10,8 +10,8 @@ from cases import slow, some_soon
 from models import checkpoint
 
 from fusectl.errors import UsageError
+from fusectl.formats.opening import open_checkpoint
 from fusectl.formats.record import FILE_NAME
-from fusectl.formats.registry import open_checkpoint
 from fusectl.formats.sink import save
 from fusectl.layout.fill import Fill
 from fusectl.operations.fuse import plan_fusion

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 import fusectl
 from fusectl.families.recognized import UNKNOWN
 from fusectl.formats.kinds import Codec
+from fusectl.formats.opening import open_checkpoint
 from fusectl.formats.record import Record
-from fusectl.formats.registry import FORMATS, open_checkpoint
+from fusectl.formats.registry import FORMATS
 from fusectl.formats.sink import save
 from fusectl.formats.zarr import epsilon, np_dtype
 from fusectl.layout.blocks import (

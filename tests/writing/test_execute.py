@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from models import SIZES, WIDER, checkpoint, state
 
 from fusectl.errors import Corrupt, NotEnoughSpace
-from fusectl.formats.registry import FORMATS, open_checkpoint
+from fusectl.formats.opening import open_checkpoint
+from fusectl.formats.registry import FORMATS
 from fusectl.formats.sink import save
 from fusectl.layout.fill import Fill
 from fusectl.operations.fuse import plan_fusion

@@ -16,8 +16,9 @@ from models import SIZES, WIDER, contents, state
 
 from fusectl.errors import Corrupt
 from fusectl.formats.encoding import Encoding
+from fusectl.formats.opening import open_checkpoint
 from fusectl.formats.record import FILE_NAME, LEFT_OUT, UNREAD
-from fusectl.formats.registry import FORMATS, open_checkpoint
+from fusectl.formats.registry import FORMATS
 from fusectl.formats.sink import save
 from fusectl.formats.store import copy, directory, link, ocdbt
 from fusectl.formats.zarr import METADATA_FILE

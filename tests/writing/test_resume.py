@@ -20,8 +20,9 @@ from models import checkpoint, contents, ends_at, start, state
 from fusectl.errors import Corrupt, FusectlError, Incompatible, NotEnoughSpace, OutputExists, StorageError
 from fusectl.formats import target
 from fusectl.formats.encoding import Encoding
-from fusectl.formats.locate import JOURNAL
-from fusectl.formats.registry import FORMATS, open_checkpoint
+from fusectl.formats.names import JOURNAL
+from fusectl.formats.opening import open_checkpoint
+from fusectl.formats.registry import FORMATS
 from fusectl.formats.sink import Sink, save
 from fusectl.formats.staging import can_be_resumed, staging_of
 from fusectl.formats.store import new_ocdbt
@@ -29,7 +30,7 @@ from fusectl.formats.target import Database
 from fusectl.layout.fill import Fill
 from fusectl.operations.fuse import plan_fusion
 from fusectl.operations.ligo import begin_operator
-from fusectl.planning import builder
+from fusectl.planning import resources
 from fusectl.planning.options import Options
 from fusectl.sources.operator import save_operator
 from fusectl.system.memory import peak_rss_bytes
@@ -90,7 +91,7 @@ def write(paths, out, fill=Fill(), *, resume=False, **options):
 )
 def test_an_interrupted_run_is_gone_on_with(sources, tmp_path, monkeypatch, form, kind, error):
     # Many commits of a database, which keeps nodes of its own for more than sixteen versions.
-    monkeypatch.setattr(builder, "LARGEST_COMMIT_BYTES", 4096)
+    monkeypatch.setattr(resources, "LARGEST_COMMIT_BYTES", 4096)
     fill = NOISES.get(kind, Fill())
     paths = sources[form] if kind == "zeros" else sources[form][:1] * 2
     write(paths, tmp_path / "whole", fill)
@@ -152,7 +153,7 @@ def test_links_that_were_left_are_never_written_into(sources, tmp_path, monkeypa
 
 @pytest.mark.slow
 def test_a_database_whose_files_did_not_reach_the_disk_is_begun_again(sources, tmp_path, monkeypatch):
-    monkeypatch.setattr(builder, "LARGEST_COMMIT_BYTES", 4096)
+    monkeypatch.setattr(resources, "LARGEST_COMMIT_BYTES", 4096)
     write(sources["orbax-ocdbt-zarr3"], tmp_path / "whole", NOISES["gaussian"])
     for share in (1, 2):
         interrupted(
@@ -345,7 +346,7 @@ def test_what_does_not_belong_to_the_output_is_not_published(sources, tmp_path, 
 @pytest.mark.parametrize("form", ["t5x", "orbax-ocdbt-zarr3"])
 def test_what_has_no_end_in_staging_is_not_read(sources, tmp_path, monkeypatch, form):
     """Links to a device, and pipes: in place of chunks, data files and the journal."""
-    monkeypatch.setattr(builder, "LARGEST_COMMIT_BYTES", 4096)
+    monkeypatch.setattr(resources, "LARGEST_COMMIT_BYTES", 4096)
     write(sources[form], tmp_path / "whole")
     before = peak_rss_bytes()
     for journal in (False, True):

@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 
 from fusectl.errors import FusectlError
-from fusectl.formats.registry import open_checkpoint
+from fusectl.formats.opening import open_checkpoint
 from fusectl.networks.training import Recipe
 from fusectl.research.curves import Curve as LossCurve
 from fusectl.research.kinds import Experiment

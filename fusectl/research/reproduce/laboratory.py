@@ -33,7 +33,7 @@ from fusectl.families.recognition import recognize
 from fusectl.families.recognized import Recognized
 from fusectl.families.registry import family_named
 from fusectl.formats.kinds import FormatName
-from fusectl.formats.registry import open_checkpoint
+from fusectl.formats.opening import open_checkpoint
 from fusectl.formats.sink import save
 from fusectl.networks.examples import Examples, read_examples, window_of
 from fusectl.networks.tokens import Tokens

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from fusectl.errors import Incompatible, NotEnoughSpace, UsageError
 from fusectl.families.kinds import Norm
 from fusectl.families.table import stack_of
-from fusectl.formats.registry import open_checkpoint
+from fusectl.formats.opening import open_checkpoint
 from fusectl.layout.blocks import slices
 from fusectl.networks.tokens import DEFAULT_BATCH, DEFAULT_LENGTH, Tokens, random_tokens
 from fusectl.networks.training import batch_of
