@@ -108,11 +108,12 @@ class Converted(OfOne):
     layers: Scan | None
     drop: tuple[str, ...]
     step: int | None
-    of: Fused | Stacked | Mapped | None = None
+    of: Original | None = None
 
 
-# How a checkpoint came to be: the kinds of origin that a record knows.
-Made = Fused | Stacked | Mapped | Converted
+# How a checkpoint came to be: the kinds of origin that a record knows. A copy's own is one of the others.
+Original = Fused | Stacked | Mapped
+Made = Original | Converted
 
 
 class Group(StrEnum):

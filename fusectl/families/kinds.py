@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Self
 
 
 class Trainer(StrEnum):
-    """The trainers that fusectl knows the restart of."""
+    """The trainers that fusectl knows the restart of: in restart/ each has a module of its name.
 
-    T5X = "t5x"
-    MAXTEXT = "maxtext"
-    GEMMA = "gemma"
+    With each stands what it is `called`, and the `language` of what it has to be told.
+    """
 
-    @property
-    def called(self) -> str:
-        """What the trainer is called."""
-        return {Trainer.T5X: "T5X", Trainer.MAXTEXT: "MaxText", Trainer.GEMMA: "Gemma"}[self]
+    called: str
+    language: str
+
+    def __new__(cls, name: str, called: str = "", language: str = "") -> Self:
+        found = str.__new__(cls, name)
+        found._value_, found.called, found.language = name, called, language
+        return found
+
+    T5X = "t5x", "T5X", "gin"
+    MAXTEXT = "maxtext", "MaxText", "shell"
+    GEMMA = "gemma", "Gemma", "python"
 
 
 class Norm(StrEnum):

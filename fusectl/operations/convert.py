@@ -31,7 +31,7 @@ from fusectl.planning.resources import resources_of
 from fusectl.planning.step import plan_step, step_of
 from fusectl.sources.opened import Opened, ready, recognized, require_chunks
 from fusectl.sources.scan import restacked
-from fusectl.verbs import Converted, Fused, Mapped, Scan, Stacked
+from fusectl.verbs import Converted, Fused, Original, Scan
 
 
 Keys = tuple[Key, ...]
@@ -244,7 +244,7 @@ def _record(opened: Opened, options: Options, layers: str | None) -> Record:
     )
 
 
-def _of(own: Record, layers: str | None) -> Fused | Stacked | Mapped | None:
+def _of(own: Record, layers: str | None) -> Original | None:
     """How the source itself was made; of a fusion nothing where its layers stand in the other layout now."""
     of = own.made.of if isinstance(own.made, Converted) else own.made
     return None if layers is not None and isinstance(of, Fused) else of

@@ -3,6 +3,8 @@
 The sizes are those of the tree itself. What no tree tells (dropout, the dtype of activations, the schedule) stays as it
 was.
 
+To add a trainer, write a module with a `restart_of` as gemma.py has it, and name the trainer in families.kinds.Trainer.
+
 base.py   Restart, and the notes that are the same for all     maxtext.py   overrides for the command line
 t5x.py    gin bindings                                         gemma.py     a TransformerConfig in Python
 """
@@ -10,14 +12,13 @@ t5x.py    gin bindings                                         gemma.py     a Tr
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import assert_never
+from importlib import import_module
 
-from fusectl.errors import Incompatible, UsageError
+from fusectl.errors import Incompatible
 from fusectl.families.kinds import Trainer
 from fusectl.families.recognized import Recognized
 from fusectl.formats.opening import open_checkpoint
 from fusectl.formats.tree import Checkpoint
-from fusectl.restart import gemma, maxtext, t5x
 from fusectl.restart.base import NotRead, Restart
 from fusectl.sources.lineage import Lineage, remembered
 from fusectl.sources.opened import recognized
@@ -71,14 +72,5 @@ def restart_of(
             f"{checkpoint.path}: {tree.family.name} is of {own.called}, and not to be trained with {trainer}",
             hint=f"--trainer {own}, or none",
         )
-    if own is Trainer.T5X:
-        return t5x.restart_of(checkpoint, tree, lr_offset, gin)
-    if lr_offset:
-        raise UsageError(f"--lr-offset {lr_offset}: {own.called}'s schedules have none", hint="it is for T5X")
-    if gin:
-        raise UsageError(f"--gin {gin[0]}: {own.called} has no gin files", hint="it is for T5X")
-    if own is Trainer.MAXTEXT:
-        return maxtext.restart_of(checkpoint, tree)
-    if own is Trainer.GEMMA:
-        return gemma.restart_of(checkpoint, tree)
-    assert_never(own)
+    found: Restart = import_module(f"{__name__}.{own}").restart_of(checkpoint, tree, lr_offset, gin)
+    return found

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fusectl.errors import Incompatible
+from fusectl.errors import Incompatible, UsageError
 from fusectl.families.kinds import Norm, Trainer
 from fusectl.formats.record import Record
 from fusectl.formats.registry import format_named, orbax_for
@@ -15,10 +15,6 @@ from fusectl.formats.tree import Checkpoint
 from fusectl.optimizer.kinds import OnState
 from fusectl.sources.lineage import is_told
 from fusectl.system.escape import visible
-
-
-# What the text for each is; JSON has it under this key.
-_LANGUAGES = {Trainer.T5X: "gin", Trainer.MAXTEXT: "shell", Trainer.GEMMA: "python"}
 
 
 class NotRead(Incompatible):
@@ -62,8 +58,16 @@ class Restart:
             "trainer": self.trainer,
             **self.values,
             "notes": [*self.before, *self.notes],
-            _LANGUAGES[self.trainer]: self.text(),
+            self.trainer.language: self.text(),
         }
+
+
+def require_no_gin(trainer: Trainer, lr_offset: int, gin: Sequence[str]) -> None:
+    """Raises UsageError for what only T5X has: an offset of the schedule, gin files."""
+    if lr_offset:
+        raise UsageError(f"--lr-offset {lr_offset}: {trainer.called}'s schedules have none", hint="it is for T5X")
+    if gin:
+        raise UsageError(f"--gin {gin[0]}: {trainer.called} has no gin files", hint="it is for T5X")
 
 
 def notes_on_history(record: Record | None) -> Iterator[str]:

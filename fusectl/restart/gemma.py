@@ -13,7 +13,7 @@ from fusectl.families.kinds import Trainer
 from fusectl.families.recognized import Recognized
 from fusectl.families.settings import Attending, Network
 from fusectl.formats.tree import Checkpoint
-from fusectl.restart.base import Restart, notes_on_history, notes_on_norm, require_read
+from fusectl.restart.base import Restart, notes_on_history, notes_on_norm, require_no_gin, require_read
 
 
 # The fields that no tree tells, by the setting that they follow from.
@@ -27,8 +27,9 @@ _KINDS = "gm.nn.AttentionType"
 _SCALES = "gm.nn.config.QueryPreAttentionNormalisation"
 
 
-def restart_of(checkpoint: Checkpoint, tree: Recognized) -> Restart:
+def restart_of(checkpoint: Checkpoint, tree: Recognized, lr_offset: int = 0, gin: Sequence[str] = ()) -> Restart:
     """The module for a checkpoint of one of Gemma's families; raises NotRead for one in T5X's format."""
+    require_no_gin(Trainer.GEMMA, lr_offset, gin)
     require_read(checkpoint, Trainer.GEMMA)
     config, path = dict(_config(tree)), str(checkpoint.location.index)
     network = tree.network

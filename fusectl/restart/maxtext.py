@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fusectl.families.config import MAXTEXT_SIZES, counted_sizes
@@ -22,7 +22,7 @@ from fusectl.formats.record import Record
 from fusectl.formats.registry import format_named
 from fusectl.formats.tree import Checkpoint, Location
 from fusectl.optimizer.state import is_state
-from fusectl.restart.base import Restart, notes_on_history, notes_on_norm, require_read
+from fusectl.restart.base import Restart, notes_on_history, notes_on_norm, require_no_gin, require_read
 from fusectl.sources.packed_qkv import PACKED
 
 
@@ -47,8 +47,9 @@ _MARK = "#> "
 Pairs = Iterator[tuple[str, Any]]
 
 
-def restart_of(checkpoint: Checkpoint, tree: Recognized) -> Restart:
+def restart_of(checkpoint: Checkpoint, tree: Recognized, lr_offset: int = 0, gin: Sequence[str] = ()) -> Restart:
     """The overrides for a checkpoint of one of MaxText's families; raises NotRead for one in T5X's format."""
+    require_no_gin(Trainer.MAXTEXT, lr_offset, gin)
     require_read(checkpoint, Trainer.MAXTEXT)
     run = _run(checkpoint.location)
     path, has_state = str(checkpoint.location.index), any(map(is_state, checkpoint.leaves))

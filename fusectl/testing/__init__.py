@@ -1,4 +1,8 @@
-"""For tests of one's own families and operations: what a plan says, computed in memory by code apart from the executor.
+"""For tests of one's own families, operations and formats: contracts to subclass, and a plan's values in memory.
 
-evaluate.py     the values of a Layout, and of all of a Plan's
+class TestMine(FamilyTests):
+    families = (MINE,)
+
+contracts.py    FamilyTests, FormatTests, OperationTests: what holds for every row, run by pytest
+evaluate.py     the values of a Layout, and of all of a Plan's, by code apart from the executor
 """
