@@ -62,6 +62,9 @@ def namings_of(names: Iterable[str]) -> tuple[Naming, ...]:
     """The ways in which a tree may name its parameters, the likeliest first: at least one.
 
     A tree with `target/` is T5X's: its optimizer state must not be mistaken for parameters.
+
+    >>> namings_of(["target/decoder/kernel"])
+    (Naming(prefix='target/', suffix=''),)
     """
     every = list(names)
     prefixed = next((each for each in _PREFIXED if any(name.startswith(each.prefix) for name in every)), None)

@@ -20,6 +20,9 @@ def family_named(name: str) -> Family:
 
     Raises Incompatible with the nearest names, NotFound where there is no such file, UsageError with all that is wrong
     in it.
+
+    >>> family_named("mt5").name
+    't5-1.1'
     """
     if name.endswith(".toml"):
         from fusectl.families.userfile import read_family

@@ -201,5 +201,9 @@ def ways(name: str) -> tuple[str, ...]:
 
 
 def stack_of(name: str) -> str:
-    """The stack that a tensor or a pattern belongs to; of a decoder that stands alone, all of it."""
+    """The stack that a tensor or a pattern belongs to; of a decoder that stands alone, all of it.
+
+    >>> stack_of("encoder/layers_0/mlp/wo/kernel"), stack_of("decoder/logits_dense/kernel")
+    ('encoder', 'decoder')
+    """
     return ENCODER if name.startswith(f"{ENCODER}/") else DECODER

@@ -118,7 +118,11 @@ class Encoding:
 
 
 def checksum(values: npt.NDArray[Any]) -> str:
-    """The CRC-32 of an array's bytes in C order, as eight hexadecimal digits."""
+    """The CRC-32 of an array's bytes in C order, as eight hexadecimal digits.
+
+    >>> checksum(np.frombuffer(b"123456789", np.uint8))
+    'cbf43926'
+    """
     return f"{deflate.crc32(_flat(values)):08x}"
 
 

@@ -224,7 +224,11 @@ def names_in(at: Place) -> set[str]:
 
 
 def unfinished(names: set[str]) -> bool:
-    """Whether a directory with these names in it is one that fusectl has not written to the end."""
+    """Whether a directory with these names in it is one that fusectl has not written to the end.
+
+    >>> unfinished({"fusectl-journal.jsonl", "0.0"}), unfinished({"fusectl-journal.jsonl", "checkpoint"})
+    (True, False)
+    """
     return not names.isdisjoint({JOURNAL, LEASE}) and names.isdisjoint(COMPLETING)
 
 

@@ -66,7 +66,11 @@ def store_error(error: Exception, where: str, otherwise: type[FusectlError] = Co
 
 
 def bucket_of(path: str) -> tuple[str, str] | None:
-    """The kind of store and the bucket that a URL leads into; None for a path on this machine."""
+    """The kind of store and the bucket that a URL leads into; None for a path on this machine.
+
+    >>> bucket_of("gs://runs/a/20"), bucket_of("runs/a/20")
+    (('gs', 'runs'), None)
+    """
     found = URL.fullmatch(path)
     return (found.group(1).lower(), found.group(2)) if found else None
 

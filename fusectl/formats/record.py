@@ -213,12 +213,20 @@ class Record:
 
 
 def norm_groups(record: Record | None, width: int) -> tuple[int, ...]:
-    """The widths to take a checkpoint's norms over for the fusion property: its record's, else the whole width."""
+    """The widths to take a checkpoint's norms over for the fusion property: its record's, else the whole width.
+
+    >>> norm_groups(None, 512)
+    (512,)
+    """
     return record.norm_groups if record and record.norm_groups else (width,)
 
 
 def mean_weights(weights: Sequence[float] | None, count: int) -> tuple[float, ...]:
-    """The weights of the mean of `count` sources, equal ones by default; raises UsageError unless they sum to one."""
+    """The weights of the mean of `count` sources, equal ones by default; raises UsageError unless they sum to one.
+
+    >>> mean_weights(None, 4), mean_weights([0.7, 0.3], 2)
+    ((0.25, 0.25, 0.25, 0.25), (0.7, 0.3))
+    """
     if weights is None:
         return (1.0 / count,) * count
     if len(weights) != count:
@@ -231,7 +239,11 @@ def mean_weights(weights: Sequence[float] | None, count: int) -> tuple[float, ..
 
 
 def crc32_of(raw: bytes) -> str:
-    """The CRC-32 of a file, as eight hexadecimal digits."""
+    """The CRC-32 of a file, as eight hexadecimal digits.
+
+    >>> crc32_of(b"123456789")
+    'cbf43926'
+    """
     return f"{zlib.crc32(raw):08x}"
 
 

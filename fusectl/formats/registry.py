@@ -23,6 +23,9 @@ COMPLETING = frozenset(name for format in FORMATS.values() for name in format.co
 def format_named(name: str) -> Format:
     """The Format of this name, `orbax` being Orbax's own default for trees of no trainer; raises UsageError with the
     known names.
+
+    >>> format_named("orbax-zarr3").zarr
+    3
     """
     if name == ORBAX:
         return FORMATS[FormatName.ORBAX_OCDBT_ZARR3]
@@ -37,5 +40,9 @@ def format_of(location: Location) -> Format:
 
 
 def orbax_for(trainer: str) -> Format:
-    """The Orbax layout that a trainer (families.kinds.Trainer) writes and restores."""
+    """The Orbax layout that a trainer (families.kinds.Trainer) writes and restores.
+
+    >>> orbax_for("t5x").name
+    <FormatName.ORBAX_OCDBT_ZARR2: 'orbax-ocdbt-zarr2'>
+    """
     return next(each for each in FORMATS.values() if each.ocdbt and each.is_read_by(trainer))

@@ -56,7 +56,11 @@ class Key:
 
 
 def dict_keys(name: str) -> tuple[Key, ...]:
-    """The keys of a leaf in a tree of dictionaries whose keys hold no slash, as in T5X."""
+    """The keys of a leaf in a tree of dictionaries whose keys hold no slash, as in T5X.
+
+    >>> dict_keys("params/kernel")
+    (Key(name='params', kind=2), Key(name='kernel', kind=2))
+    """
     return tuple(Key(part) for part in name.split("/"))
 
 
@@ -64,6 +68,9 @@ def array_directory(keys: Sequence[Key], where: str) -> str:
     """The directory of a leaf's array relative to its item, as Orbax and T5X name it; keys may hold dots and slashes.
 
     Raises Corrupt for one that is not inside the item, or may not be.
+
+    >>> array_directory(dict_keys("params/kernel"), "here")
+    'params.kernel'
     """
     base = ".".join(key.name for key in keys)
     if any(part in {"", ".", ".."} for part in base.split("/")):
@@ -72,12 +79,20 @@ def array_directory(keys: Sequence[Key], where: str) -> str:
 
 
 def is_dropped(name: str, patterns: Iterable[str]) -> bool:
-    """Whether a tensor's name matches one of the patterns of those to leave out."""
+    """Whether a tensor's name matches one of the patterns of those to leave out.
+
+    >>> is_dropped("opt_state/0/count", ["opt_state/*"])
+    True
+    """
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def kept_shapes(shapes: Mapping[str, tuple[int, ...]], patterns: Iterable[str]) -> dict[str, tuple[int, ...]]:
-    """The shapes of the tensors that no pattern of those to be left out matches."""
+    """The shapes of the tensors that no pattern of those to be left out matches.
+
+    >>> kept_shapes({"a": (1,), "b": (2,)}, ["b"])
+    {'a': (1,)}
+    """
     return {name: shape for name, shape in shapes.items() if not is_dropped(name, patterns)}
 
 

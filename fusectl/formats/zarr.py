@@ -28,7 +28,11 @@ DRIVER = {2: "zarr", 3: "zarr3"}
 
 
 def epsilon(dtype: str) -> float:
-    """The distance from 1 to the next number of a dtype."""
+    """The distance from 1 to the next number of a dtype.
+
+    >>> epsilon("float16"), epsilon("bfloat16")
+    (0.0009765625, 0.0078125)
+    """
     return float(ml_dtypes.finfo(np_dtype(dtype)).eps)
 
 
@@ -42,7 +46,11 @@ def np_dtype(name: str) -> np.dtype[Any]:
 
 
 def is_float(name: str) -> bool:
-    """Whether the dtype of this name holds real floating point numbers."""
+    """Whether the dtype of this name holds real floating point numbers.
+
+    >>> is_float("bfloat16"), is_float("int32")
+    (True, False)
+    """
     return np_dtype(name).kind == "f" or (hasattr(ml_dtypes, name) and "int" not in name)
 
 

@@ -30,7 +30,11 @@ Region = tuple[range, ...]
 
 
 def whole(shape: tuple[int, ...]) -> Region:
-    """The region that covers a tensor of this shape."""
+    """The region that covers a tensor of this shape.
+
+    >>> whole((2, 3))
+    (range(0, 2), range(0, 3))
+    """
     return tuple(range(n) for n in shape)
 
 
@@ -55,20 +59,32 @@ def slices(region: Region, within: Region | None = None) -> tuple[slice, ...]:
 
 
 def intersect(a: Region, b: Region) -> Region | None:
-    """What two regions share, or None."""
+    """What two regions share, or None.
+
+    >>> intersect((range(0, 5),), (range(3, 9),)), intersect((range(0, 3),), (range(3, 9),))
+    ((range(3, 5),), None)
+    """
     both = tuple(range(max(x.start, y.start), min(x.stop, y.stop)) for x, y in zip(a, b, strict=True))
     return both if all(both) or not both else None
 
 
 def shifted(region: Region, by: Region, to: Region) -> Region:
-    """`region`, which lies in `by`, moved to where `by` is laid onto `to` (equal shapes)."""
+    """`region`, which lies in `by`, moved to where `by` is laid onto `to` (equal shapes).
+
+    >>> shifted((range(5, 7),), (range(4, 9),), (range(0, 5),))
+    (range(1, 3),)
+    """
     return tuple(
         range(r.start - x.start + y.start, r.stop - x.start + y.start) for r, x, y in zip(region, by, to, strict=True)
     )
 
 
 def tiles(shape: tuple[int, ...], tile: tuple[int, ...]) -> Iterator[Region]:
-    """The regions of a grid of `tile`s over `shape` in C order, the last ones cut at the edge."""
+    """The regions of a grid of `tile`s over `shape` in C order, the last ones cut at the edge.
+
+    >>> list(tiles((5,), (3,)))
+    [(range(0, 3),), (range(3, 5),)]
+    """
 
     def along(axis: int) -> Iterator[Region]:
         if axis == len(shape):
@@ -93,7 +109,11 @@ def tiles_in(region: Region, tile: tuple[int, ...]) -> Iterator[Region]:
 
 
 def place_in_grid(chunk: Region, chunks: tuple[int, ...]) -> tuple[int, ...]:
-    """The place in the grid of the chunk that a region is, or starts in."""
+    """The place in the grid of the chunk that a region is, or starts in.
+
+    >>> place_in_grid((range(6, 9), range(0, 2)), (3, 2))
+    (2, 0)
+    """
     return tuple(r.start // c for r, c in zip(chunk, chunks, strict=True))
 
 
@@ -240,7 +260,12 @@ Summand = Term | Noise | Product | Mapped
 
 
 def is_computed(terms: Sequence[Summand]) -> bool:
-    """Whether a sum of terms is anything but one source region as it is."""
+    """Whether a sum of terms is anything but one source region as it is.
+
+    >>> term = Term(0, "w", whole((2,)))
+    >>> is_computed([term]), is_computed([term, term])
+    (False, True)
+    """
     return len(terms) != 1 or not isinstance(terms[0], Term) or terms[0].scale != 1.0
 
 

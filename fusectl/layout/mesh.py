@@ -166,6 +166,9 @@ def fits(chunks: Sequence[int], shard: Sequence[int], shape: Sequence[int]) -> b
     """Whether no chunk of a grid over `shape` is needed by two different shards.
 
     Along an axis that is not cut every shard needs every chunk, a ragged last one, too.
+
+    >>> fits((2, 4), (4, 4), (8, 4)), fits((3, 4), (4, 4), (8, 4))
+    (True, False)
     """
     return all(s == n or s % c == 0 for c, s, n in zip(chunks, shard, shape, strict=True))
 
@@ -191,6 +194,10 @@ def _nearest(n: int, name: str, size: int) -> str:
 
 
 def divisors(n: int) -> set[int]:
-    """All divisors of a number."""
+    """All divisors of a number.
+
+    >>> list(divisors(12))
+    [1, 2, 3, 4, 6, 12]
+    """
     small = {d for d in range(1, math.isqrt(n) + 1) if n % d == 0}
     return small | {n // d for d in small}

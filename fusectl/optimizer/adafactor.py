@@ -109,7 +109,12 @@ def adafactor_slots(
 def adafactor_axes(
     shape: tuple[int, ...], spec: TensorSpec, *, factored: bool, momentum: bool
 ) -> dict[str, Axes | None]:
-    """The axes of a parameter that each slot of T5X's Adafactor has; None for those that are not in use."""
+    """The axes of a parameter that each slot of T5X's Adafactor has; None for those that are not in use.
+
+    >>> from fusectl.layout.axes import parse_axes
+    >>> adafactor_axes((2048, 768), parse_axes("mlp -> embed"), factored=True, momentum=False)
+    {'m': None, 'v': None, 'v_row': (1,), 'v_col': (0,)}
+    """
     every = tuple(range(len(shape)))
     m = every if momentum else None
     dropped = factored_axes(shape, spec) if factored else None
@@ -120,7 +125,12 @@ def adafactor_axes(
 
 
 def factored_axes(shape: tuple[int, ...], spec: TensorSpec) -> tuple[set[int], set[int]] | None:
-    """The axes that v_row and v_col average over, or None where the second moments are not factored."""
+    """The axes that v_row and v_col average over, or None where the second moments are not factored.
+
+    >>> from fusectl.layout.axes import parse_axes
+    >>> factored_axes((2048, 768), parse_axes("mlp -> embed")), factored_axes((2048, 100), parse_axes("mlp -> embed"))
+    (({0}, {1}), None)
+    """
     if len(shape) <= 2 and "layers" not in spec.axes:
         if len(shape) < 2:
             return None

@@ -182,6 +182,10 @@ def rms_ratio(fusion: Fusion, parameter: str) -> float:
 
 
 def same_models(places: Sequence[str]) -> tuple[int, ...]:
-    """For each source, by the place where it lies, the first one that it is."""
+    """For each source, by the place where it lies, the first one that it is.
+
+    >>> same_models(["a", "b", "a"])
+    (0, 1, 0)
+    """
     first: dict[str, int] = {}
     return tuple(first.setdefault(place, i) for i, place in enumerate(places))

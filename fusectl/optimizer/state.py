@@ -131,7 +131,11 @@ class OptimizerState:
 
 
 def is_state(name: str) -> bool:
-    """Whether a tensor is part of the optimizer's state."""
+    """Whether a tensor is part of the optimizer's state.
+
+    >>> is_state("state/param_states/0/count"), is_state("target/kernel")
+    (True, False)
+    """
     return name.startswith(STATES)
 
 

@@ -32,7 +32,11 @@ def moment_of(slot: str, inside: str, pattern: re.Pattern[str] = MOMENTS) -> tup
 
 
 def windows(names: Iterable[str]) -> frozenset[str]:
-    """Of full names those of a window's parts, and of its count, which stands next to them."""
+    """Of full names those of a window's parts, and of its count, which stands next to them.
+
+    >>> sorted(windows(["opt_state/1/losses", "opt_state/1/count", "opt_state/0/count"]))
+    ['opt_state/1/count', 'opt_state/1/losses']
+    """
     names = list(names)
     found = [each for name in names if (each := WINDOW.fullmatch(without_root(name)))]
     parts = {name for each in found for name in (each.group(), f"{each.group(1)}count")}

@@ -79,7 +79,11 @@ def of_model(tensors: Sequence[Exactness], record: Record) -> Exactness:
 
 
 def least(found: Iterable[Exactness | None]) -> Exactness:
-    """The least exact of several, with the reasons of all; None is of no account."""
+    """The least exact of several, with the reasons of all; None is of no account.
+
+    >>> least([Exactness(), Exactness(APPROXIMATE, ("noise",)), None])
+    Exactness(kind='approximate', because=('noise',))
+    """
     given = [each for each in found if each is not None]
     kind = max((each.kind for each in given), key=KINDS.index, default=EXACT)
     return Exactness(kind, tuple(dict.fromkeys(reason for each in given for reason in each.because)))

@@ -28,7 +28,11 @@ def parsed(raw: bytes) -> Any:
 
 
 def finite(value: Any) -> Any:
-    """The same tree for JSON, which has no NaN: a number that is none is null."""
+    """The same tree for JSON, which has no NaN: a number that is none is null.
+
+    >>> finite({"a": [1.0, float("nan")]})
+    {'a': [1.0, None]}
+    """
     if isinstance(value, Mapping):
         return {key: finite(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
