@@ -23,7 +23,8 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 
 Region = tuple[range, ...]
@@ -149,8 +150,65 @@ def common_tile(shape: tuple[int, ...], grids: Sequence[tuple[int, ...]], most: 
     return tuple(max(1, min(n, edge)) for n, edge in zip(shape, grids[0], strict=True))
 
 
+class Summand:
+    """What the values of a block are a sum of. It answers what it reads and holds; evaluators compute it.
+
+    To add one, write a subclass here, and an evaluator in writing/evaluators.py; testing/evaluate.py has another, which
+    the first one is held against.
+    """
+
+    __slots__ = ()
+    # Sums in float64 depend on the order: summands are added by this number.
+    rank: ClassVar[int] = 0
+    # Whether it is noise, which is rounded to the output's dtype before it is added, as what it is added to.
+    is_random: ClassVar[bool] = False
+    # Whether it is computed for a whole chunk at once, and kept for other layers.
+    is_kept: ClassVar[bool] = False
+
+    @property
+    def adds(self) -> bool:
+        """Whether it changes the sum."""
+        return True
+
+    @property
+    def copied(self) -> Term | None:
+        """The Term that it is, if it is values of a source as they are or scaled."""
+        return None
+
+    @property
+    def sources(self) -> tuple[Term, ...]:
+        """The terms that it reads, as they are or mapped."""
+        return ()
+
+    @property
+    def kernels(self) -> tuple[tuple[Term, int | None], ...]:
+        """The kernels that are measured for it, each with the axis along which several are stacked in it."""
+        return ()
+
+    @property
+    def means(self) -> tuple[Mean, ...]:
+        """The means that are computed for it."""
+        return ()
+
+    def held(self, part: Region, at: Region) -> int:  # noqa: ARG002
+        """The elements in float64 that are in memory while a part of the block `at` is made of it, next to its sum."""
+        return 0
+
+    def read_for(self, part: Region, at: Region) -> Region:  # noqa: ARG002
+        """The region of its source's tensor that is read for a part of the block `at` while that is made."""
+        return ()
+
+    def has_shape(self, at: Region) -> bool:  # noqa: ARG002
+        """Whether its values have the shape of the block `at`, as far as it tells."""
+        return True
+
+    def moved(self, axis: int, by: int) -> Self:  # noqa: ARG002
+        """The same where the output's tensor stands later along an axis of a larger one."""
+        return self
+
+
 @dataclass(frozen=True, slots=True)
-class Term:
+class Term(Summand):
     """`scale * sources[source][tensor][region]`; with `must_be_zero`, a region that is only checked to hold zeros."""
 
     source: int
@@ -159,9 +217,28 @@ class Term:
     scale: float = 1.0
     must_be_zero: bool = False
 
+    @property
+    def adds(self) -> bool:
+        """See Summand."""
+        return not self.must_be_zero
+
+    @property
+    def copied(self) -> Term | None:
+        """See Summand."""
+        return self
+
+    @property
+    def sources(self) -> tuple[Term, ...]:
+        """See Summand."""
+        return (self,)
+
+    def has_shape(self, at: Region) -> bool:
+        """See Summand."""
+        return tuple(map(len, self.region)) == tuple(map(len, at))
+
 
 @dataclass(frozen=True, slots=True)
-class Noise:
+class Noise(Summand):
     """`scale * std(like) * field[region]`, from the output tensor's field of unit normal noise (noise.py).
 
     `like` is the kernel whose standard deviation the noise is relative to. Where the tensor stacks kernels along an
@@ -172,6 +249,24 @@ class Noise:
     like: Term
     scale: float
     stacked_axis: int | None = None
+
+    rank: ClassVar[int] = 1
+    is_random: ClassVar[bool] = True
+
+    @property
+    def kernels(self) -> tuple[tuple[Term, int | None], ...]:
+        """See Summand."""
+        return ((self.like, self.stacked_axis),)
+
+    def has_shape(self, at: Region) -> bool:
+        """See Summand."""
+        return tuple(map(len, self.region)) == tuple(map(len, at))
+
+    def moved(self, axis: int, by: int) -> Self:
+        """See Summand: it is another region of the larger tensor's field."""
+        own = self.region[axis]
+        region = (*self.region[:axis], range(own.start + by, own.stop + by), *self.region[axis + 1 :])
+        return replace(self, region=region)
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +287,7 @@ class Expansion:
 
 
 @dataclass(frozen=True, slots=True)
-class Mapped:
+class Mapped(Summand):
     """A Term whose values, `added` to each of them, are multiplied with a matrix along each of some axes.
 
     The block is as long as the matrix there; along all other axes as the term's region.
@@ -202,8 +297,15 @@ class Mapped:
     expansions: tuple[Expansion, ...]
     added: float = 0.0
 
-    def reads(self, part: Region, at: Region) -> Region:
-        """The region of the term's tensor that a part of the block `at` is made from."""
+    is_kept: ClassVar[bool] = True
+
+    @property
+    def sources(self) -> tuple[Term, ...]:
+        """See Summand."""
+        return (self.term,)
+
+    def read_for(self, part: Region, at: Region) -> Region:
+        """See Summand."""
         mapped = {each.axis for each in self.expansions}
         return tuple(
             theirs if axis in mapped else range(r.start - own.start + theirs.start, r.stop - own.start + theirs.start)
@@ -211,8 +313,8 @@ class Mapped:
         )
 
     def held(self, part: Region, at: Region) -> int:
-        """The elements that are in memory while a part of the block is made: what is read, on its way, and the sum."""
-        sizes = [len(r) for r in self.reads(part, at)]
+        """See Summand: what is read, on its way, and the sum."""
+        sizes = [len(r) for r in self.read_for(part, at)]
         held = largest = math.prod(sizes)
         for axis in self.order(part):
             sizes[axis] = len(part[axis])
@@ -245,7 +347,7 @@ class Factor:
 
 
 @dataclass(frozen=True, slots=True)
-class Product:
+class Product(Summand):
     """`scale` times a product of factors, each of which starts where its block does.
 
     It is zero where a factor would be divided by zero.
@@ -254,9 +356,12 @@ class Product:
     factors: tuple[Factor, ...]
     scale: float
 
+    rank: ClassVar[int] = 2
 
-# What the values of a block are sums of.
-Summand = Term | Noise | Product | Mapped
+    @property
+    def means(self) -> tuple[Mean, ...]:
+        """See Summand."""
+        return tuple(factor.mean for factor in self.factors)
 
 
 def is_computed(terms: Sequence[Summand]) -> bool:
@@ -266,7 +371,7 @@ def is_computed(terms: Sequence[Summand]) -> bool:
     >>> is_computed([term]), is_computed([term, term])
     (False, True)
     """
-    return len(terms) != 1 or not isinstance(terms[0], Term) or terms[0].scale != 1.0
+    return len(terms) != 1 or (copied := terms[0].copied) is None or copied.scale != 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,14 +383,22 @@ class Block:
 
     def reads(self, part: Region) -> Iterator[tuple[Term, Region]]:
         """The terms that a part of the block is made of as they are, and the regions of their tensors that it needs."""
-        return ((term, shifted(part, self.at, term.region)) for term in self.terms if isinstance(term, Term))
+        copied = (term.copied for term in self.terms)
+        return ((term, shifted(part, self.at, term.region)) for term in copied if term is not None)
+
+    @property
+    def taken(self) -> Term:
+        """The Term that it is, of a block that is one source region as it is."""
+        (summand,) = self.terms
+        term = summand.copied
+        assert term is not None
+        return term
 
     @property
     def sources(self) -> Iterator[Term]:
         """The terms that read a source, as it is or mapped."""
-        for term in self.terms:
-            if isinstance(term, Term | Mapped):
-                yield term.term if isinstance(term, Mapped) else term
+        for summand in self.terms:
+            yield from summand.sources
 
 
 def recurring_noise(blocks: Sequence[Block]) -> frozenset[Region]:
@@ -315,8 +428,8 @@ class Layout:
             if len(block.at) != len(edge) or any(r.start < 0 or r.stop > e.stop for r, e in zip(block.at, edge)):  # noqa: B905
                 yield f"block {block.at} leaves the tensor of shape {self.shape}"
             for term in block.terms:
-                if isinstance(term, Term | Noise) and tuple(map(len, term.region)) != tuple(map(len, block.at)):
-                    yield f"block {block.at} is given a region of another shape: {term.region}"
+                if not term.has_shape(block.at):
+                    yield f"block {block.at} is given a region of another shape: {term}"
         for a, b in _neighbours(self.blocks):
             if intersect(a.at, b.at):
                 yield f"blocks {a.at} and {b.at} overlap"

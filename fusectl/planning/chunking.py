@@ -19,8 +19,6 @@ from fusectl.formats.zarr import Storage, new_storage, np_dtype
 from fusectl.layout.blocks import (
     Block,
     Layout,
-    Mapped,
-    Noise,
     Region,
     Term,
     intersect,
@@ -91,7 +89,7 @@ class Storing:
         what a device holds, only ways and chunks whose chunks no two shards share.
         """
         shard = layout.shape if shard is None else shard
-        noisy = any(isinstance(term, Noise) for block in layout.blocks for term in block.terms)
+        noisy = any(term.is_random for block in layout.blocks for term in block.terms)
         # Noise does not compress, and a compressed source has to be decoded for it in any case.
         wanted = ("none" if noisy else None) if self.codec == "auto" else self.codec
         ways = dict.fromkeys(
@@ -107,7 +105,7 @@ class Storing:
         if best is not None and best[1]:
             return best
         # What several layers are made from is kept chunk by chunk, that of all of them.
-        layers = max((sum(isinstance(term, Mapped) for term in block.terms) for block in layout.blocks), default=0)
+        layers = max((sum(term.is_kept for term in block.terms) for block in layout.blocks), default=0)
         budget_bytes = self.budget_bytes // max(1, layers)
         chunks = choose_chunks(layout, like.chunks if like else None, budget_bytes, shard)
         # Trained weights and noise lose a tenth of their size to zstd, and most of the speed of writing and restoring.
@@ -129,7 +127,7 @@ class Storing:
         itemsize = np_dtype(layout.dtype).itemsize
         chunk_bytes = math.prod(chunks) * itemsize
         stored = chunk_bytes * (1 + OCDBT_COPIES * self.ocdbt)
-        sources = [leaves[term] for block in passed for term in block.terms if isinstance(term, Term)]
+        sources = [leaves[block.taken] for block in passed]
         taking = max((leaf.reading_bytes for leaf in sources), default=0)
         if len(passed) == len(layout.blocks):
             zeros_are_stored = layout.covered < math.prod(layout.shape) and not self.sparse
@@ -154,7 +152,7 @@ class Storing:
                 c * math.ceil(min(s, n) / c) if s > w else w
                 for n, c, s, w in zip(layout.shape, chunks, leaf.chunks, wide, strict=True)
             )
-        if any(isinstance(term, Mapped) for block in computed for term in block.terms):
+        if any(term.is_kept for block in computed for term in block.terms):
             return chunks, cost(chunks)
         for tile in (layout.shape, _over_copies(computed, leaves, layout.shape, wide)):
             if cost(tile) <= self.budget_bytes // 2:
@@ -183,8 +181,8 @@ class Storing:
             block
             for block in layout.blocks
             if not is_computed(block.terms)
-            for term in block.terms
-            if isinstance(term, Term) and not term.must_be_zero and term in leaves
+            for term in [block.taken]
+            if term.adds and term in leaves
             for leaf in [leaves[term]]
             for own in [self._way(leaf, layout, None)]
             if own is not None and own.like(way)
@@ -262,9 +260,8 @@ def _reads(
             assert part is not None
             regions = met.setdefault(place, {})
             regions.update(((id(leaves[term]), region), leaves[term]) for term, region in block.reads(part))
-            for term in block.terms:
-                if isinstance(term, Noise) and with_kernels:
-                    regions[id(leaves[term.like]), term.like.region] = leaves[term.like]
+            for kernel, _ in (each for term in block.terms for each in term.kernels if with_kernels):
+                regions[id(leaves[kernel]), kernel.region] = leaves[kernel]
     for regions in met.values():
         held = sum(size(region) * leaf.itemsize for (_, region), leaf in regions.items())
         yield held, max((held + _beside(leaf, region) for (_, region), leaf in regions.items()), default=0)
@@ -276,9 +273,10 @@ def _mapping_bytes(blocks: Sequence[Block], leaves: Mapping[Term, Leaf], chunks:
     for block in blocks:
         part = tuple(range(r.start, min(r.stop, r.start + c)) for r, c in zip(block.at, chunks, strict=True))
         for term in block.terms:
-            if isinstance(term, Mapped):
-                read = size(term.reads(part, block.at)) * leaves[term.term].itemsize
-                held.append(8 * term.held(part, block.at) + read + leaves[term.term].reading_bytes)
+            if term.is_kept:
+                sources = [leaves[source] for source in term.sources]
+                read = size(term.read_for(part, block.at)) * max(leaf.itemsize for leaf in sources)
+                held.append(8 * term.held(part, block.at) + read + max(leaf.reading_bytes for leaf in sources))
     return max(held, default=0)
 
 
@@ -298,11 +296,10 @@ def _over_copies(
     first: dict[tuple[int, Region], Region] = {}
     out = list(tile)
     for block in blocks:
-        for term in block.terms:
-            if isinstance(term, Term):
-                other = first.setdefault((id(leaves[term]), term.region), block.at)
-                for axis, (one, two) in enumerate(zip(other, block.at, strict=True)):
-                    out[axis] = shape[axis] if one != two else out[axis]
+        for term, _ in block.reads(block.at):
+            other = first.setdefault((id(leaves[term]), term.region), block.at)
+            for axis, (one, two) in enumerate(zip(other, block.at, strict=True)):
+                out[axis] = shape[axis] if one != two else out[axis]
     return tuple(out)
 
 

@@ -182,8 +182,7 @@ def taken_chunks(output: Output) -> Iterator[tuple[Term, tuple[int, ...]]]:
 
 
 def _stored(block: Block, chunk: Region, output: Output) -> tuple[Term, tuple[int, ...]]:
-    (term,) = block.terms
-    assert isinstance(term, Term)
+    term = block.taken
     return term, place_in_grid(shifted(chunk, block.at, term.region), output.chunks)
 
 

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from fusectl.errors import Corrupt
 from fusectl.formats.tree import Checkpoint, Leaf, View
-from fusectl.layout.blocks import Block, Layout, Noise, Region, whole
+from fusectl.layout.blocks import Block, Layout, Region, whole
 
 
 PARTS = ("query", "key", "value")
@@ -122,10 +122,7 @@ def joined(layouts: Sequence[Layout], axis: int) -> Layout:
     start = 0
     for layout in layouts:
         for block in layout.blocks:
-            terms = tuple(
-                replace(term, region=_moved(term.region, axis, start)) if isinstance(term, Noise) else term
-                for term in block.terms
-            )
+            terms = tuple(term.moved(axis, start) for term in block.terms)
             blocks.append(Block(_moved(block.at, axis, start), terms))
         start += layout.shape[axis]
     first = layouts[0]

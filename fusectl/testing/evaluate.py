@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import Any, assert_never
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -77,7 +77,7 @@ def _values(
                 values = np.moveaxis(np.tensordot(_matrix(each, read), values, (1, each.axis)), 0, each.axis)
             return term.term.scale * values
         case _:
-            assert_never(term)
+            raise TypeError(f"no evaluator for {type(term).__name__}")
 
 
 def _index(region: Region) -> tuple[slice, ...]:

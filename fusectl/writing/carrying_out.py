@@ -34,9 +34,10 @@ from fusectl.system.lru import Cache
 from fusectl.system.threads import Progress, Silent, default_jobs
 from fusectl.verbs import VERBS
 from fusectl.writing.axis_matrices import Matrices
-from fusectl.writing.execute import Work, execute
+from fusectl.writing.execute import execute
 from fusectl.writing.finished import find_finished
 from fusectl.writing.journal import Journal, digest_of, require_same_plan, require_untouched, stamps_of
+from fusectl.writing.work import Work
 
 
 # Threads, where most of their time is spent on waiting for a server.

@@ -14,7 +14,7 @@ from fusectl.formats.tree import Checkpoint
 from fusectl.layout.blocks import tiles
 from fusectl.planning.plan import Plan, taken
 from fusectl.system.threads import Progress
-from fusectl.writing.execute import source_chunk
+from fusectl.writing.work import source_chunk
 
 
 def find_finished(

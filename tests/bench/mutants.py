@@ -60,12 +60,14 @@ FAULTS = {
     "noise of another seed": Fault(
         "layout/noise.py", 'hashlib.blake2b(f"{seed}\\0{name}"', 'hashlib.blake2b(f"{seed + 1}\\0{name}"'
     ),
-    "noise over what is not zero": Fault("writing/execute.py", "if term.must_be_zero:", "if False:"),
+    "noise over what is not zero": Fault("writing/unit.py", "if term.must_be_zero:", "if False:"),
     "a chunk of the wrong piece": Fault(
-        "writing/execute.py", "total += unit.stored(values).astype(np.float64) if noises else values", "total += values"
+        "writing/unit.py",
+        "total += unit.stored(values).astype(np.float64) if rounds and each.copied is not None else values",
+        "total += values",
     ),
     "a product that is not scaled": Fault(
-        "writing/execute.py",
+        "writing/evaluators.py",
         "value = np.full((1,) * len(region), product.scale)",
         "value = np.full((1,) * len(region), 1.0)",
     ),

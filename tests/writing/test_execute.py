@@ -20,7 +20,7 @@ from fusectl.layout.fill import Fill
 from fusectl.operations.fuse import plan_fusion
 from fusectl.planning import plan
 from fusectl.planning.options import Options
-from fusectl.writing import execute
+from fusectl.writing import unit
 from fusectl.writing.carrying_out import carry_out
 
 
@@ -142,12 +142,12 @@ def test_a_budget_too_small_for_one_chunk_is_refused_before_anything_is_written(
 def test_antisymmetric_noise_is_generated_once(pair, tmp_path, monkeypatch, copies, dtype):
     drawn = Counter()
 
-    def counted(seed, name, shape, region, original=execute.lanes):
+    def counted(seed, name, shape, region, original=unit.lanes):
         for part, chosen in original(seed, name, shape, region):
             drawn[name] += chosen.size
             yield part, chosen
 
-    monkeypatch.setattr(execute, "lanes", counted)
+    monkeypatch.setattr(unit, "lanes", counted)
     planned, sources = plan_fusion(
         pair[:1] * copies, Options(fill=Fill("antisymmetric", 0.1), dtype=dtype), command="self-fuse"
     )
