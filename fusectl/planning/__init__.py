@@ -1,1 +1,1 @@
-"""What will be written, before any byte is: Options, Plan and its Builder, chunks, how exact it will be."""
+"""What will be written, before any byte is. plan.py has the Plan, builder.py makes it and says what the others are for."""
