@@ -1,1 +1,1 @@
-"""What will be written, before any byte is. plan.py has the Plan, builder.py makes it and says what the others are for."""
+"""What will be written, before any byte is: the Plan (plan.py), and the Builder that makes it, who lists the others."""
