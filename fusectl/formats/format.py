@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -85,6 +85,10 @@ class Format(ABC):
         With `fault` it is told instead of tensors that are contradicted, and of those without metadata; they are left
         out.
         """
+
+    def problems(self, checkpoint: Checkpoint, notes: list[str]) -> Iterator[str]:  # noqa: ARG002
+        """What is wrong with a checkpoint's other files, those it is not opened by; what may be is put into `notes`."""
+        return iter(())
 
     @abstractmethod
     def closing_files(self, written: Written) -> dict[str, bytes]:

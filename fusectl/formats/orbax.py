@@ -80,6 +80,11 @@ class Orbax(Format):
         """See Format."""
         return open_orbax(location, record, fault)
 
+    def problems(self, checkpoint: Checkpoint, notes: list[str]) -> Iterator[str]:
+        """See Format."""
+        yield from _commit_problems(checkpoint, notes)
+        yield from _listed_problems(checkpoint)
+
     def closing_files(self, written: Written) -> dict[str, bytes]:
         """See Format."""
         form = Form(self.zarr, in_ocdbt=self.ocdbt, sparse=written.sparse)
@@ -411,6 +416,54 @@ def step_metadata(item: str | None, started_ns: int, custom: Mapping[str, Any]) 
 def marker(final: Place) -> bytes:
     """The marker without which Orbax >= 0.12.3 may take a directory for a leftover and remove it."""
     return f"Checkpoint commit was successful to {final}".encode()
+
+
+def _commit_problems(checkpoint: Checkpoint, notes: list[str]) -> Iterator[str]:
+    """What a trainer's commit leaves behind, and is not there; only noted where its writer may have left none."""
+    location = checkpoint.location
+    if not (location.home / STEP_METADATA).is_file():
+        notes.append(f"no {STEP_METADATA}: older versions of Orbax wrote none")
+    # That of the step is written last. Not all of Orbax's interfaces mark its items.
+    marked = [(at / COMMITTED).is_file() for at in (location.home, location.index)]
+    if not any(marked) and checkpoint.record is None:
+        notes.append(f"no {COMMITTED}: Orbax before 0.12.3 wrote none, later ones may remove it as a leftover")
+    elif not marked[0]:
+        yield f"{location.home / COMMITTED}: missing"
+    elif not marked[1] and checkpoint.record is not None:
+        yield f"{location.index / COMMITTED}: missing"
+    writers: list[Place] = sorted(location.index.glob("ocdbt.process_*"), key=str)
+    for process in writers:
+        if not (process / MANIFEST).is_file():
+            yield f"{process}: the database of a writer, without its {MANIFEST}"
+            continue
+        try:
+            lost = Files(ocdbt(str(process)), str(process)).names - checkpoint.files.names
+        except FusectlError as error:
+            yield f"{error.message}; {'; '.join(error.details)}"
+            continue
+        if lost:
+            yield f"{process}: {len(lost)} files of it are not in the merged database, such as {min(lost)}"
+
+
+def _listed_problems(checkpoint: Checkpoint) -> Iterator[str]:
+    """Lists of arrays that Orbax keeps beside the index, which contradict it or the arrays."""
+    index = checkpoint.location.index
+    names = {at: name for name, at in checkpoint.file_of.items()}
+    listing: list[Place] = sorted((index / ARRAY_METADATAS).parent.glob("process_*"), key=str)
+    for file in listing:
+        try:
+            entries = parsed(read_small(file, LARGEST_INDEX_BYTES))["array_metadatas"]
+            listed = [(each["array_metadata"]["param_name"], each["array_metadata"]) for each in entries]
+            for name, array in listed:
+                if name not in names:
+                    yield f"{file}: lists {name}, which the index does not name"
+                    continue
+                # Of one without sound metadata that has been told.
+                leaf, chunks = checkpoint.leaves.get(names[name]), tuple(array["chunk_shape"])
+                if leaf is not None and leaf.chunks != chunks:
+                    yield f"{file}: {name} in chunks of {list(chunks)}, of {list(leaf.chunks)} in its own metadata"
+        except (Corrupt, ValueError, LookupError, TypeError, RecursionError) as error:
+            yield f"{file}: not a list of arrays; {error}"
 
 
 def _read_metadata(path: Place) -> dict[str, Any]:

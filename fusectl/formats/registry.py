@@ -39,10 +39,13 @@ def format_of(location: Location) -> Format:
     return next(each for each in FORMATS.values() if each.kind == location.kind)
 
 
-def orbax_for(trainer: str) -> Format:
-    """The Orbax layout that a trainer (families.kinds.Trainer) writes and restores.
+def orbax_for(trainer: str, zarr: int = 3) -> Format:
+    """The Orbax layout that a trainer (families.kinds.Trainer) writes and restores; of a tree without a trainer that in
+    which arrays keep their version of zarr.
 
     >>> orbax_for("t5x").name
     <FormatName.ORBAX_OCDBT_ZARR2: 'orbax-ocdbt-zarr2'>
     """
-    return next(each for each in FORMATS.values() if each.ocdbt and each.is_read_by(trainer))
+    return next(
+        each for each in FORMATS.values() if each.ocdbt and (each.is_read_by(trainer) if trainer else each.zarr == zarr)
+    )

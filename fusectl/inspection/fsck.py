@@ -18,16 +18,15 @@ from typing import Any
 
 from fusectl.errors import Corrupt, FusectlError, Incompatible, counted, shorten
 from fusectl.formats.locate import locate, place
-from fusectl.formats.names import ARRAY_METADATAS, COMMITTED, ORBAX_INDEX, STEP_METADATA
-from fusectl.formats.objects import Place, read_small
+from fusectl.formats.names import ORBAX_INDEX
+from fusectl.formats.objects import Place
 from fusectl.formats.opening import open_location
-from fusectl.formats.orbax import LARGEST_INDEX_BYTES
-from fusectl.formats.store import MANIFEST, Extent, Files, ocdbt
+from fusectl.formats.registry import format_of
+from fusectl.formats.store import Extent
 from fusectl.formats.tree import Checkpoint, Location
 from fusectl.formats.zarr import METADATA_FILE
 from fusectl.optimizer.registry import find_state, unlike_their_parameters
 from fusectl.sources.opened import recognized
-from fusectl.system.jsontree import parsed
 from fusectl.system.threads import Progress, Silent, default_jobs, default_max_memory_bytes
 from fusectl.verification.files import check_files
 
@@ -161,9 +160,8 @@ def _of_item(location: Location, arch: str | None, budget_bytes: int, jobs: int,
         problems.append(f"{checkpoint.location.index}: an index without tensors")
     problems += _strays(checkpoint)
     notes: list[str] = [*checkpoint.location.notes, *_unread(checkpoint)]
-    problems += _commit_problems(checkpoint, notes)
+    problems += format_of(checkpoint.location).problems(checkpoint, notes)
     problems += _slot_problems(checkpoint, arch, notes)
-    problems += _listed_problems(checkpoint)
     notes += _dead_bytes(checkpoint)
     notes += _larger_chunks(checkpoint)
     read = check_files(checkpoint, budget_bytes=budget_bytes, jobs=jobs, progress=progress)
@@ -228,58 +226,6 @@ def _array_of(file: str, arrays: Mapping[str, Any]) -> tuple[str, str]:
         if at in arrays:
             return at, rest
     return "", file
-
-
-def _commit_problems(checkpoint: Checkpoint, notes: list[str]) -> Iterator[str]:
-    """What a trainer's commit leaves behind, and is not there; only noted where its writer may have left none."""
-    location = checkpoint.location
-    if location.kind != "orbax":
-        return
-    if not (location.home / STEP_METADATA).is_file():
-        notes.append(f"no {STEP_METADATA}: older versions of Orbax wrote none")
-    # That of the step is written last. Not all of Orbax's interfaces mark its items.
-    marked = [(at / COMMITTED).is_file() for at in (location.home, location.index)]
-    if not any(marked) and checkpoint.record is None:
-        notes.append(f"no {COMMITTED}: Orbax before 0.12.3 wrote none, later ones may remove it as a leftover")
-    elif not marked[0]:
-        yield f"{location.home / COMMITTED}: missing"
-    elif not marked[1] and checkpoint.record is not None:
-        yield f"{location.index / COMMITTED}: missing"
-    writers: list[Place] = sorted(location.index.glob("ocdbt.process_*"), key=str)
-    for process in writers:
-        if not (process / MANIFEST).is_file():
-            yield f"{process}: the database of a writer, without its {MANIFEST}"
-            continue
-        try:
-            lost = Files(ocdbt(str(process)), str(process)).names - checkpoint.files.names
-        except FusectlError as error:
-            yield f"{error.message}; {'; '.join(error.details)}"
-            continue
-        if lost:
-            yield f"{process}: {len(lost)} files of it are not in the merged database, such as {min(lost)}"
-
-
-def _listed_problems(checkpoint: Checkpoint) -> Iterator[str]:
-    """Lists of arrays that Orbax keeps beside the index, which contradict it or the arrays."""
-    index = checkpoint.location.index
-    if checkpoint.location.kind != "orbax":
-        return
-    names = {at: name for name, at in checkpoint.file_of.items()}
-    listing: list[Place] = sorted((index / ARRAY_METADATAS).parent.glob("process_*"), key=str)
-    for file in listing:
-        try:
-            entries = parsed(read_small(file, LARGEST_INDEX_BYTES))["array_metadatas"]
-            listed = [(each["array_metadata"]["param_name"], each["array_metadata"]) for each in entries]
-            for name, array in listed:
-                if name not in names:
-                    yield f"{file}: lists {name}, which the index does not name"
-                    continue
-                # Of one without sound metadata that has been told.
-                leaf, chunks = checkpoint.leaves.get(names[name]), tuple(array["chunk_shape"])
-                if leaf is not None and leaf.chunks != chunks:
-                    yield f"{file}: {name} in chunks of {list(chunks)}, of {list(leaf.chunks)} in its own metadata"
-        except (Corrupt, ValueError, LookupError, TypeError, RecursionError) as error:
-            yield f"{file}: not a list of arrays; {error}"
 
 
 def _dead_bytes(checkpoint: Checkpoint) -> Iterator[str]:

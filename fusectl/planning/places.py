@@ -17,11 +17,10 @@ T5X_ITEM = "state"
 def target_of(first: Opened, options: Options) -> tuple[Format, str | None, Naming]:
     """The format of the output, the item that its tree goes into, and how its parameters are named there."""
     own = format_named(first.checkpoint.format)
-    # Of a tree without a trainer the arrays stay in the version of zarr that they are in.
-    orbax = (
-        orbax_for(trainer) if (trainer := first.tree.family.trainer) else format_named(f"orbax-ocdbt-zarr{own.zarr}")
-    )
-    out_format = orbax if options.format == ORBAX else format_named(options.format or own.name)
+    if options.format == ORBAX:
+        out_format = orbax_for(first.tree.family.trainer, own.zarr)
+    else:
+        out_format = format_named(options.format or own.name)
     if not out_format.keeps_tree:
         return out_format, None, T5X
     item = first.checkpoint.location.item if own.keeps_tree else T5X_ITEM

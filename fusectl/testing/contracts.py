@@ -133,8 +133,6 @@ class OperationTests:
     """What holds for every operation: it writes what it planned, is resumed, proved, and remembered by copies."""
 
     verb: ClassVar[str]
-    # Where the small sources are written, and the outputs.
-    format: ClassVar[str] = "t5x"
 
     def plan(self, at: Path, options: Options) -> tuple[Plan, list[Checkpoint]]:
         """The plan of the operation on small sources, which it may write below `at`."""
