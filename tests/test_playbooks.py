@@ -170,6 +170,7 @@ class TestNegate(OperationTests):
 """
 
 
+@pytest.mark.slow
 def test_an_operation_takes_two_files_and_a_row(house, tmp_path):
     source = checkpoint(tmp_path / "a")
     house.write("operations/negate.py", NEGATE_PLAN)

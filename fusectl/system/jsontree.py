@@ -135,8 +135,11 @@ def _tuple(kinds: tuple[Any, ...]) -> Callable[[Any], Any]:
     return lambda tree: tuple(part(each) for part, each in zip(parts, _plain(list, tree), strict=True))
 
 
+_WORDS = {str: "text", int: "whole number", bool: "truth value", list: "list"}
+
+
 def _plain(kind: Any, tree: Any) -> Any:
     """The value itself; raises TypeError unless it is of the type: True is no number."""
     if not isinstance(tree, kind) or (isinstance(tree, bool) and kind is not bool):
-        raise TypeError(f"{tree!r} is no {getattr(kind, '__name__', 'number')}")
+        raise TypeError(f"{tree!r} is no {_WORDS.get(kind, 'number')}")
     return tree
