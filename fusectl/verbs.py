@@ -116,6 +116,9 @@ Original = Fused | Stacked | Mapped
 Made = Original | Converted
 
 
+# Classes have no more than an __init__ from here on: what else dataclasses make costs a millisecond each, at every start.
+
+
 class Group(StrEnum):
     """Options that several commands have; cli/options.py has a dataclass of each of these names."""
 
@@ -129,7 +132,7 @@ class Group(StrEnum):
     LAYERED_STATE = "LayeredState"
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, repr=False)
 class Option:
     """What an operation's own option says of itself in --help: a sentence, its names, and the least number."""
 
@@ -138,7 +141,7 @@ class Option:
     least: int | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, repr=False)
 class OwnOptions:
     """What an operation has for itself: fields that are Annotated with an Option each."""
 
@@ -147,7 +150,7 @@ class OwnOptions:
         return {each.name: getattr(self, each.name) for each in fields(self)}
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, repr=False)
 class Verb:
     """An operation.
 
@@ -186,21 +189,21 @@ def operation(name: str) -> Any:
     return getattr(import_module(f"fusectl.operations.{module}"), function)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, repr=False)
 class Copies(OwnOptions):
     """Of self-fuse."""
 
     copies: Annotated[int, Option("How many copies stand side by side.", ("--copies", "-k"))] = 2
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, repr=False)
 class KnownCopies(OwnOptions):
     """Of noise-fill."""
 
     copies: Annotated[int | None, Option("For a fusion without fusectl.json: its K.", ("--copies", "-k"))] = None
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, repr=False)
 class Rewriting(OwnOptions):
     """Of convert."""
 
@@ -215,7 +218,7 @@ class Rewriting(OwnOptions):
         return {"layers": layers, "drop_optimizer": self.drop_optimizer}
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, repr=False)
 class LayerCounts(OwnOptions):
     """How deep a model is to become."""
 
@@ -228,7 +231,7 @@ class LayerCounts(OwnOptions):
     ] = None
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, repr=False)
 class Deepening(LayerCounts):
     """Of stack."""
 

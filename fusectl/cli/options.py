@@ -174,7 +174,10 @@ SOURCES, OPERATION, OPTIMIZER = "Sources", "Operation", "Optimizer"
 ON_DISK, RUNNING, OUTPUT = "Layout on disk", "Running", "Output"
 
 
-@dataclass(frozen=True, kw_only=True)
+# Groups have no more than an __init__: what else dataclasses make costs each a millisecond at every start.
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
 class Reading:
     """How sources are recognised."""
 
@@ -187,7 +190,7 @@ class Reading:
         return {"arch": self.arch, "drop": tuple(self.drop)}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, eq=False, repr=False)
 class Described(Reading):
     """Sources that a config tells more of."""
 
@@ -198,7 +201,7 @@ class Described(Reading):
         return {**super().given(), "configs": tuple(self.config)}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, eq=False, repr=False)
 class Norms:
     """The widths that sources' norms are taken over."""
 
@@ -224,7 +227,7 @@ class Norms:
         return lineage
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, eq=False, repr=False)
 class Filling:
     """What stands where no source does."""
 
@@ -242,14 +245,14 @@ class Filling:
         return {"fill": self.value()}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, eq=False, repr=False)
 class Noise(Filling):
     """The same, where there are zeros already."""
 
     fill: FillOption = FillKind.GAUSSIAN
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, eq=False, repr=False)
 class StepToWrite:
     """The step of the output."""
 
@@ -261,7 +264,7 @@ class StepToWrite:
         return {"step": self.step}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, eq=False, repr=False)
 class State(StepToWrite):
     """What becomes of the optimizer's state."""
 
@@ -273,7 +276,7 @@ class State(StepToWrite):
         return {**super().given(), "optimizer": self.optimizer}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, eq=False, repr=False)
 class LayeredState(StepToWrite):
     """What becomes of the optimizer's state where layers move as wholes."""
 
@@ -284,7 +287,7 @@ class LayeredState(StepToWrite):
         return {**super().given(), "optimizer": self.optimizer}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, eq=False, repr=False)
 class Copied:
     """How the output is stored, where chunks are put together anew."""
 
@@ -309,7 +312,7 @@ class Copied:
         }
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, eq=False, repr=False)
 class OnDisk(Copied):
     """How the output is stored, where sources' chunks can be linked."""
 
@@ -320,7 +323,7 @@ class OnDisk(Copied):
         return {**super().given(), "link": self.link}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, eq=False, repr=False)
 class Proven:
     """How a plan is carried out, and proved."""
 
@@ -343,7 +346,7 @@ class Proven:
         return {} if most is None else {"max_memory_bytes": most}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, eq=False, repr=False)
 class Running(Proven):
     """The same, where NaN and Inf may be moved."""
 
@@ -355,7 +358,7 @@ class Running(Proven):
         return self.allow_nonfinite
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, eq=False, repr=False)
 class Writing:
     """Where the output goes."""
 
@@ -365,7 +368,7 @@ class Writing:
     sync: Sync = True
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, eq=False, repr=False)
 class Common:
     """What every command has."""
 
