@@ -116,7 +116,7 @@ Original = Fused | Stacked | Mapped
 Made = Original | Converted
 
 
-# Classes have no more than an __init__ from here on: what else dataclasses make costs a millisecond each, at every start.
+# Classes have no more than an __init__ from here on: what else dataclasses make costs each a millisecond at a start.
 
 
 class Group(StrEnum):
