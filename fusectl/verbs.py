@@ -13,6 +13,7 @@ from enum import StrEnum
 from importlib import import_module
 from typing import Annotated, Any
 
+from fusectl.errors import UsageError
 from fusectl.rules.kinds import How
 from fusectl.system.jsontree import Tagged
 
@@ -146,7 +147,7 @@ class OwnOptions:
     """What an operation has for itself: fields that are Annotated with an Option each."""
 
     def given(self) -> dict[str, Any]:
-        """What the planner is given, by the names of its parameters."""
+        """What the planner is given, by the names of its parameters; raises UsageError for what makes no sense."""
         return {each.name: getattr(self, each.name) for each in fields(self)}
 
 
@@ -154,9 +155,9 @@ class OwnOptions:
 class Verb:
     """An operation.
 
-    `plan` is `module:function` of fusectl.operations: from paths or one path, planning.options.Options, and the fields
-    of `options` by name, to a Plan and the opened sources. Commands of operations that do more than plan and write have
-    a module of their own in cli/; that of all others is made of `groups` and `options`.
+    `plan` is `module:function` of fusectl.operations: from a path, planning.options.Options, and what `options` gives
+    by name, to a Plan and the opened sources. Where a planner takes more, or its command does more than plan and write,
+    that has a module of its own in cli/; all others are made of `groups` and `options`.
     """
 
     name: str
@@ -194,6 +195,12 @@ class Copies(OwnOptions):
     """Of self-fuse."""
 
     copies: Annotated[int, Option("How many copies stand side by side.", ("--copies", "-k"))] = 2
+
+    def given(self) -> dict[str, Any]:
+        """See OwnOptions."""
+        if self.copies < 2:
+            raise UsageError(f"--copies {self.copies}: fusing takes two or more")
+        return super().given()
 
 
 @dataclass(eq=False, repr=False)

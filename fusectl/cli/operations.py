@@ -19,8 +19,10 @@ commands = typer.Typer()
 def _run(verb: Verb, *, source: str | None, own: Any = None, **groups: Any) -> None:
     screen = groups["common"].screen(verb.name)
     with screen.errors():
+        # Nothing is read from a pipe for options that make no sense.
+        given = {} if own is None else own.given()
         options = options_of(*(group for group in groups.values() if hasattr(group, "given")))
-        plan, opened = verb.planner()(path_of(source), options, **({} if own is None else own.given()))
+        plan, opened = verb.planner()(path_of(source), options, **given)
         state = groups.get("State")
         write(screen, plan, opened, groups["running"], groups["writing"], None if state is None else state.lr_table)
 

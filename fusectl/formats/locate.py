@@ -44,7 +44,7 @@ from fusectl.system.jsontree import parsed
 LARGEST_STEP_BYTES = 16 << 20
 
 _TEMPORARY = re.compile(rf"\.orbax-checkpoint-tmp|\.tmp-\d+$|{re.escape(TEMPORARY_SUFFIX)}$")
-# And what Orbax's is: a dictionary, a list or a tuple.
+# How Orbax's old index begins: a dictionary, a list or a tuple.
 _PACKED = re.compile(rb"[\x80-\x9f\xc7-\xc9\xd4-\xd8\xdc-\xdf]")
 # Of several items in a step, the ones that hold the model, best first.
 _ITEMS = ("state", "default", "items", "params", "model_params")

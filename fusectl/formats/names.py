@@ -22,9 +22,6 @@ LEASE = "fusectl-lease.json"
 
 # The names of directories that T5X restores from (t5x/checkpoints_utils.py, get_step_from_checkpoint_dir).
 T5X_STEP = re.compile(r"checkpoint_\d+")
-STEP = re.compile(r"checkpoint_\d+")
-
-_TEMPORARY = re.compile(rf"\.orbax-checkpoint-tmp|\.tmp-\d+$|{re.escape(TEMPORARY_SUFFIX)}$")
 STEP = re.compile(r"(?:checkpoint_)?(\d+)$")
 # With the `step_prefix` of a manager of Orbax's.
 PREFIXED = re.compile(r"(.+)_(\d+)$")

@@ -79,7 +79,7 @@ class Checksums:
     def __post_init__(self) -> None:
         if min((*self.chunks, 1)) < 1:
             raise ValueError(f"chunks of shape {list(self.chunks)}")
-        chunks = math.prod(math.ceil(n / c) for n, c in zip(self.shape, self.chunks, strict=True))
+        chunks = math.prod(-(-n // c) for n, c in zip(self.shape, self.chunks, strict=True))
         if len(self.crc32) != chunks:
             raise ValueError(f"{len(self.crc32)} checksums for {chunks} chunks")
 
@@ -87,7 +87,7 @@ class Checksums:
         """What stands for the chunk at this place of the grid."""
         number = 0
         for i, n, c in zip(index, self.shape, self.chunks, strict=True):
-            number = number * math.ceil(n / c) + i
+            number = number * -(-n // c) + i
         return self.crc32[number]
 
 
@@ -180,7 +180,7 @@ class Record:
             _require_own_crc32(raw)
             record: Record = decoded(cls, tree)
             record._check()
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             raise Corrupt(f"{where}: not a record of fusectl", details=(f"{type(error).__name__}: {error}",)) from error
         return record
 

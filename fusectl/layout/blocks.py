@@ -154,11 +154,12 @@ class Summand:
     """What the values of a block are a sum of. It answers what it reads and holds; evaluators compute it.
 
     To add one, write a subclass here, and an evaluator in writing/evaluators.py; testing/evaluate.py has another, which
-    the first one is held against.
+    the first one is held against. What it reads is there when it is evaluated if it is `copied`; what `is_kept` reads
+    itself, within the memory that it says.
     """
 
     __slots__ = ()
-    # Sums in float64 depend on the order: summands are added by this number.
+    # Sums in float64 depend on their order: summands are added in that of this number.
     rank: ClassVar[int] = 0
     # Whether it is noise, which is rounded to the output's dtype before it is added, as what it is added to.
     is_random: ClassVar[bool] = False

@@ -196,7 +196,7 @@ def _nearest(n: int, name: str, size: int) -> str:
 def divisors(n: int) -> set[int]:
     """All divisors of a number.
 
-    >>> list(divisors(12))
+    >>> sorted(divisors(12))
     [1, 2, 3, 4, 6, 12]
     """
     small = {d for d in range(1, math.isqrt(n) + 1) if n % d == 0}

@@ -123,8 +123,6 @@ def plan_fusion(
 
 def plan_self_fusion(path: str, options: Options, *, copies: int = 2) -> tuple[Plan, list[Checkpoint]]:
     """The plan that fuses a checkpoint with itself, and the opened checkpoint, as often as it is a source."""
-    if copies < 2:
-        raise UsageError(f"--copies {copies}: fusing takes two or more")
     return plan_fusion([path] * copies, options, command="self-fuse")
 
 

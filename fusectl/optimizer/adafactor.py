@@ -42,7 +42,8 @@ class Adafactor(OptimizerState):
     @classmethod
     def find(cls, own: Mapping[str, tuple[int, ...]], tree: Recognized) -> tuple[Adafactor, list[str]] | None:
         """See OptimizerState."""
-        if not all(name.startswith(STATE) for name in own):
+        moments = {name.rpartition("/")[2] for name in own}
+        if not all(name.startswith(STATE) for name in own) or moments.isdisjoint(cls.orders):
             return None
         slots = {name.removeprefix(STATE): shape for name, shape in own.items()}
         momentum = any(name.endswith("/m") and shape != UNUSED for name, shape in slots.items())

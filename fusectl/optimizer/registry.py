@@ -24,19 +24,18 @@ def find_state(shapes: Mapping[str, tuple[int, ...]], tree: Recognized, where: s
     shape, numbers, settings. Raises Incompatible for what cannot, and for slots that do not fit.
     """
     own = {name: shape for name, shape in shapes.items() if is_state(name)}
-    if not own:
-        return NoState()
-    tried = [found for each in OPTIMIZERS if (found := each.find(own, tree)) is not None]
+    known: tuple[type[OptimizerState], ...] = (NoState, *OPTIMIZERS)
+    tried = [found for each in known if (found := each.find(own, tree)) is not None]
     for state, wrong in tried:
         if not wrong:
             return state
-    known, strange = Unknown.find(own, tree)
-    nearest, wrong = tried[0] if tried else (known, [])
+    unknown, strange = Unknown.find(own, tree)
+    nearest, wrong = min(tried, key=lambda found: len(found[1]), default=(unknown, []))
     if strange:
         raise not_known(where, wrong or strange, "--optimizer drop leaves it out; mu and nu are taken for Adam's")
     # Counts alone are SGD's, or Adam's that has lost all of its moments; some of these are Adam's that lacks slots.
-    kind = nearest.kind if wrong and len(known.beside) < len(own) else known.kind
-    return replace(known, kind=kind, problems=tuple(wrong) or known.problems)
+    kind = nearest.kind if wrong and len(unknown.beside) < len(own) else unknown.kind
+    return replace(unknown, kind=kind, problems=tuple(wrong) or unknown.problems)
 
 
 # By name alone: Adafactor's in T5X below each parameter, optax's in trees like that of the parameters.

@@ -11,7 +11,7 @@ Slot shapes are a function of the parameter's shape and axes, never of the sourc
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -49,7 +49,7 @@ class Steps(StrEnum):
 
 
 @dataclass(frozen=True)
-class OptimizerState:
+class OptimizerState(ABC):
     """The state of an optimizer in a checkpoint, or what another model of the same optimizer would have.
 
     To add an optimizer, subclass this in a file of its own and name it in registry.py.

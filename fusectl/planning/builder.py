@@ -133,7 +133,7 @@ class Builder:
 
     @property
     def exactness(self) -> list[Exactness]:
-        """That of every parameter that a fusion has of the model."""
+        """How exact each parameter of a fusion is."""
         return [output.exactness for output in self.outputs if output.exactness is not None]
 
     def plan(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from enum import StrEnum
@@ -102,7 +103,7 @@ def _decoder(kind: Any) -> Callable[[Any], Any]:
         return _tuple(get_args(kind))
     if get_origin(kind) is not None and issubclass(get_origin(kind), Mapping):
         value = _decoder(get_args(kind)[1])
-        return lambda tree: {_plain(str, name): value(each) for name, each in tree.items()}
+        return lambda tree: {_plain(str, name): value(each) for name, each in _plain(dict, tree).items()}
     if isinstance(kind, type) and issubclass(kind, StrEnum):
         return lambda tree: kind(_plain(str, tree))
     if kind is float:
@@ -135,11 +136,11 @@ def _tuple(kinds: tuple[Any, ...]) -> Callable[[Any], Any]:
     return lambda tree: tuple(part(each) for part, each in zip(parts, _plain(list, tree), strict=True))
 
 
-_WORDS = {str: "text", int: "whole number", bool: "truth value", list: "list"}
+_WORDS = {str: "text", int: "whole number", bool: "truth value", list: "list", dict: "tree"}
 
 
 def _plain(kind: Any, tree: Any) -> Any:
     """The value itself; raises TypeError unless it is of the type: True is no number."""
     if not isinstance(tree, kind) or (isinstance(tree, bool) and kind is not bool):
-        raise TypeError(f"{tree!r} is no {_WORDS.get(kind, 'number')}")
+        raise TypeError(f"{reprlib.repr(tree)} is no {_WORDS.get(kind, 'number')}")
     return tree

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pytest
 
 from fusectl.demo import parameter_shapes
-from fusectl.errors import FusectlError, Incompatible
+from fusectl.errors import Corrupt, FusectlError, Incompatible
 from fusectl.families.recognition import match, recognize
 from fusectl.families.recognized import Recognized
 from fusectl.families.table import Family
@@ -149,7 +149,7 @@ class OperationTests:
         assert plan.record.command == self.verb
 
     def test_what_is_written_is_what_was_planned(self, tmp_path: Path) -> None:
-        """Every tensor, to a unit in the last place of its dtype."""
+        """Every tensor, to a few units in the last place of its largest value."""
         plan, sources = self.planned(tmp_path)
         written = open_checkpoint(str(carry_out(plan, sources, tmp_path / "out", sync=False)))
         expected = evaluate_plan(plan, sources)
@@ -177,7 +177,7 @@ class OperationTests:
         assert _values(out) == _values(whole)
 
     def test_the_proof_passes_and_fails_for_one_changed_value(self, tmp_path: Path) -> None:
-        """Of the largest tensor, in the middle: the files' checksums and the weights each notice it."""
+        """Of a chunk in the middle of the largest tensor the first: the files' checksums and the weights notice it."""
         plan, sources = self.planned(tmp_path)
         out = Path(str(carry_out(plan, sources, tmp_path / "out", sync=False)))
         assert verify(str(out), settings=PROOF).passed
@@ -230,7 +230,7 @@ def _values(path: Any) -> dict[str, bytes]:
 
 
 def _flip(opened: Checkpoint, name: str) -> None:
-    """Changes a value of a tensor whose chunks are files and not compressed: the sign of one in the middle."""
+    """Changes the sign of a value of a tensor whose chunks are files and not compressed."""
     leaf = opened.leaves[name]
     assert leaf.stored is not None
     home = Path(str(opened.location.index)) / opened.file_of[name]
@@ -295,21 +295,27 @@ class FormatTests:
         opened = self.written(tmp_path, form)
         assert opened.record is not None
         assert isinstance(opened.record.made, Converted)
-        index = Path(str(opened.location.index)) / FORMATS[form].index
-        index.write_bytes(index.read_bytes() + b" ")
-        with pytest.raises(FusectlError):
+        record = opened.record
+        name = next(n for n in record.files if n.rpartition("/")[2] == FORMATS[form].index)
+        others = replace(record, files={**record.files, name: "00000000"})
+        (tmp_path / "out" / FILE_NAME).write_bytes(others.to_json())
+        with pytest.raises(Corrupt, match="not what was written"):
             open_checkpoint(str(tmp_path / "out"))
 
     def test_a_chunk_that_is_gone_is_noticed(self, tmp_path: Path, form: str) -> None:
-        """Reading raises, and the proof of files fails."""
+        """By the proof of files; a database whose file is gone cannot even be opened."""
         opened = self.written(tmp_path, form)
-        files = [path for path in Path(str(opened.location.index)).rglob("*") if path.is_file() and _holds_data(path)]
-        max(files, key=lambda path: path.stat().st_size).unlink()
-        try:
-            found = verify(str(tmp_path / "out"), settings=Settings(levels=("files",)))
-        except FusectlError:
+        home, name = Path(str(opened.location.index)), "target/encoder/kernel"
+        stored = opened.leaves[name].stored
+        assert stored is not None
+        if FORMATS[form].ocdbt:
+            for path in (home / "d").iterdir():
+                path.unlink()
+            with pytest.raises(FusectlError):
+                verify(str(tmp_path / "out"), settings=Settings(levels=("files",)))
             return
-        assert found.passed is False
+        (home / opened.file_of[name] / stored.chunk_key((1, 1))).unlink()
+        assert verify(str(tmp_path / "out"), settings=Settings(levels=("files",))).passed is False
 
     def test_an_interrupted_run_is_resumed(self, tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """With the values of one that nobody has interrupted."""
@@ -321,8 +327,3 @@ class FormatTests:
         assert not (tmp_path / "out").exists()
         out = carry_out(plan, sources, tmp_path / "out", sync=False, resume=True)
         assert _values(out) == {name: values.tobytes() for name, values in self.values.items()}
-
-
-def _holds_data(path: Path) -> bool:
-    """Whether a file holds values: by its name it is neither an index nor metadata."""
-    return not path.name.startswith((".z", "_", "fusectl")) and path.suffix not in {".json", ".ocdbt", ".txt"}

@@ -31,6 +31,7 @@ from fusectl.formats.objects import Place
 from fusectl.formats.opening import open_checkpoint
 from fusectl.formats.staging import storage_errors
 from fusectl.formats.tree import Checkpoint
+from fusectl.system.jsontree import kind_of
 from fusectl.system.memory import peak_rss_bytes
 from fusectl.system.threads import Progress, Silent
 from fusectl.verbs import Fused, Made
@@ -97,7 +98,7 @@ def check_of(made: Made | None) -> Check:
     'fusectl.verification.fused'
     """
     kind = Fused if made is None else type(made)
-    check: Check = import_module(f"{__name__}.{kind.__name__.lower()}").check
+    check: Check = import_module(f"{__name__}.{kind_of(kind)}").check
     return check
 
 

@@ -208,7 +208,7 @@ def _source_tree(source: Checkpoint, arch: str | Family | None, record: Record |
     try:
         return recognized(source, arch, record.drop if record else ())
     except Incompatible as error:
-        layers = record.made.layers if record is not None and isinstance(record.made, Converted) else ""
+        layers = record.made.layers if record is not None and isinstance(record.made, Converted) else None
         if not layers:
             raise
         hint = f"the fusion's layers are {layers}: name copies of its sources that are so, too (convert)"

@@ -78,6 +78,12 @@ def open_grown(kind: type[G], fused: Checkpoint, declared: Declared) -> G:
     return kind(fused, tree, source, replace(source_tree, told=tree.network), record.made)
 
 
+def require_no_trace(settings: Settings) -> None:
+    """Raises UsageError where the streams of several sources are asked for."""
+    if settings.trace:
+        raise UsageError("--trace: of the streams of a fusion's sources; this one was grown from a single one")
+
+
 def report_on(
     grown: Grown,
     weigh: Callable[[], WeightsResult],
@@ -88,8 +94,6 @@ def report_on(
 ) -> Report:
     """The report with the levels weights, by `weigh`, and native, by forward passes of both models."""
     family = grown.tree.family
-    if settings.trace:
-        raise UsageError("--trace: of the streams of a fusion's sources; this one was grown from a single one")
     if settings.asks_for_models:
         family.require_twin()
     of_one = f"grown from {grown.source.path}: one model, not a mean of several; the level algebra has nothing to say"

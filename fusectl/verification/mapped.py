@@ -26,7 +26,7 @@ from fusectl.system.lru import Cache
 from fusectl.system.threads import Progress
 from fusectl.verbs import Mapped
 from fusectl.verification.claim import Declared
-from fusectl.verification.grown import Grown, open_grown, report_on
+from fusectl.verification.grown import Grown, open_grown, report_on, require_no_trace
 from fusectl.verification.report import Report, WeightsResult
 from fusectl.verification.settings import Settings
 
@@ -49,6 +49,7 @@ def check(fused: Checkpoint, declared: Declared, settings: Settings, progress: P
     """The report on a checkpoint that an operator has made."""
     if report.damaged:
         return report
+    require_no_trace(settings)
     grown = open_grown(Enlarged, fused, declared)
     operator = find_operator(grown)
     learned = "" if operator is None else held_out(operator)

@@ -30,7 +30,7 @@ from fusectl.system.threads import Progress, in_parallel
 from fusectl.verbs import Stacked
 from fusectl.verification.claim import Declared
 from fusectl.verification.compared import BYTES_PER_VALUE, count_differing, of_another_model
-from fusectl.verification.grown import Grown, open_grown, report_on
+from fusectl.verification.grown import Grown, open_grown, report_on, require_no_trace
 from fusectl.verification.report import Report, WeightsResult
 from fusectl.verification.settings import Settings
 
@@ -292,6 +292,7 @@ def check(fused: Checkpoint, declared: Declared, settings: Settings, progress: P
     """The report on a checkpoint that was made deeper."""
     if report.damaged:
         return report
+    require_no_trace(settings)
     grown = open_grown(Deeper, fused, declared)
     weigh = partial(check_layers, grown, budget_bytes=settings.read_bytes, jobs=settings.threads, progress=progress)
     return report_on(grown, weigh, settings, progress, report)

@@ -66,6 +66,10 @@ class Unit:
         loaded, values = self._read()[term]
         return values[slices(region, loaded)]
 
+    def require_read(self) -> None:
+        """Reads what the tile meets; raises Incompatible where that has to be zero and is not."""
+        self._read()
+
     def noise(self, noise: Noise, region: Region) -> Iterator[tuple[tuple[slice, ...], Array]]:
         """The noise of a region in pieces, each with its place there, in the output's dtype.
 
@@ -194,6 +198,9 @@ def _sum(block: Block, part: Region, unit: Unit, out: Array) -> None:
         out[...] = _plain(block, part, unit)
         return
     summands = sorted((each for each in block.terms if each.adds), key=lambda each: each.rank)
+    if len(summands) < len(block.terms):
+        # Noise alone reads nothing where its kernel was measured before.
+        unit.require_read()
     if _at_once(summands, block, part, unit, out):
         return
     rounds = any(each.is_random for each in summands)

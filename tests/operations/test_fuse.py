@@ -20,7 +20,7 @@ from fusectl.formats.tree import Leaf
 from fusectl.formats.zarr import new_storage
 from fusectl.layout.blocks import Block, Layout, Term, whole
 from fusectl.layout.fill import Fill
-from fusectl.operations.fuse import plan_fusion
+from fusectl.operations.fuse import plan_fusion, plan_self_fusion
 from fusectl.operations.noise_fill import plan_noise_fill
 from fusectl.planning.chunking import Storing, choose_chunks
 from fusectl.planning.options import Options
@@ -260,6 +260,12 @@ RECORD_FAULTS = {
     "no operation": lambda r: {key: value for key, value in r.items() if key != "made"},
     "a copy of a copy": lambda r: {**r, "made": copied(copied(r["made"]))},
     "a step that is true": lambda r: {**r, "step": True},
+    "a weight that no float holds": lambda r: {**r, "weights": [10**400, 0.5]},
+    "a size that no float holds": lambda r: {
+        **r,
+        "tensors": {n: {**t, "shape": [10**400] * len(t["shape"])} for n, t in r["tensors"].items()},
+    },
+    "a path in place of a list": lambda r: {**r, "norm_groups": "1" * 10**6},
     "a step in words": lambda r: {**r, "step": "5"},
     "a file outside": lambda r: {**r, "files": {"../checkpoint": "00000000"}},
     "a family in a file": lambda r: {**r, "family": "own.toml"},
@@ -288,8 +294,9 @@ def test_a_record_that_makes_no_sense_is_refused(recorded, fault):
     else:
         write_record(path, changed)
 
-    with pytest.raises(Corrupt, match="not a record of fusectl"):
+    with pytest.raises(Corrupt, match="not a record of fusectl") as error:
         open_checkpoint(str(path))
+    assert len("".join(error.value.details)) < 1000
 
 
 def test_a_record_of_a_later_version_is_read(pair, tmp_path):
@@ -427,3 +434,23 @@ def test_nohup_is_honoured(pair, tmp_path):
 
     assert running.returncode == 0
     assert (tmp_path / "out/fusectl.json").is_file()
+
+
+@pytest.mark.parametrize("budget", [1 << 13, 1 << 20], ids=["in pieces", "whole"])
+def test_noise_is_not_written_over_one_value_that_was_trained(tmp_path, budget):
+    """Also where kernels are measured before, so that a tile of noise alone needs nothing of its tensor."""
+    fused = carry_out(*plan_self_fusion(checkpoint(tmp_path / "a"), Options()), tmp_path / "fused", sync=False)
+    opened = open_checkpoint(str(fused))
+    values = {name: opened.read(name) for name in opened.leaves}
+    name = "target/encoder/layers_0/mlp/wi_0/kernel"
+    values[name] = values[name].copy()
+    values[name][0, -1] = 5.0
+    save(tmp_path / "trained", values, "t5x", chunks={name: (6, 11)})
+    options = Options(fill=Fill("gaussian", 0.1, 0), max_memory_bytes=budget)
+    plan, sources = plan_noise_fill(str(tmp_path / "trained"), options, copies=2)
+
+    (output,) = (each for each in plan.outputs if each.name == name)
+    assert output.at_once == (budget == 1 << 20)
+    with pytest.raises(Incompatible, match=r"wi_0/kernel\[0, 43\] is not zero"):
+        carry_out(plan, sources, tmp_path / "out", sync=False)
+    assert not (tmp_path / "out").exists()

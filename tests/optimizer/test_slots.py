@@ -113,3 +113,14 @@ def test_slots_that_do_not_fit_are_named_with_both_shapes():
 
     assert error.value.details[0] == f"{STATE}decoder/decoder_norm/scale/v: shape [13], expected [12]"
     assert "--optimizer drop" in error.value.hint
+
+
+def test_slots_of_another_optimizer_in_t5x_are_told_apart_and_are_not_adafactors():
+    parameters = {name: v.shape for name, v in state("t5-1.1", 0).items() if name.startswith("target/")}
+    slots = {f"{STATE}0/trace/{name.removeprefix('target/')}": shape for name, shape in parameters.items()}
+    tree = recognize(parameters, "here")
+
+    found = find_state({**parameters, **slots}, tree, "here")
+
+    assert found.kind == "unknown"
+    assert found.fresh(tree, tree.shapes) == slots
