@@ -274,7 +274,7 @@ def test_a_fusion_stays_a_fusion(tmp_path):
     apart = convert(tmp_path / "fused", tmp_path / "apart", "unscanned")
     back = convert(apart, tmp_path / "back", "scanned")
 
-    for out, layers in ((other, ""), (apart, "unscanned"), (back, "scanned")):
+    for out, layers in ((other, None), (apart, "unscanned"), (back, "scanned")):
         record = open_checkpoint(str(out)).record
         assert (record.command, record.made.layers) == ("convert", layers)
         for what in ("weights", "widths", "norm", "norm_groups", "residual_scales", "optimizer"):
