@@ -131,7 +131,7 @@ class Negated(OfOne):
     ("Original = Fused | Stacked | Mapped\n", "Original = Fused | Stacked | Mapped | Negated\n"),
     (
         "VERBS = {\n",
-        '''@dataclass(frozen=True)
+        '''@dataclass(eq=False, repr=False)
 class Times(OwnOptions):
     """Of negate."""
 
