@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from fusectl.cli.options import Grouped, operation, options_of, path_of
+from fusectl.cli.options import Grouped, command_of, options_of, path_of
 from fusectl.cli.writing import write
 from fusectl.verbs import VERBS, Verb
 
@@ -30,7 +30,7 @@ def _run(verb: Verb, *, source: str | None, own: Any = None, **groups: Any) -> N
 for _verb in VERBS.values():
     if _verb.about:
         commands.command(_verb.name, cls=Grouped, short_help=_verb.says, epilog=f"Example: {_verb.example}")(
-            operation(_verb, partial(_run, _verb))
+            command_of(_verb, partial(_run, _verb))
         )
 
 

@@ -7,7 +7,7 @@ fields, so that no list of options stands twice; --help shows each group under i
     @spread
     def fuse(sources: Annotated[list[str], ...], *, filling: Filling, disk: OnDisk, common: Common): ...
 
-The commands of most operations are made whole of their rows in fusectl.verbs (`operation`).
+The commands of most operations are made whole of their rows in fusectl.verbs (`command_of`).
 """
 
 from __future__ import annotations
@@ -486,7 +486,7 @@ class _Operation(_Spread):
         yield from (Parameter(name, Parameter.KEYWORD_ONLY) for name in self._hints if name != "source")
 
 
-def operation(verb: Verb, command: Callable[..., None]) -> Callable[..., None]:
+def command_of(verb: Verb, command: Callable[..., None]) -> Callable[..., None]:
     """A command that takes the options of a row of fusectl.verbs.
 
     `command` is called with `source`, the groups by their names, `own`, and `disk`, `running`, `writing`, `common`.

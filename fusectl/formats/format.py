@@ -46,15 +46,15 @@ class Format(ABC):
     zarr: int
     ocdbt: bool
 
-    # What a Location of it is called: layouts that are told apart only when they are opened share it.
+    # The kind of its Locations. Layouts that only opening tells apart share one.
     kind: ClassVar[FormatName]
     # The file whose CRC-32 a record keeps to know its checkpoint by, and the files that are written last.
     index: ClassVar[str]
     completing: ClassVar[frozenset[str]]
     # Whether all of its readers take a chunk that was left out for zeros.
     reads_left_out: ClassVar[bool] = False
-    # Whether its index tells items, the kinds of keys, nodes without tensors, and random keys' generators. Otherwise
-    # its trees are dictionaries whose keys hold no slash.
+    # Whether its index records items, kinds of keys, nodes without tensors, and random keys' generators. If not, its
+    # trees are dictionaries whose keys hold no slash.
     keeps_tree: ClassVar[bool] = True
     # Whether its readers refuse a tree without a step.
     needs_step: ClassVar[bool] = False
@@ -82,8 +82,7 @@ class Format(ABC):
     ) -> Checkpoint:
         """The checkpoint at a location of its kind; raises Corrupt for an index that contradicts its arrays.
 
-        With `fault` it is told instead of tensors that are contradicted, and of those without metadata; they are left
-        out.
+        With `fault` it leaves out tensors that are contradicted or lack metadata, and calls `fault` with the error.
         """
 
     def problems(self, checkpoint: Checkpoint, notes: list[str]) -> Iterator[str]:  # noqa: ARG002

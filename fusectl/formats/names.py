@@ -10,12 +10,12 @@ ORBAX_INDEX = "_METADATA"
 # Next to it; that of the first process is all that fusectl reads and writes.
 ARRAY_METADATAS = "array_metadatas/process_0"
 STRINGS = "_strings.json"
-# Orbax before 0.4.3 had this one instead, of the name of T5X's; up to 0.5.20 it may hold values beside the other.
+# Orbax before 0.4.3 wrote this index instead, by the name of T5X's; up to 0.5.20 it may hold values next to the other.
 PACKED_INDEX = "checkpoint"
 STEP_METADATA = "_CHECKPOINT_METADATA"
 COMMITTED = "commit_success.txt"
 TEMPORARY_SUFFIX = ".fusectl-tmp"
-# What tells that an unfinished write can be gone on with; removed once the checkpoint has appeared.
+# Marks an unfinished write that can be resumed; removed once the checkpoint has appeared.
 JOURNAL = "fusectl-journal.jsonl"
 # Who is writing to a place in a bucket.
 LEASE = "fusectl-lease.json"

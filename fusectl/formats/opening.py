@@ -30,8 +30,8 @@ def open_checkpoint(path: str) -> Checkpoint:
 def open_location(location: Location, fault: Callable[[FusectlError], None] | None = None) -> Checkpoint:
     """The checkpoint at a place that is known.
 
-    With `fault` it is told of the tensors whose metadata is missing or makes no sense, and of such a record; they are
-    left out then. Without it the first one is raised.
+    Tensors whose metadata is missing or makes no sense, and such a record, are left out with `fault`, which is called
+    with each error. Without it the first error is raised.
     """
     file, record = location.home / FILE_NAME, None
     with told(fault):
@@ -64,7 +64,7 @@ def _require_index(location: Location, record: Record | None) -> None:
 def fingerprint(checkpoint: Checkpoint) -> str:
     """A digest of a checkpoint's files: their names, their sizes where they are local, and the contents of its index.
 
-    It tells a checkpoint that was written anew (OCDBT names its files at random, compressed chunks change their size)
+    It detects that a checkpoint was rewritten (OCDBT names its files at random, compressed chunks change their size)
     without reading all of it; verify's weights level compares the values.
     """
     digest = hashlib.sha256()

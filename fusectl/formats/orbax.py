@@ -419,7 +419,7 @@ def marker(final: Place) -> bytes:
 
 
 def _commit_problems(checkpoint: Checkpoint, notes: list[str]) -> Iterator[str]:
-    """What a trainer's commit leaves behind, and is not there; only noted where its writer may have left none."""
+    """Files that a commit writes and that are missing; only noted where the writer may have written none."""
     location = checkpoint.location
     if not (location.home / STEP_METADATA).is_file():
         notes.append(f"no {STEP_METADATA}: older versions of Orbax wrote none")
@@ -446,7 +446,7 @@ def _commit_problems(checkpoint: Checkpoint, notes: list[str]) -> Iterator[str]:
 
 
 def _listed_problems(checkpoint: Checkpoint) -> Iterator[str]:
-    """Lists of arrays that Orbax keeps beside the index, which contradict it or the arrays."""
+    """Lists of arrays next to the index that contradict it or the arrays."""
     index = checkpoint.location.index
     names = {at: name for name, at in checkpoint.file_of.items()}
     listing: list[Place] = sorted((index / ARRAY_METADATAS).parent.glob("process_*"), key=str)

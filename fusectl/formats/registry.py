@@ -16,7 +16,7 @@ FORMATS: dict[str, Format] = {
 }
 # Not a layout but a choice of one: that of the database which the family's trainer reads, as `orbax_for` has it.
 ORBAX = FormatName.ORBAX
-# The files without which what fusectl has written is no checkpoint yet.
+# The files that complete a checkpoint: fusectl writes them last.
 COMPLETING = frozenset(name for format in FORMATS.values() for name in format.completing)
 
 

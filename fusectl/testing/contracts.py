@@ -29,7 +29,6 @@ from fusectl.formats.registry import FORMATS
 from fusectl.formats.sink import save
 from fusectl.formats.tree import Checkpoint
 from fusectl.formats.zarr import epsilon, is_float
-from fusectl.layout.blocks import Noise
 from fusectl.layout.fill import Fill
 from fusectl.operations.convert import plan_conversion
 from fusectl.planning.options import Options
@@ -162,7 +161,7 @@ class OperationTests:
 
     def _noisy(self, plan: Plan, name: str) -> bool:
         layout = next(output.layout for output in plan.outputs if output.name == name)
-        return any(isinstance(term, Noise) for block in layout.blocks for term in block.terms)
+        return any(term.is_random for block in layout.blocks for term in block.terms)
 
     def test_an_interrupted_run_is_resumed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Nothing appears, and the second run ends with the same bytes as one that nobody has interrupted."""
