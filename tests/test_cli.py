@@ -17,7 +17,7 @@ import pytest
 import typer
 from cases import COMMANDS, first_soon
 from conftest import process
-from models import SIZES, WIDER, checkpoint, state
+from models import LAYERS, SIZES, WIDER, checkpoint, state
 
 from fusectl import cli
 from fusectl.cli.options import gather
@@ -194,7 +194,7 @@ def test_inspect_tells_what_a_checkpoint_is(models, fusectl):
     result = done["result"]
     assert (result["format"], result["family"], result["step"]) == ("t5x", "t5-1.1", 1000)
     assert result["sizes"]["embed"] == 12
-    assert result["layers"] == {"encoder": 3, "decoder": 2}
+    assert result["layers"] == LAYERS
     assert result["optimizer"]["kind"] == "adafactor"
     kernel = next(t for t in result["tensors"] if t["name"] == "target/encoder/layers_0/mlp/wo/kernel")
     assert kernel == {
@@ -450,7 +450,7 @@ def test_a_flipped_bit_is_found_where_the_codec_can_tell(written, tmp_path, fuse
 def test_all_differences_between_sources_are_listed_at_once(tmp_path, fusectl):
     a = checkpoint(tmp_path / "a")
     other = {**WIDER, "vocab": 43, "joined_kv": 12}
-    b = checkpoint(tmp_path / "b", sizes=other, layers={"encoder": 2, "decoder": 3})
+    b = checkpoint(tmp_path / "b", sizes=other, layers={"encoder": 3, "decoder": 2})
 
     done = fusectl("fuse", a, b, "--json")
 

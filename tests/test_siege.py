@@ -619,22 +619,22 @@ def header(shape, nbytes=0, descr="<i4"):
     return file.getvalue() + bytes(nbytes)
 
 
+# Functions: made at once they would cost every worker eight seconds before its first test.
 TOKENS = {
-    "zeros.npz": npz(inputs_npy=header((1 << 15, 1 << 13), 1 << 30)),
-    "a lying shape.npz": npz(inputs_npy=header((2**40,))),
-    "no array.npz": npz(x=bytes(1 << 30)),
-    "many.npz": npz(
+    "zeros.npz": lambda: npz(inputs_npy=header((1 << 15, 1 << 13), 1 << 30)),
+    "a lying shape.npz": lambda: npz(inputs_npy=header((2**40,))),
+    "no array.npz": lambda: npz(x=bytes(1 << 30)),
+    "many.npz": lambda: npz(
         **{f"{name}_npy": header((1, 2), 4) + b"\1\0\0\0" for name in ("inputs", "targets")},
         **{f"a{i}_npy": header((1,), 4) for i in range(1500)},
     ),
-    "deep.jsonl": b"[" * 200_000,
-    "wide.jsonl": b'{"inputs": [' + b"1," * 3_000_000 + b"1]}",
-    "digits.jsonl": b'{"inputs": [' + b"9" * 5000 + b"]}",
-    "uneven.jsonl": b'{"inputs": [1], "targets": [1]}\n' * 1000
-    + b'{"inputs": ['
-    + b"1," * 200_000
-    + b'1], "targets": [1]}',
-    "large.jsonl": b" " * (65 << 20),
+    "deep.jsonl": lambda: b"[" * 200_000,
+    "wide.jsonl": lambda: b'{"inputs": [' + b"1," * 3_000_000 + b"1]}",
+    "digits.jsonl": lambda: b'{"inputs": [' + b"9" * 5000 + b"]}",
+    "uneven.jsonl": lambda: (
+        b'{"inputs": [1], "targets": [1]}\n' * 1000 + b'{"inputs": [' + b"1," * 200_000 + b'1], "targets": [1]}'
+    ),
+    "large.jsonl": lambda: b" " * (65 << 20),
 }
 
 
@@ -643,7 +643,7 @@ TOKENS = {
 def test_a_file_of_tokens_cannot_take_the_machine(tmp_path, tokens):
     import tracemalloc
 
-    (tmp_path / tokens).write_bytes(TOKENS[tokens])
+    (tmp_path / tokens).write_bytes(TOKENS[tokens]())
     tracemalloc.start()
     try:
         with pytest.raises((Corrupt, UsageError)):

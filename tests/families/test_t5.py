@@ -80,7 +80,7 @@ def test_a_tree_that_lost_its_head_is_not_taken_for_a_tied_one():
     "lost",
     [
         "encoder/layers_1/mlp/wo/kernel",
-        "decoder/layers_1/pre_cross_attention_layer_norm/scale",
+        "decoder/layers_0/pre_cross_attention_layer_norm/scale",
         "encoder/relpos_bias/rel_embedding",
     ],
 )

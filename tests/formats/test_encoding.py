@@ -81,11 +81,12 @@ def test_without_a_checksum_a_flipped_bit_is_another_value():
 
 
 @pytest.mark.parametrize(
-    ("encoding", "bomb"),
-    [(Encoding("zstd"), zstandard.compress(bytes(200 << 20))), (Encoding("gzip"), gzip.compress(bytes(200 << 20)))],
+    ("encoding", "compress"),
+    [(Encoding("zstd"), zstandard.compress), (Encoding("gzip"), gzip.compress)],
     ids=COMPRESSORS[1:],
 )
-def test_a_bomb_is_refused_before_it_is_unpacked(encoding, bomb):
+def test_a_bomb_is_refused_before_it_is_unpacked(encoding, compress):
+    bomb = compress(bytes(200 << 20))
     tracemalloc.start()
     try:
         with pytest.raises(BadChunk):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from models import state
+from models import WRITTEN_LAYERS, state
 
 from fusectl.errors import Corrupt, FusectlError, Incompatible, NotFound, UsageError
 from fusectl.formats.opening import open_checkpoint
@@ -57,7 +57,7 @@ def edit(index, change):
     "which", ["t5", "t5_slots_aggregated", "t5_step_aggregated", "t5_norms_aggregated", "0.3.5/t5"]
 )
 def test_a_t5_with_aggregated_leaves_is_whole(written, tmp_path, which):
-    path, values = written / (which if "/" in which else f"{AGGREGATING}/{which}"), state("t5-1.1", 0)
+    path, values = written / (which if "/" in which else f"{AGGREGATING}/{which}"), state("t5-1.1", 0, layers=WRITTEN_LAYERS)
 
     opened = open_checkpoint(str(path))
 

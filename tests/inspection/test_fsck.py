@@ -31,7 +31,7 @@ from fusectl.system.memory import peak_rss_bytes
 from fusectl.writing.carrying_out import carry_out
 
 
-KERNEL = "target.decoder.layers_1.mlp.wo.kernel"
+KERNEL = "target.decoder.layers_0.mlp.wo.kernel"
 PLAIN = [name for name, form in FORMATS.items() if not form.ocdbt]
 
 
@@ -148,9 +148,9 @@ def test_faults_of_foreign_t5x_checkpoints_are_listed(tmp_path, fault, codec):
 def test_all_faults_are_listed_not_the_first(tmp_path, fusectl):
     path = tmp_path / "a"
     checkpoint(path)
-    for layer, name in enumerate(("0.0", "0.0")):
-        (path / f"target.decoder.layers_{layer}.mlp.wo.kernel" / name).unlink()
-    (path / "target.encoder.layers_0.mlp.wo.kernel/.zarray").unlink()
+    for stack in ("encoder", "decoder"):
+        (path / f"target.{stack}.layers_0.mlp.wo.kernel/0.0").unlink()
+    (path / "target.encoder.layers_1.mlp.wo.kernel/.zarray").unlink()
 
     done = fusectl("inspect", path, "--fsck", "--json")
 
@@ -162,7 +162,7 @@ def test_all_faults_are_listed_not_the_first(tmp_path, fusectl):
 @pytest.mark.parametrize("form", FORMATS)
 def test_values_that_are_not_finite_are_told(tmp_path, form):
     values = state("t5-1.1", 0)
-    values["target/decoder/layers_1/mlp/wo/kernel"][3, 4] = np.nan
+    values["target/decoder/layers_0/mlp/wo/kernel"][3, 4] = np.nan
     save(tmp_path / "a", values, form)
 
     assert any("nan in the chunk at [0, 0]" in problem for problem in fsck(str(tmp_path / "a")).problems)
@@ -170,7 +170,7 @@ def test_values_that_are_not_finite_are_told(tmp_path, form):
 
 def test_slots_that_do_not_fit_are_told(tmp_path):
     values = state("t5-1.1", 0)
-    name = "state/param_states/decoder/layers_1/mlp/wo/kernel/v"
+    name = "state/param_states/decoder/layers_0/mlp/wo/kernel/v"
     values[name] = values[name][:-1]
     save(tmp_path / "a", values, "t5x")
 
@@ -375,7 +375,7 @@ def test_a_layer_s_number_claims_nothing(tmp_path, fusectl, number):
     path = Path(checkpoint(tmp_path / "a"))
     index = msgpack.unpackb((path / "checkpoint").read_bytes(), strict_map_key=False, ext_hook=msgpack.ExtType)
     layers = index["optimizer"]["target"]["decoder"]
-    layers[f"layers_{number}"] = layers.pop("layers_1")
+    layers[f"layers_{number}"] = layers.pop("layers_0")
     (path / "checkpoint").write_bytes(msgpack.packb(index))
     began, before = time.process_time(), peak_rss_bytes()
 

@@ -162,7 +162,7 @@ def test_adams_moments_go_along(tmp_path):
 
     assert contents(back) == contents(tmp_path / "a")
     mu = values["state/param_states/0/mu/decoder/decoder/mlp/wi_0/kernel"]
-    found = open_checkpoint(str(apart)).read("state/param_states/0/mu/decoder/layers_1/mlp/wi_0/kernel")
+    found = open_checkpoint(str(apart)).read("state/param_states/0/mu/decoder/layers_0/mlp/wi_0/kernel")
     np.testing.assert_array_equal(found, mu[:, 1])
     assert proved(str(apart)).passed
 
@@ -181,7 +181,7 @@ def test_fusing_and_restacking_commute(tmp_path):
 
 @pytest.mark.parametrize("format", ["t5x", "orbax"])
 @pytest.mark.parametrize(
-    "name", ["target/decoder/layers_1/mlp/wo/kernel", "state/param_states/decoder/decoder_norm/scale/v", "state/step"]
+    "name", ["target/decoder/layers_0/mlp/wo/kernel", "state/param_states/decoder/decoder_norm/scale/v", "state/step"]
 )
 def test_a_conversion_is_held_against_its_source(tmp_path, format, name):
     source = checkpoint(tmp_path / "a", format="t5x")

@@ -352,8 +352,8 @@ def test_configs_that_are_none_or_of_another_model_are_refused(tmp_path, fusectl
     ("fields", "code", "says"),
     [
         ({"attention_types": ["GLOBAL"] * 7}, 6, "attention_types: 7 in"),
-        ({"attention_types": ["LOCAL_SLIDING"] * 3, "sliding_window_size": None}, 2, "without a sliding_window_size"),
-        ({"attention_types": ["NEITHER"] * 3}, 2, "attention types neither"),
+        ({"attention_types": ["LOCAL_SLIDING"] * 2, "sliding_window_size": None}, 2, "without a sliding_window_size"),
+        ({"attention_types": ["NEITHER"] * 2}, 2, "attention types neither"),
         ({"use_qk_norm": True}, 6, "use_qk_norm: True in"),
         ({"query_pre_attn_norm": "BY_EMBED_DIM_DIV_NUM_HEADS"}, 2, "query_pre_attn_norm BY_EMBED_DIM_DIV_NUM_HEADS"),
         ({"sliding_window_size": 0}, 2, "a window of 0 tokens"),

@@ -651,7 +651,7 @@ def bad(tmp_path_factory):
     at = tmp_path_factory.mktemp("bad")
     checkpoint(at / "t5", layers=T5_LAYERS)
     checkpoint(at / "llama", "maxtext-llama", format="orbax")
-    checkpoint(at / "gemma2", "gemma2", format="orbax")
+    checkpoint(at / "gemma2", "gemma2", layers={"decoder": 3}, format="orbax")
     checkpoint(at / "gemma3", "maxtext-gemma3-tied-scanned", format="orbax")
     checkpoint(at / "corrupt", layers=T5_LAYERS)
     (at / "there").mkdir()

@@ -151,10 +151,17 @@ def planned(at, case, options):
     return builder.plan(record, None, []), [each.checkpoint for each in opened]
 
 
-def inverted(term, sources):
-    """The matrices that a summand's inputs are multiplied with the inverses of."""
-    expansions = term.expansions if isinstance(term, Mapped) else ()
-    return [sources[each.source][each.tensor] for each in expansions if each.inverse]
+def inverses(term, sources):
+    """Of every pseudo-inverse that a summand's values are multiplied with: by how much its rounding may move a result.
+
+    B (B^T B)^-1 is exact to the square of B's condition, of what it is multiplied with: cancelling makes no sum smaller.
+    """
+    for each in term.expansions if isinstance(term, Mapped) else ():
+        if each.inverse:
+            matrix, own = sources[each.source][each.tensor], term.term
+            values = sources[own.source][own.tensor][tuple(slice(r.start, r.stop) for r in own.region)]
+            longest = np.linalg.norm(values.astype(np.float64) * own.scale, axis=each.axis).max()
+            yield np.linalg.cond(matrix) ** 2 * np.linalg.norm(np.linalg.pinv(matrix), 2) * longest
 
 
 def tolerance(layout, sources):
@@ -171,9 +178,7 @@ def tolerance(layout, sources):
             if isinstance(term, Noise):
                 kernel = sources[term.like.source][term.like.tensor].astype(np.float64)
                 allowed[at] += abs(term.scale * term.like.scale) * np.abs(kernel).max() * DEVIATION * 5
-            for matrix in inverted(term, sources):
-                # B (B^T B)^-1 is the pseudo-inverse to the square of B's condition.
-                allowed[at] += UNITS * epsilon("float64") * np.linalg.cond(matrix) ** 2 * alone[at].max()
+            allowed[at] += UNITS * epsilon("float64") * sum(inverses(term, sources))
         allowed[at] += UNITS * epsilon(layout.dtype) * largest
     return allowed
 

@@ -105,10 +105,10 @@ def test_noise_is_the_same_for_the_same_seed_and_another_for_another(pair, refer
 @pytest.mark.parametrize("fill", [Fill(), Fill("gaussian", 0.1, 0)])
 def test_values_that_are_not_finite_are_named_and_nothing_is_written(tmp_path, bad, fill):
     values = state("t5-1.1", 0)
-    values["target/decoder/layers_1/mlp/wo/kernel"][3, 4] = bad
+    values["target/decoder/layers_0/mlp/wo/kernel"][3, 4] = bad
     save(tmp_path / "a", values, "t5x")
 
-    with pytest.raises(Corrupt, match=r"decoder/layers_1/mlp/wo/kernel\[3, 4\] is (nan|-?inf)"):
+    with pytest.raises(Corrupt, match=r"decoder/layers_0/mlp/wo/kernel\[3, 4\] is (nan|-?inf)"):
         fuse([tmp_path / "a"] * 2, tmp_path / "out", fill=fill)
 
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]
@@ -116,13 +116,13 @@ def test_values_that_are_not_finite_are_named_and_nothing_is_written(tmp_path, b
 
 def test_values_that_are_not_finite_pass_when_they_may(tmp_path):
     values = state("t5-1.1", 0)
-    values["target/decoder/layers_1/mlp/wo/kernel"][3, 4] = np.nan
+    values["target/decoder/layers_0/mlp/wo/kernel"][3, 4] = np.nan
     save(tmp_path / "a", values, "t5x")
     planned, sources = plan_fusion([str(tmp_path / "a")] * 2, Options())
 
     out = carry_out(planned, sources, tmp_path / "out", allow_nonfinite=True)
 
-    fused = values_of(out)["target/decoder/layers_1/mlp/wo/kernel"]
+    fused = values_of(out)["target/decoder/layers_0/mlp/wo/kernel"]
     assert np.argwhere(np.isnan(fused)).tolist() == [[3, 4], [25, 16]]
 
 

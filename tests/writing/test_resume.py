@@ -233,7 +233,7 @@ def test_what_is_put_beside_a_source_while_it_is_read_does_no_harm(sources, tmp_
 
 def test_what_was_let_pass_before_is_not_let_pass_now(tmp_path, fusectl, monkeypatch):
     values = state("t5-1.1", 0)
-    values["target/decoder/layers_1/mlp/wo/kernel"][3, 4] = np.nan
+    values["target/decoder/layers_0/mlp/wo/kernel"][3, 4] = np.nan
     save(tmp_path / "a", values, "t5x")
     words = ["self-fuse", tmp_path / "a", "-o", tmp_path / "out"]
     with monkeypatch.context() as patch:
@@ -257,7 +257,7 @@ def raising(error):
 def test_what_is_complete_is_proved_where_that_is_asked_for(sources, tmp_path, fusectl):
     words = ["fuse", *sources["t5x"], "-o", tmp_path / "out", "--resume"]
     assert fusectl(*words).code == 0
-    chunk = tmp_path / "out/target.decoder.layers_1.mlp.wo.kernel/0.0"
+    chunk = tmp_path / "out/target.decoder.layers_0.mlp.wo.kernel/0.0"
     raw = chunk.read_bytes()
 
     done = fusectl(*words, "--verify")
