@@ -32,6 +32,16 @@ def models(tmp_path) -> tuple[Path, Path]:
     return Path(checkpoint(tmp_path / "a.ckpt", seed=0)), Path(checkpoint(tmp_path / "b.ckpt", seed=1))
 
 
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A directory with two models and an empty directory, for requests that write nothing."""
+    at = tmp_path_factory.mktemp("place")
+    (at / "empty").mkdir()
+    for seed, name in enumerate("ab"):
+        checkpoint(at / f"{name}.ckpt", seed=seed)
+    return at
+
+
 def tree_of(at: Path) -> list[str]:
     return sorted(str(p.relative_to(at)) for p in at.rglob("*"))
 
@@ -394,10 +404,9 @@ KERNEL = "target.encoder.layers_0.mlp.wo.kernel"
         ("fuse {a} {b} --equalize --tokens {tmp}/none", 4, "no file of tokens"),
     ],
 )
-def test_bad_requests_are_answered_with_their_exit_code(models, fusectl, arguments, code, words):
-    (models[0].parent / "empty").mkdir()
-    before = tree_of(models[0].parent)
-    names = {"a": models[0], "b": models[1], "tmp": models[0].parent}
+def test_bad_requests_are_answered_with_their_exit_code(place, fusectl, arguments, code, words):
+    before = tree_of(place)
+    names = {"a": place / "a.ckpt", "b": place / "b.ckpt", "tmp": place}
     argv = [word.format(**names) for word in arguments.split()]
 
     done = fusectl(*argv)
@@ -405,7 +414,7 @@ def test_bad_requests_are_answered_with_their_exit_code(models, fusectl, argumen
     assert (done.code, words in done.err, done.out) == (code, True, ""), done
     assert "Traceback" not in done.err
     assert len([line for line in done.err.splitlines() if line.startswith(("error", "  "))]) <= 6
-    assert tree_of(models[0].parent) == before
+    assert tree_of(place) == before
     as_json = fusectl(*argv, "--json").json
     assert (as_json["exit_code"], as_json["status"], as_json["result"]) == (code, "error", None)
     assert as_json["error"]["message"]

@@ -11,7 +11,8 @@ the tree joined by "/". A leaf is one of
     ["string", value]
     ["None"], ["Dict"], ["List"], ["Tuple"], ["NamedTuple"]     an empty node
 
-T5.npz holds the tree of `tests/models.py: state("t5-1.1", 0, layers=WRITTEN_LAYERS)`, from the project's own environment, in tests/:
+T5.npz holds the tree of `tests/models.py: state("t5-1.1", 0, layers=WRITTEN_LAYERS)`, from the project's own
+environment, in tests/:
 
     python -c 'import numpy, models; numpy.savez("T5.npz", **models.state("t5-1.1", 0, layers=models.WRITTEN_LAYERS))'
 

@@ -64,7 +64,7 @@ def test_a_sound_checkpoint_has_no_problems(fused, tmp_path, form):
     assert fsck(checkpoint(tmp_path / "foreign", format=form)).problems == ()
 
 
-@pytest.mark.parametrize("files_tried", [12, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("files_tried", [6, pytest.param(60, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("form", first_soon(FORMATS, 2))
 def test_a_flipped_bit_in_each_file_is_found(fused, tmp_path, form, files_tried):
     """In every file that fusectl has written, one at a time, at a random place; the index and the markers, too.

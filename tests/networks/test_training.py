@@ -102,6 +102,7 @@ def test_states_are_what_fusectl_takes_for_t5x_adafactor_and_carries(trainer, ex
     assert all(np.any(np.asarray(each)) for name, each in moments.items() if np.asarray(each).shape != (1,))
 
 
+@pytest.mark.slow
 def test_nothing_is_learned_at_no_rate(trainer, examples):
     start = values_of(begun(trainer))
     after = trainer.train(begun(trainer), examples.batches(), Recipe(1e-12), 3)

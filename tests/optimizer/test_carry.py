@@ -36,7 +36,7 @@ from fusectl.writing.carrying_out import carry_out, write_table
 
 # The embedding's slots change places when it is fused, and kernels of 64 come to be factored.
 SIZES = {"vocab": 192, "embed": 128, "heads": 2, "kv": 32, "joined_kv": 64, "mlp": 96, "relpos_buckets": 32}
-LAYERS = {"encoder": 1, "decoder": 2}
+LAYERS = {"encoder": 1, "decoder": 1}
 FAMILIES = ["t5-1.1", "t5-1.0", "scalable-t5-1.1-scanned"]
 BATCHES = 3
 TOLERANCE = 1e-12

@@ -171,6 +171,7 @@ def test_grown_models_learn_from_batches_that_none_of_their_sources_saw(laborato
     assert np.array_equal(first(replace(large, data="category")), first(replace(SMALL, data="category")))
 
 
+@pytest.mark.slow
 def test_operators_are_not_learned_from_what_is_held_out(laboratory):
     with pytest.MonkeyPatch.context() as patch:
         words = []

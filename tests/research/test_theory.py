@@ -110,6 +110,7 @@ def test_two_steps_follow_the_flow_of_the_modified_field_on_an_mlp(copies, alike
     assert of_sources < 1e-14 if alike else of_sources > 1e-3
 
 
+@pytest.mark.slow
 def test_the_bracket_is_that_of_the_hessians():
     losses, theta, _ = mlp_losses(2, alike=False)
     flat, unravel = jax.flatten_util.ravel_pytree(theta)

@@ -74,8 +74,8 @@ def assert_same(plan, path, plain):
             assert found.tobytes() == expected[output.name], output.name
 
 
-# One to itself, and one into a database and out of one; the other pairs are slow.
-SOON = {("t5x", "t5x"), ("orbax-zarr3", "orbax-ocdbt-zarr3"), ("orbax-ocdbt-zarr2", "orbax-zarr2")}
+# One into a database and one out of one; the other pairs are slow.
+SOON = {("orbax-zarr3", "orbax-ocdbt-zarr3"), ("orbax-ocdbt-zarr2", "orbax-zarr2")}
 
 
 @pytest.mark.parametrize(("of", "to"), some_soon(itertools.product(FORMATS, FORMATS), lambda pair: pair in SOON))
