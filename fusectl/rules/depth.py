@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import assert_never
 
 from fusectl.errors import Incompatible, UsageError, shorten
 from fusectl.families.recognized import Recognized
@@ -43,8 +44,18 @@ def arrangement(how: str, now: int, then: int, turn: int = 1) -> Depth:
     [1, 2, 4]
     """
     old, new = now // turn, then // turn
-    runs = [i % old if how == How.STACK else i * old // new for i in range(new)]
-    again = {i for i in range(1, new) if how == How.IDENTITY and runs[i] == runs[i - 1]}
+    in_order = [i * old // new for i in range(new)]
+    again: set[int] = set()
+    match How(how):
+        case How.STACK:
+            runs = [i % old for i in range(new)]
+        case How.INTERLEAVE:
+            runs = in_order
+        case How.IDENTITY:
+            runs = in_order
+            again = {i for i in range(1, new) if runs[i] == runs[i - 1]}
+        case other:
+            assert_never(other)
     layers = (*(run * turn + k for run in runs for k in range(turn)), *range(old * turn, now))
     return Depth(layers, frozenset(i * turn + k for i in again for k in range(turn)))
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, assert_never
 
 import jax
 import numpy as np
@@ -83,7 +83,15 @@ class _Comparison:
         self._settings = settings
         self._shelf = shelf
         fill, self_fused = claim.record.fill.kind, claim.record.self_fused
-        self._noise_shifts = fill == FillKind.GAUSSIAN or (fill == FillKind.ANTISYMMETRIC and not self_fused)
+        match fill:
+            case FillKind.ZEROS:
+                self._noise_shifts = False
+            case FillKind.GAUSSIAN:
+                self._noise_shifts = True
+            case FillKind.ANTISYMMETRIC:
+                self._noise_shifts = not self_fused
+            case other:
+                assert_never(other)
         self._narrowed = _narrowed(claim)
         self._rounded = self._narrowed or _computed(claim)
         index = {id(claim.sources[i]): f"source {i}" for i in claim.distinct}

@@ -46,11 +46,11 @@ FAULTS = {
     "second moments between models": Fault("optimizer/carry.py", "(writes, (), -0.5),", "(writes, (), 0.5),"),
     "layers in another order": Fault(
         "rules/depth.py",
-        "i % old if how == How.STACK else i * old // new",
-        "i * old // new if how == How.STACK else i % old",
+        "runs = [i % old for i in range(new)]",
+        "runs = in_order",
     ),
     "idle layers one too early": Fault(
-        "rules/depth.py", "runs[i] == runs[i - 1]}", "i + 1 < new and runs[i] == runs[i + 1]}"
+        "rules/depth.py", "if runs[i] == runs[i - 1]}", "if i + 1 < new and runs[i] == runs[i + 1]}"
     ),
     "heads of ligo not repeated": Fault("rules/linear.py", 'repeat = sizes["heads"] // kv_heads', "repeat = 1"),
     "inputs not inverted": Fault("rules/linear.py", "self.tie == Tie.PINV and axis in row.spec.inputs", "False"),
