@@ -287,9 +287,9 @@ def with_noise(fusion: Fusion, name: str, fill: Fill, own: Sequence[Block], kern
     if fill.kind is FillKind.ZEROS or not noisy(fusion, row):
         yield from own
         return
-    # Why there is noise at all: between equal copies a kernel stays [[A, B], [B, A]] whatever gradients it gets, and
-    # the wide model learns no more than the small one. SGD in float64 left a difference of 1e-15 after 300 steps. Only
-    # rounding, dropout or noise leads out of that subspace.
+    # Noise is there because equal copies do not part by themselves: a kernel between them stays [[A, B], [B, A]]
+    # through training, and the wide model learns no more than the small one. SGD in float64 left a difference of 1e-15
+    # after 300 steps. Only rounding, dropout or noise leads out of that subspace.
     stacked = row.spec.stacked_axis
     for i, (block, kernel) in enumerate(zip(own, kernels, strict=True)):
         between = [

@@ -114,7 +114,7 @@ def ready(
     What its network computes is told by `config`, else by the record of one that fusectl wrote. Packed queries, keys
     and values are seen apart.
     """
-    # Before recognition: no family has a row for packed queries, keys and values.
+    # Unpacking comes before recognition, since no family has a row for packed queries, keys and values.
     checkpoint = unpacked(checkpoint)
     dropped = tuple(name for name in checkpoint.leaves if is_dropped(name, drop))
     tree = recognized(checkpoint, arch, drop, config)

@@ -413,7 +413,7 @@ class _Chunks:
         """The values of a region."""
         leaf = self._source.leaves[tensor]
         out = np.empty(tuple(map(len, region)), np_dtype(leaf.dtype))
-        # By whole chunks: a chunk that holds all layers would otherwise be decoded once for each of them.
+        # Whole chunks are read: one that holds all layers would otherwise be decoded once for each of them.
         for index in places_in_grid(region, leaf.chunks):
             chunk = chunk_at(index, leaf.chunks, leaf.shape)
             met = intersect(chunk, region)
