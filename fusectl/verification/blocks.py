@@ -71,6 +71,8 @@ class Blocks:
             return weight * divided / embedded / stream
         if self.row.writes_stream:
             return stream
+        # The planner asks which rows read what grows and write what does not; here it is the head by its axes. The two
+        # agree for every table that is accepted, and a table that slipped through would fail here.
         return weight if self.row.spec.inputs == {"embed"} and self.row.spec.outputs == {"vocab"} else 1.0
 
     @property

@@ -87,6 +87,7 @@ def check_copy(fused: Checkpoint, path: str, *, budget_bytes: int, jobs: int, pr
 
     in_parallel(tasks(), budget_bytes=budget_bytes, jobs=jobs)
     problems += [f"{to}: {n:,} values are not those of {path}" for to, n in sorted(wrong.items())]
+    # A source that was trained on since is the likelier reason for all the differences below, and comes first.
     if problems and fingerprint(pair.source) != pair.copy.source.fingerprint:
         problems.insert(0, f"{path} has changed since it was converted")
     slots = sum(map(is_state, compared.values()))

@@ -283,6 +283,7 @@ def _runs(places: Sequence[int]) -> Iterator[range]:
     """Where places go up by one at most: what is read for a run is no more than the run."""
     first = 0
     for i in range(1, len(places) + 1):
+        # Places that jump back begin a new run: what lies between them would be read for nothing.
         if i == len(places) or not 0 <= places[i] - places[i - 1] <= 1:
             yield range(first, i)
             first = i
@@ -336,6 +337,7 @@ def check_layers(grown: Deeper, *, budget_bytes: int, jobs: int, progress: Progr
 
 def _layers(how: str, now: int, then: int, turn: int) -> tuple[list[int], list[bool]]:
     """The source's layer for each of `then` layers, and whether it should add nothing, layer by layer."""
+    # A loop over layers stands here in place of rules/depth.py's formula, so that a slip in either one shows.
     layers, idle, last = [], [], -1
     turns, new_turns = now // turn, then // turn
     for layer in range(then):
