@@ -90,7 +90,7 @@ def run(arguments: Sequence[str]) -> int:
         # Completion needs the options of all commands; --help alone needs their names: reading no options brought it
         # from 140 to 88 ms of CPU.
         listed = "_FUSECTL_COMPLETE" not in os.environ and not {*argv} - HELP
-        # Typer by itself ends with 1 where a pipe is closed, and knows no exit codes but 0, 1 and 2.
+        # Typer by itself would end with 1 where a pipe is closed.
         code = _with_only(command, listed=listed)(args=argv, prog_name="fusectl", standalone_mode=False)
         sys.stdout.flush()
     except typer.TyperException as error:

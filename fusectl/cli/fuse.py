@@ -75,7 +75,6 @@ def fuse(
         from fusectl.operations.equalize import Equalize
         from fusectl.operations.fuse import plan_fusion
 
-        # An option without effect is refused: whoever gives it expects one.
         if not equalize and (equalize_by is not Measure.TRACE or tokens is not None):
             raise UsageError("--equalize-by and --tokens say how to --equalize", hint="--equalize")
         own = {"norm": norm, "expand_kv": expand_kv, "mean_shared": mean_shared}

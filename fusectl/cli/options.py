@@ -139,7 +139,6 @@ Check = Annotated[
     typer.Option("--check/--no-check", help="Read the chunks that are taken over, to notice what is corrupt in them."),
 ]
 Sync = Annotated[bool, typer.Option("--sync/--no-sync", help="Flush it to the disk before it appears.")]
-# Sizes are text up to here, since people write 64MiB; parse_bytes makes numbers of them.
 MaxMemory = Annotated[
     str | None,
     typer.Option(help="The most bytes in flight, such as 64MiB. [default: 256MiB, less where little memory is free]"),

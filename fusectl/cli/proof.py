@@ -118,7 +118,6 @@ def verify(
             length=length,
             seed=seed,
             max_native_rms=max_native_rms,
-            # A picture is one of the trace, which is computed only where somebody looks at it.
             trace=trace or plot is not None,
             layered=layered,
             max_memory_bytes=parse_bytes(max_memory, "--max-memory"),

@@ -211,7 +211,6 @@ class _Canvas:
             # other.
             cells, sums = _pooled(matrix, at, self._cells)
             nonfinite = int(np.count_nonzero(~np.isfinite(matrix)))
-            # The squares overwrite the absolute values, which nobody needs any more.
             blocks, squares = _pooled(np.square(matrix, out=matrix), at, self._blocks)
             with self._lock:
                 self._sums[cells] += sums

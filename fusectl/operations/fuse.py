@@ -158,7 +158,6 @@ def open_sources(paths: Sequence[str], options: Options) -> list[Opened]:
         )
     each = [*configs, *[configs[0] if configs else None] * (len(paths) - len(configs))]
     keys = list(zip(paths, each, for_each(options.lineages, len(paths)), strict=True))
-    # A path that is given K times is opened once, so that all copies are one object.
     found = {
         (path, config, lineage): open_source(path, options.arch, options.drop, config, lineage)
         for path, config, lineage in dict.fromkeys(keys)

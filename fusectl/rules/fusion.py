@@ -310,7 +310,6 @@ def with_noise(fusion: Fusion, name: str, fill: Fill, own: Sequence[Block], kern
 
 def check_fill(fusion: Fusion, fill: Fill) -> None:
     """Raises Incompatible where antisymmetric noise is undefined: the blocks of a row must have one shape."""
-    # What is added at (j, i) has to be taken off at (i, i) element by element, so that both blocks need one shape.
     if fill.kind is FillKind.ANTISYMMETRIC:
         uneven = {axis: sizes for axis, sizes in fusion.widths.items() if len(set(sizes)) > 1}
         if uneven:

@@ -108,8 +108,8 @@ class Growing:
             elif axis == "mlp":
                 yield axis, f"{stack}/mlp", True, 1
             # LiGO mixes the features of all heads in one dense matrix. That does not commute with rotary positions,
-            # which turn pairs of features, and breaks tables of relative positions, which have a column for each head.
-            # So heads are mapped whole here, and one entry of S stands for all features of a head.
+            # which turn pairs of features, and breaks tables of relative positions, which know heads only as wholes. So
+            # heads are mapped whole here, and one entry of S stands for all features of a head.
             elif axis in HEADS:
                 sizes = self.tree.sizes
                 kv_heads = sizes.get("kv_heads", sizes["heads"])

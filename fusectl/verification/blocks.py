@@ -121,5 +121,7 @@ def within_rounding(values: Array, exact: Array) -> npt.NDArray[np.bool_]:
 
 def unit(dtype: str, magnitude: Array) -> Array:
     """At most two units in the last place of numbers of this magnitude, one of the smallest numbers."""
+    # epsilon times a number is one to two of its units in the last place, by its place between two powers of two. Among
+    # subnormal numbers the unit shrinks no more.
     smallest = float(ml_dtypes.finfo(np_dtype(dtype)).smallest_subnormal)
     return np.asarray(np.maximum(epsilon(dtype) * magnitude, smallest))

@@ -171,6 +171,7 @@ class _Pair:
         now = next((self.fused.read(name) for name in STEPS if name in self.fused.leaves), None)
         wanted = self.copy.step
         if wanted is None and self.step is None and self.to_t5x:
+            # T5X restores no tree without a step, so that a copy in its format has one even where the source has none.
             wanted = self.source.location.step or 0
         if wanted is not None and (now is None or int(now) != wanted):
             yield f"the step: {now}, expected {wanted}"

@@ -230,6 +230,7 @@ class _Comparison:
         """Looks for the first module whose output leaves that of the sources by more than rounding."""
         if self._first is not None:
             return
+        # Taps come in the order of computation, and whatever follows a module that differs inherits the difference.
         for k, tap in enumerate(outcome.taps["algebra"]):
             found = np.asarray(tap.outputs, np.float64)
             expected = self._side_by_side(found.shape, [outcome.taps[name][k] for name in self._names])

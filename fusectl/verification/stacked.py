@@ -283,7 +283,6 @@ def _runs(places: Sequence[int]) -> Iterator[range]:
     """Where places go up by one at most: what is read for a run is no more than the run."""
     first = 0
     for i in range(1, len(places) + 1):
-        # Places that jump back begin a new run: what lies between them would be read for nothing.
         if i == len(places) or not 0 <= places[i] - places[i - 1] <= 1:
             yield range(first, i)
             first = i

@@ -132,7 +132,6 @@ class Unit:
             for term, region in dict(terms).items():
                 source = self.work.sources[term.source]
                 key = (id(source), term.tensor, region)
-                # Copies of one model read the same regions of one source: K copies cost one decoding.
                 if key not in read:
                     read[key] = read_finite(self.work, term, region)
                 if term.must_be_zero:
