@@ -139,7 +139,7 @@ class _Sums:
         with self._lock:
             self.differing += int(np.count_nonzero(~near))
             self._size += off.size
-            # np.maximum keeps a NaN, which max() would lose or not, by the order of its arguments.
+            # np.maximum keeps a NaN, which max() would keep or lose depending on the order of its arguments.
             self._largest = float(np.maximum(self._largest, off.max(initial=0.0)))
             with np.errstate(over="ignore"):
                 self._squares += float(np.sum(off**2))

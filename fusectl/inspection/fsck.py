@@ -213,8 +213,8 @@ def _strays(checkpoint: Checkpoint) -> Iterator[str]:
                 unnamed.add(lost.group(1))
                 yield f"{lost.group(1)}: chunks of an array that the index does not name"
             continue
-        # The last numbers of a key are the chunk's place in all of zarr's ways to write it: 0.1, 0/1, c/0/1. Digits are
-        # bounded because names come from outside, and int() raises for more than 4,300 of them.
+        # The last numbers of a key are the chunk's place, however zarr writes it: 0.1, 0/1, c/0/1. Digits are bounded
+        # because names come from outside, and int() raises for more than 4,300 of them.
         index = tuple(map(int, re.findall(r"\d{1,18}", rest)))[-len(stored.shape) :] if stored.shape else ()
         inside = len(index) == len(stored.grid) and all(i < n for i, n in zip(index, stored.grid, strict=True))
         if not inside or stored.chunk_key(index) != rest:

@@ -78,8 +78,8 @@ def _matrix(growing: Growing, name: str, shape: tuple[int, ...], init: str, rng:
         matrices = [np.kron(_units(large // group, small // group, init, rng), np.eye(group)) for _ in range(shape[0])]
         return np.stack(matrices)
     count = shape[0] if len(shape) == 3 else 1
-    # A table of relative positions has an entry for each head and is shared by minimal T5's layers, while the matrices of
-    # heads are one for each layer: only a fixed selection agrees with all of them.
+    # A table of relative positions has an entry for each head and is shared by minimal T5's layers, while the matrices
+    # of heads are one for each layer: only a fixed selection agrees with all of them.
     how = Init.DUPLICATE if what == "relpos" else init
     matrices = [_units(large, small, how, rng) for _ in range(count)]
     matrix = np.stack(matrices) if len(shape) == 3 else matrices[0]

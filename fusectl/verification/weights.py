@@ -108,7 +108,8 @@ class _Wrong:
         place = tuple(r.start + i for r, i in zip(at, index, strict=True))
         with self.lock:
             self.count += count
-            # The first one is first by its place: threads come in any order, and a report must not depend on that.
+            # The smallest place counts as the first one: threads come in any order, and a report must not depend on
+            # that.
             if self.first is None or place < self.first[0]:
                 self.first = (place, float(found[index]), float(expected[index]))
 

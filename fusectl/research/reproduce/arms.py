@@ -216,7 +216,7 @@ def compare(laboratory: Laboratory, arms: Sequence[Arm], *, bases: Sequence[floa
     def ends(wanted: Sequence[tuple[str, float]]) -> list[float]:
         return [run.end.validation for run in laboratory.all([named[name].make(0, base) for name, base in wanted])]
 
-    # An untuned rate makes up the effect that is looked for. In a toy decoder self-fusion ended 0.019 below a model
+    # Untuned rates can fabricate the effect that is looked for. In a toy decoder self-fusion ended 0.019 below a model
     # from scratch of the same compute when neither rate was tuned, and 0.09 above it when both were.
     losses = sweep(list(named), bases or preset.bases, preset.more_bases, ends)
     best = {name: best_of(found) for name, found in losses.items()}
