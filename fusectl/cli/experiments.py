@@ -106,6 +106,7 @@ def theory(
         paths = sources or [path_of(None)]
         options = Options(fill=fill_of(fill, noise_scale, seed), arch=arch, drop=tuple(drop), norm=norm)
         options = replace(options, configs=tuple(config), lineages=norms.lineages())
+        # A fusion named alone is asked for its own symmetry; fusing it once more would need --copies.
         if symmetry or (len(paths) == 1 and copies is None and is_fusion(paths[0], options)):
             if len(paths) > 1 or plot is not None or data is not None:
                 raise UsageError("--symmetry: of one checkpoint, without --data and --plot")

@@ -83,6 +83,7 @@ def grow(
         route = next(each for each in found if each.how == how)
         if route.why_not:
             raise Incompatible(f"{path}: {how} does not lead there", details=(route.why_not,), hint="without --how")
+        # The two would need a place for the checkpoint between them, which the pipe that is printed leaves to the user.
         if len(route.steps) > 1:
             raise UsageError(f"--how {how}: two steps, of which each writes a checkpoint", hint=route.command(path))
         ((name, given),) = route.steps

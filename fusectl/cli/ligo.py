@@ -110,6 +110,8 @@ def ligo(
         path = path_of(source)
         sizes = {"embed": emb, "heads": heads, "kv_heads": kv_heads, "mlp": mlp}
         layers, depths = depth.layers, {"encoder": depth.encoder_layers, "decoder": depth.decoder_layers}
+        # None tells what was not given: with --operator any of these contradicts it, even with the value of its
+        # default.
         of_learning = (data, operator_out, tie, init, steps, learning_rate, learner, target_length, sentinel)
         if operator is not None and any(
             each is not None for each in (*sizes.values(), *depths.values(), layers, *of_learning)
@@ -126,6 +128,7 @@ def ligo(
                 path, sizes, layers, depths, tie or Tie.PINV, init or Init.DUPLICATE, seed, options
             )
             plan, _ = plan_with_operator(path, kept(start, growing), options)
+            # A dry run plans with the operator's start, whose sizes are those of what would be learned.
             if running.dry_run:
                 write(screen, plan, [opened.checkpoint], running, writing)
                 return
@@ -137,6 +140,7 @@ def ligo(
             final = final_place(writing.output, [opened.checkpoint], plan)
             begun = growing, opened.checkpoint, start
             operator = _learned(screen, begun, lesson, final, operator_out, resume=running.resume, force=writing.force)
+        # The plan is made anew, from the operator as it was kept: its weights of layers decide which layers are read.
         plan, sources = plan_with_operator(path, open_operator(operator), options)
         write(screen, plan, sources, running, writing)
 
@@ -182,6 +186,7 @@ def _learned(
         operator, stopped = learned.operator, learned.stopped
         said = ", ".join(f"{name} {value:.4f}" for name, value in learned.held_out.items())
         screen.note(f"held-out loss in nats for a token: {said}")
+    # Learning takes the longest, so that its result is kept before anything is written, and --resume begins with it.
     save_operator(operator, growing, at, force=force)
     if stopped is not None:
         raise Incompatible(

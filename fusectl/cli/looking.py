@@ -59,6 +59,8 @@ def inspect(
 
         seen = run_inspect(path_of(source), arch, norms.lineage())
         screen.inspection(seen, tree=tree, rows=arch is not None)
+        # What was found is printed before its faults are raised: the tensors are what one needs to see why a tree is
+        # refused.
         seen.require_recognized()
         seen.require_complete()
 
@@ -106,6 +108,7 @@ def plot(
         from fusectl.inspection.heatmap import measure
         from fusectl.research.pictures import draw_heat_map, new_picture
 
+        # The file's place and its format are checked before the tensor is read.
         file = new_picture(output, force=force)
         with screen.progress() as progress:
             found = measure(

@@ -390,6 +390,8 @@ class Grouped(TyperCommand):
         if self.rich_markup_mode is not None:
             super().format_options(ctx, formatter)
             return
+        # What Typer knows as panels is for Rich, whose help costs 80 ms: the same headings are put together here for
+        # pipes.
         sections: dict[str, list[tuple[str, str]]] = {}
         for each in self.get_params(ctx):
             if (record := each.get_help_record(ctx)) is not None:
@@ -450,6 +452,7 @@ class _Spread:
         return {each.name: each.annotation for each in self.__signature__.parameters.values()}
 
     def __call__(self, *args: Any, **values: Any) -> None:
+        # Called from Python, as `grow` calls commands, it has the defaults that the parser would have filled in.
         bound = self.__signature__.bind(*args, **values)
         bound.apply_defaults()
         given = bound.arguments
@@ -475,6 +478,7 @@ class _Operation(_Spread):
 
     @cached_property
     def _hints(self) -> dict[str, Any]:
+        # Rows name groups by their names, since importing the rows must cost nothing, and these classes import Typer.
         given = {each.value: globals()[each.value] for each in self._verb.groups}
         sources = {name: given.pop(name) for name in list(given) if given[name].heading == SOURCES}
         own = {} if self._verb.options is None else {"own": self._verb.options}
@@ -555,12 +559,14 @@ def path_of(given: str | None) -> str:
     """The checkpoint's path: the argument, or the first line of a pipe."""
     if given is not None:
         return given
+    # A terminal would wait for a line that nobody knows they are to type.
     if sys.stdin is None or sys.stdin.isatty():
         hint = "name it, or pipe its path in; with --sources or --over-time, name it before them"
         raise UsageError("which checkpoint?", hint=hint)
     line = sys.stdin.readline(_LONGEST_PATH).strip()
     if not line:
         raise UsageError("no path came through the pipe", hint="did the command before it fail?")
+    # The line that resumes an interrupted run says the path: what came through the pipe will not come again.
     ARGUMENTS.append(line)
     return line
 

@@ -15,6 +15,7 @@ from fusectl.cli.screen import Terminated
 ARGUMENTS: list[str] = []
 
 # After a signal; what it was doing has half of that to come to an end.
+# Schedulers follow SIGTERM by SIGKILL after some seconds, so that tests hold the end of a run to two of them.
 LAST_MOMENT_S = 1.8
 _TIMERS: list[threading.Timer] = []
 
@@ -26,6 +27,8 @@ def prepare_streams() -> None:
         if stream is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115
         elif hasattr(stream, "reconfigure"):
+            # Names of tensors may hold any character, and a terminal in the C locale knows few: a path that cannot be
+            # printed would end a run that has succeeded.
             stream.reconfigure(errors="replace")
 
 
@@ -83,4 +86,5 @@ def let_end() -> None:
 
 def stay_on_the_cpu() -> None:
     """What runs beside a training job must not claim its accelerators. To be called before JAX is imported."""
+    # JAX takes three quarters of a GPU's memory when it starts, and a TPU as a whole.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")

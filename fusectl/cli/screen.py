@@ -48,7 +48,9 @@ if TYPE_CHECKING:
 
 
 SCHEMA = "fusectl/1"
+# An error then has six lines at most, what is wrong before the details and a hint behind them.
 MOST_DETAILS = 4
+# A log shows that a job is alive by a line every half minute, and stays short over hours.
 HEARTBEAT_S = 30.0
 # In a file or a pipe a row is a line, however long.
 PLAIN_WIDTH = 1000
@@ -79,6 +81,7 @@ class Screen:
         """Prints the error that ends the body, or the JSON object of its result, and exits with the right code."""
         try:
             yield
+        # These are not the command's own errors: run() gives them their codes.
         except (typer.Exit, typer.TyperException, BrokenPipeError):
             raise
         except (KeyboardInterrupt, Terminated) as error:
@@ -271,6 +274,7 @@ class Screen:
     def _error(self, error: Exception) -> int:
         if self._debug:
             self._say(*traceback.format_exc().rstrip().split("\n"))
+        # An allocation that fails is a matter of --max-memory for whoever reads it, and gets that exit code.
         if isinstance(error, MemoryError):
             error = NotEnoughSpace("out of memory", hint="a smaller --max-memory")
         elif isinstance(error, OSError):
@@ -284,6 +288,7 @@ class Screen:
             # What somebody has to change is shown as it was written, all of it, with a caret below the place.
             shown = [line for detail in details for line in detail.split("\n")]
         else:
+            # A single detail too many is shown, since the line that would stand for it is as long.
             left_out = len(details) - MOST_DETAILS + 1
             shown = [_one_line(detail) for detail in details[: MOST_DETAILS - (left_out > 1)]]
             shown += [f"... {left_out} more; --json lists them"] * (left_out > 1)
@@ -309,6 +314,8 @@ class Screen:
     def _emit(self, status: str, code: int, error: Mapping[str, Any] | None) -> None:
         if not self._json:
             return
+        # Every command ends with one object of this shape, errors included, so that a script parses before it asks what
+        # happened.
         whole = {
             "schema": SCHEMA,
             "command": self._command,
@@ -320,9 +327,12 @@ class Screen:
             whole["error"] = error
         from fusectl.system.jsontree import finite
 
+        # Python would print NaN, which is no JSON and stops jq.
         print(json_module.dumps(finite(whole), allow_nan=False, indent=2))  # noqa: T201
 
     def _say(self, *lines: str) -> None:
+        # Names come from checkpoints of others: an escape sequence in one could print a line that says ok, or fill the
+        # clipboard.
         print("\n".join(map(visible, lines)), file=sys.stderr, flush=True)  # noqa: T201
 
     def _console(self, stream: TextIO) -> Console:
@@ -419,6 +429,7 @@ def _print_report(console: Console, report: Report) -> None:
             trace.add_row(*map(visible, cells))
         console.print(trace)
     precision = f", {report.precision}, {report.passes}" if report.precision else ""
+    # A verdict of several words names what was not checked, and gets a line of its own.
     if report.verdict in {"passed", "FAILED"}:
         _print_line(console, f"{report.verdict}: {report.path}{precision}")
     else:
@@ -490,6 +501,7 @@ def _print_plan(console: Console, plan: Plan, output: Place) -> None:
             f"{o.passed_bytes / max(o.nonzero_bytes, 1):.0%}",
         )
         for o in plan.outputs
+        # The optimizer's slots are most of the tensors and follow from their parameters.
         if not o.name.startswith("state/")
     ]
     console.print()

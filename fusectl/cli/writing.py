@@ -45,10 +45,13 @@ def write(
     if lr_table is not None and not plan.rates:
         raise UsageError("--lr-table: for copies of one model with equal weights; between others no rate fits all")
     final = final_place(writing.output, opened, plan)
+    # With --resume what stands at the output may be the finished output of this very plan, which carry_out tells by
+    # reading it.
     if not running.resume:
         check_output(final, opened, force=writing.force)
     for note in plan.notes:
         screen.note(note)
+    # The table is looked for before hours of writing, and written after them.
     table = None if lr_table is None or running.dry_run else local(lr_table)
     if table is not None:
         check_table(plan, table, force=writing.force, resume=running.resume)
@@ -84,6 +87,7 @@ def write(
             sync=writing.sync,
             resume=running.resume,
             progress=progress,
+            # The proof runs between the last byte and the rename, so that what fails never appears under its name.
             check=check if running.verify else None,
             note=screen.note,
             kept=lambda: screen.resumable([*ARGUMENTS, *budget]),
@@ -91,6 +95,7 @@ def write(
     if table is not None:
         write_table(plan, table, force=writing.force, resume=running.resume)
     screen.written(plan, final)
+    # The lines for the trainer go to standard error: standard output is the path alone, for the next command in a pipe.
     if not screen.is_silent:
         _say_how_to_go_on(screen, plan, final)
 

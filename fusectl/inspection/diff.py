@@ -134,10 +134,12 @@ class _Sums:
         with np.errstate(invalid="ignore", over="ignore"):
             # Infinities of one sign are equal, and so are NaNs.
             off = np.where(equal, 0.0, np.abs(one - two))
+        # A NaN against a number is off by NaN, which is within no tolerance.
         near = equal if self._atol == 0.0 else off <= self._atol
         with self._lock:
             self.differing += int(np.count_nonzero(~near))
             self._size += off.size
+            # np.maximum keeps a NaN, which max() would keep or lose depending on the order of its arguments.
             self._largest = float(np.maximum(self._largest, off.max(initial=0.0)))
             with np.errstate(over="ignore"):
                 self._squares += float(np.sum(off**2))

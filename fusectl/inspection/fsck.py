@@ -108,6 +108,7 @@ def fsck(
         return _of_item(at, arch, budget_bytes, jobs or default_jobs(), progress or Silent())
 
     found = [look(location)]
+    # An item that fusectl does not read is no fault of the step: it becomes a note, and the others are read.
     for each in _siblings(location, given) if place(path) != location.index else ():
         try:
             found.append(look(each))
@@ -185,6 +186,7 @@ def _of_item(location: Location, arch: str | None, budget_bytes: int, jobs: int,
 
 def _unread(checkpoint: Checkpoint) -> Iterator[str]:
     """What stands in the tree and was not looked at."""
+    # A verdict of no problems would be taken to cover these leaves, too.
     for node in checkpoint.nodes:
         if not node.can_be_carried:
             yield f"{node.name}: a leaf of type {node.value_type}, not looked at"
@@ -211,6 +213,8 @@ def _strays(checkpoint: Checkpoint) -> Iterator[str]:
                 unnamed.add(lost.group(1))
                 yield f"{lost.group(1)}: chunks of an array that the index does not name"
             continue
+        # The last numbers of a key are the chunk's place, however zarr writes it: 0.1, 0/1, c/0/1. Digits are bounded
+        # because names come from outside, and int() raises for more than 4,300 of them.
         index = tuple(map(int, re.findall(r"\d{1,18}", rest)))[-len(stored.shape) :] if stored.shape else ()
         inside = len(index) == len(stored.grid) and all(i < n for i, n in zip(index, stored.grid, strict=True))
         if not inside or stored.chunk_key(index) != rest:
@@ -242,6 +246,8 @@ def _dead_bytes(checkpoint: Checkpoint) -> Iterator[str]:
 
 def _larger_chunks(checkpoint: Checkpoint) -> Iterator[str]:
     """Arrays that are smaller than one of their chunks: such as one whose metadata were changed."""
+    # Readers cut such a chunk without a word. A parameter of 24 x 40 whose zarr.json had been changed to 12 x 40 was
+    # read, converted and found whole with half of its values.
     larger = [
         f"{name}, {list(leaf.shape)} in chunks of {list(leaf.chunks)}"
         for name, leaf in checkpoint.leaves.items()
@@ -255,6 +261,7 @@ def _slot_problems(checkpoint: Checkpoint, arch: str | None, notes: list[str]) -
     try:
         tree = recognized(checkpoint, arch)
     except Incompatible as error:
+        # Names are enough to see that a slot has another shape than its parameter, also in trees of no family.
         notes.append(f"the optimizer's slots were compared with their parameters by name only: {error.message}")
         yield from unlike_their_parameters(checkpoint.shapes)
         return

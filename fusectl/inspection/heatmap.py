@@ -73,12 +73,15 @@ class Side:
     def edges(self, cells: int) -> npt.NDArray[np.int64]:
         """The edges of at most about `cells` cells of nearly equal size; every border is one of them."""
         ends = [0, *self.borders, self.size]
+        # Each source gets cells of its own, so that none lies across a border and mixes what was trained with what was
+        # zero.
         counts = [min(width, max(1, round(cells * width / self.size))) for width in self.widths]
         parts = [np.arange(n) * w // n + a for n, w, a in zip(counts, self.widths, ends[:-1], strict=True)]
         return np.concatenate([*parts, [self.size]])
 
     def index(self, region: Region) -> npt.NDArray[np.int64]:
         """The flattened places of a region's axes on this side, in ascending order."""
+        # Ascending places let _pooled sum up runs of a cell with reduceat, which goes over the values once.
         at = np.ix_(*(np.arange(region[i].start, region[i].stop) for i in self.places))
         return np.asarray(np.ravel_multi_index(at, self.shape)).ravel()
 
@@ -204,6 +207,8 @@ class _Canvas:
         order += [i for i in range(values.ndim) if i not in order]
         matrix = np.abs(values.astype(np.float64).transpose(order).reshape([len(each) for each in at]))
         with np.errstate(over="ignore", invalid="ignore"):
+            # The pooling happens outside of the lock: it is nearly all of the work, and threads would wait for each
+            # other.
             cells, sums = _pooled(matrix, at, self._cells)
             nonfinite = int(np.count_nonzero(~np.isfinite(matrix)))
             blocks, squares = _pooled(np.square(matrix, out=matrix), at, self._blocks)
@@ -218,6 +223,7 @@ class _Canvas:
         if min(self._squares.shape) > 1:
             own = np.eye(len(self._squares), dtype=bool)
             with np.errstate(divide="ignore", invalid="ignore"):
+                # Sums are divided by numbers of values, so that sources of different widths count by their sizes.
                 means = [self._squares[where].sum() / sizes[1][where].sum() for where in (~own, own)]
                 ratio = float(np.sqrt(means[0] / means[1]))
         rms = np.sqrt(self._squares / sizes[1])

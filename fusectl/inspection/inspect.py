@@ -130,6 +130,8 @@ def inspect(path: str, arch: str | None = None, lineage: Lineage | None = None) 
         tree = recognized(apart, family)
     except Incompatible as error:
         seen = Inspection(checkpoint, None, error.details, unknown, missing)
+        # A tree that is refused is described all the same: with --arch, which row took which tensor shows where a table
+        # is wrong.
         return seen if family is None else _matched(seen, family, error)
     try:
         state = find_state(apart.shapes, tree, checkpoint.path)
@@ -142,6 +144,8 @@ def _matched(seen: Inspection, family: Family, refused: Incompatible) -> Inspect
     """An inspection with the rows of a family's table that its tensors fall under, though not all do."""
     shapes = seen.checkpoint.shapes
     matched = [(naming, *match(family, naming.parameters(shapes))) for naming in namings_of(shapes)]
+    # What trainers put around names is not known while the family is not: the naming by which most rows match is the
+    # one.
     naming, rows, _ = max(matched, key=lambda each: len(each[1]))
     nearest = {naming.full(n): nearest_row(family, n) for n in naming.parameters(shapes) if n not in rows}
     return replace(seen, rows={naming.full(n): row for n, row in rows.items()}, nearest=nearest, refused=refused)

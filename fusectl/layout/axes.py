@@ -70,6 +70,8 @@ def parse_axes(text: str) -> TensorSpec:
     for token in _TOKEN.finditer(text):
         word, at = token.group(), token.start()
         if word in {"->", "<-"}:
+            # Two arrows are for outputs on both sides of the inputs: the gemma package stores queries as (heads, embed,
+            # kv).
             if arrows and (*arrows, word) != ("<-", "->"):
                 raise PatternError(text, at, "a second arrow: the data flows from inputs to outputs, or `<- inputs ->`")
             arrows.append(word)
@@ -112,4 +114,5 @@ def expand(pattern: str) -> tuple[str, ...]:
 @lru_cache(maxsize=4096)
 def compiled(alternative: str) -> re.Pattern[str]:
     """The regular expression of a brace-free pattern; its one group, if any, is the number at `#`."""
+    # The number has no leading zeros, which would make layers_01 a second name of layer 1.
     return re.compile(re.escape(alternative).replace(r"\#", "(0|[1-9][0-9]*)"))

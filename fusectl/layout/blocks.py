@@ -66,6 +66,7 @@ def intersect(a: Region, b: Region) -> Region | None:
     ((range(3, 5),), None)
     """
     both = tuple(range(max(x.start, y.start), min(x.stop, y.stop)) for x, y in zip(a, b, strict=True))
+    # Scalars have no axis along which they could miss each other.
     return both if all(both) or not both else None
 
 
@@ -252,6 +253,8 @@ class Noise(Summand):
     stacked_axis: int | None = None
 
     rank: ClassVar[int] = 1
+    # Noise is a summand and not a fill of what no block covers: so antisymmetric noise, which is taken off a source's
+    # own block, and noise-fill, which adds to a finished fusion, need no mechanism of their own.
     is_random: ClassVar[bool] = True
 
     @property
@@ -325,6 +328,7 @@ class Mapped(Summand):
 
     def order(self, part: Region) -> list[int]:
         """The axes in the order in which they are multiplied: those that grow least come first."""
+        # What grows little leaves the array small for the products that follow, in memory and in operations.
         axes = [each.axis for each in self.expansions]
         return sorted(axes, key=lambda axis: len(part[axis]) / len(self.term.region[axis]))
 
@@ -438,6 +442,8 @@ class Layout:
 
 def _neighbours(blocks: tuple[Block, ...]) -> Iterator[tuple[Block, Block]]:
     """The pairs of blocks that meet along the first axis: all that can overlap."""
+    # Blocks are compared along a sweep: a fusion of K sources with noise has K**2 of them in a tensor, and a deep model
+    # hundreds of tensors, so that comparing all pairs would cost K**4 for each.
     reaching: list[Block] = []
     for block in sorted(blocks, key=lambda b: b.at[0].start if b.at else 0):
         reaching = [other for other in reaching if not block.at or other.at[0].stop > block.at[0].start]

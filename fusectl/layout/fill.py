@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 
+# Deep Fusion fills with noise of little variance (section 5.1) and gives no number. In a small decoder that starts at a
+# loss of 1.468 and ends at 1.392 with zeros after 500 steps, plain noise of 0.1 started at 1.554 and ended at 1.381, of
+# 0.3 at 2.231 and 1.386, and of 1.0 at 4.353 and 1.738. Antisymmetric noise of 0.1 started at 1.468 and ended at 1.376.
 DEFAULT_NOISE_SCALE = 0.1
 
 

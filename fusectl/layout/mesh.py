@@ -89,6 +89,8 @@ class Mesh:
         (None, 'model')
         """
         laid: dict[str, str | None] = {}
+        # Flax skips a rule whose mesh axis is taken and goes on with the next one of the same axis; an axis that has
+        # been laid over none by then stays so.
         for axis, to in self.rules:
             if axis in axes and axis not in laid and (to is None or to not in laid.values()):
                 laid[axis] = to
@@ -170,6 +172,7 @@ def fits(chunks: Sequence[int], shard: Sequence[int], shape: Sequence[int]) -> b
     >>> fits((2, 4), (4, 4), (8, 4)), fits((3, 4), (4, 4), (8, 4))
     (True, False)
     """
+    # A chunk that two shards share is read and decoded by both of them.
     return all(s == n or s % c == 0 for c, s, n in zip(chunks, shard, shape, strict=True))
 
 

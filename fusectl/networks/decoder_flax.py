@@ -34,6 +34,8 @@ from fusectl.networks.layers_flax import contract, normalized, require_groups
 
 Array = Any
 
+# The gemma package's number, 0.7 of the lowest float32: it is finite, so that a row that is masked whole gives equal
+# weights and no NaN.
 MASKED = -2.3819763e38
 ACTIVATIONS = {"gelu": partial(nn.gelu, approximate=True), "silu": nn.silu, "relu": nn.relu}
 
@@ -108,6 +110,8 @@ class RMSNorm(nn.Module):
         groups = self.groups or (x.shape[-1],)
         scales = cfg.stream_scales if self.of_stream and cfg.stream_scales else (1.0,) * len(groups)
         scale = self.param("scale", nn.initializers.zeros if cfg.norm_adds_one else nn.initializers.ones, x.shape[-1:])
+        # c x / sqrt(c**2 ms + e) is x / sqrt(ms + e) only with c**2 e in place of e: a stream that was multiplied with
+        # c keeps its function exactly if the epsilon goes along.
         y = normalized(x, groups, [self.epsilon * each**2 for each in scales], cfg.accumulate)
         scale = jnp.asarray(scale, x.dtype)
         return y * (1 + scale if cfg.norm_adds_one else scale)
@@ -200,6 +204,7 @@ class Attention(nn.Module):
         query = query * jnp.asarray(cfg.query_scale, x.dtype)
         query = query.reshape(*query.shape[:2], kv_heads, heads // kv_heads, head_dim)
         scores = capped(contract("bqkgh,bskh->bkgqs", query, key, cfg.accumulate), cfg.attention_soft_cap)
+        # The mask comes after the cap: before it, tanh would bring masked scores back to -cap.
         scores = jnp.where(mask[:, None, None], scores, MASKED)
         if cfg.accumulate is not None:
             scores = scores.astype(cfg.accumulate)

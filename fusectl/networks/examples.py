@@ -467,6 +467,7 @@ def corrupt_spans(
     end with the last span, not with one more sentinel. Both have an end of their own.
     """
     taken, spans = span_counts(len(window), noise, mean_span)
+    # As in T5's random_spans_noise_mask, lengths of kept and of taken stretches are drawn apart, and alternate.
     kept_sizes, taken_sizes = (_parts(total, spans, rng) for total in (len(window) - taken, taken))
     sizes = np.stack([kept_sizes, taken_sizes], axis=1).reshape(-1)
     is_taken = np.repeat(np.tile([False, True], spans), sizes)

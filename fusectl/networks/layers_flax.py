@@ -32,4 +32,6 @@ def normalized(x: Array, groups: Sequence[int], epsilons: Sequence[float], accum
 
 def contract(equation: str, a: Array, b: Array, accumulate: Any) -> Array:
     """An einsum in the arrays' dtype, its sums accumulated in the dtype `accumulate`, or as XLA likes for None."""
+    # Inputs stay in their dtype and only the sums are wider: what is compared is what the trainer computes, less the
+    # order in which it adds up. So self-fusions by powers of two come out equal to the bit.
     return jnp.einsum(equation, a, b, preferred_element_type=accumulate).astype(a.dtype)

@@ -90,6 +90,7 @@ class Shelf:
 
     def of(self, checkpoint: Checkpoint) -> Callable[[Part], Array]:
         """The values of a checkpoint as they are stored: the same function whenever it is asked for."""
+        # Each checkpoint has one function: run_stages converts the parameters once for all models that share it.
         return self._readers.setdefault(id(checkpoint), lambda part: self._parts[id(checkpoint), part])
 
     def clear(self) -> None:
@@ -115,6 +116,8 @@ def read_part(checkpoint: Checkpoint, tree: Recognized, part: Part) -> Array:
     if isinstance(part.at, range):
         region[axis] = part.at
         return checkpoint.read(leaf.name, tuple(region))
+    # A batch needs a few rows of an embedding that may be a large part of the model: chunk by chunk, the table is never
+    # there whole.
     picked, edge = np.array(part.at), leaf.chunks[axis]
     pieces = []
     for start in np.unique(picked // edge) * edge:
@@ -143,6 +146,8 @@ def run_stages(
             values: {part.name: jnp.asarray(np.asarray(values(part), precision)) for part in stage.parts}
             for values in {model.values: None for model in models}
         }
+        # The stored values go as soon as the converted ones are there, so that a stage is not in memory twice while it
+        # runs.
         shelf.clear()
         for tokens, state in zip(passes.batches, states, strict=True):
             taps: dict[str, list[Tap]] = {}

@@ -115,6 +115,7 @@ def tapped(network: nn.Module, variables: Any, *args: Any, **kwargs: Any) -> tup
             for name, values in context.module.variables.get("params", {}).items():
                 if not isinstance(values, Mapping):
                     parameter = "/".join((*context.module.path, name))
+                    # Norms alone keep what they were given: it is the residual stream, which no module returns.
                     taps.append(Tap(parameter, args[0] if name == "scale" else None, outputs))
         return outputs
 

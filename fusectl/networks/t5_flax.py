@@ -43,6 +43,8 @@ from fusectl.networks.layers_flax import normalized, require_groups
 Array = Any
 
 EPSILON = 1e-6
+# The number is T5X's. Scores next to it are rounded to multiples of 1,024 in float32, which decides what a row attends
+# to that is masked whole.
 MASKED = -1e10
 RELPOS_MAX_DISTANCE = 128
 
@@ -129,6 +131,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         cfg = self.config
+        # T5X hard-codes float32 in its norms and logits; here it is float32 at least, so that float64 stays float64.
         x = jnp.asarray(x, cfg.wide)
         groups = cfg.norm_groups or (x.shape[-1],)
         epsilons = cfg.norm_epsilons or (EPSILON,) * len(groups)
@@ -445,6 +448,8 @@ def _stacked(stack: nn.Module, layer: type[nn.Module], name: str, count: int, st
         scanned = partitioning.scan_with_axes(
             layer,
             variable_axes={
+                # As in scalable_t5's network, parameters come out of the scan only while they are made; applying it
+                # takes them in alone.
                 "params": axis if stack.is_mutable_collection("params") else partitioning.ScanIn(axis),
                 "cache": 0,
             },

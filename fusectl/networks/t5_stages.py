@@ -201,6 +201,8 @@ def _named(tree: Recognized, prefix: str, tap: Tap) -> Tap:
 # Compiled once for all layers, and for all models of one config.
 
 
+# Compiling is nearly all of the time that small models take: verifying one took 2.29 CPU seconds the first time, and
+# 0.10 for another checkpoint of the same sizes.
 @partial(jax.jit, static_argnums=0)
 def _transformer(config: T5Config, variables: Any, *tokens: Any) -> Any:
     return tapped(Transformer(config), variables, *tokens, enable_dropout=False)

@@ -40,6 +40,7 @@ NAMES = {
 DEFAULT_BATCH = 4
 DEFAULT_LENGTH = 16
 # Of a file, and of what its arrays take in memory; much more than any model is measured with.
+# Without bounds a .npz of 18 MB that held zeros took 5.1 GB, and a line of JSON of 120 MB took 1.5 GB.
 LARGEST_BYTES = 64 << 20
 LARGEST_ARRAYS_BYTES = 256 << 20
 MOST_ARRAYS = 1000
@@ -103,6 +104,7 @@ def random_tokens(vocab: int, batch: int, length: int, seed: int) -> Tokens:
     """
     rng = np.random.default_rng(seed)
     encoder, targets = (rng.integers(1, vocab, (batch, length), dtype=np.int32) for _ in range(2))
+    # Full rows alone would leave the masks of padding and of segments untried.
     encoder[::4, length - length // 4 :] = 0
     targets[1::4, length - length // 4 :] = 0
     segments = np.ones((batch, length), np.int32)

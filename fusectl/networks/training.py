@@ -113,6 +113,8 @@ class Trainer:
         """The mean over batches; a loss that is no number, of a training that has diverged, is infinite."""
         found = [self._measure(parameters, self._split(batch)) for batch in batches]
         loss, accuracy = (float(np.mean([each[i] for each in found])) for i in range(2))
+        # An infinite loss sorts behind every other one when rates are compared; a NaN would stand wherever it was
+        # found.
         return Measured(loss if math.isfinite(loss) else math.inf, accuracy)
 
     def flops_per_step(self, state: State, batch: Tokens) -> float:
@@ -138,6 +140,8 @@ class Trainer:
         if not any(name.startswith(STATE) for name in names):
             return state
         factored = state.moments[0]._replace(
+            # Adafactor weighs its moments with 1 - t**-0.8: at a count of 0 the first update would forget all that were
+            # restored.
             count=self._place(np.array(step, np.int32)),
             **{
                 slot: self._place({name: read(f"{STATE}{name}/{slot}") for name in self.tree.shapes})

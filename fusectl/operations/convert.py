@@ -55,6 +55,7 @@ def plan_conversion(
     source = open_checkpoint(path)
     # For the chunks that several layers are cut from.
     cache_bytes = 0 if layers is None else options.max_memory_bytes // 4
+    # Restacking is a view of the source, so that the plan behind it is one of copies like any other.
     seen: Checkpoint = source
     if layers is not None:
         seen = restacked(source, layers, options.arch, options.drop, cache_bytes=cache_bytes)
@@ -75,6 +76,7 @@ def plan_conversion(
         builder.used.add(stored)
     nodes = builder.nodes()
     if to_t5x:
+        # A copy of a copy keeps the first tree: what T5X's index could not tell then it cannot tell now.
         origin = _origin(seen, places, nodes) if origin is None else origin
         origin = None if origin is None else _changed(origin, options)
     elif origin is not None:
@@ -134,6 +136,8 @@ def _opened(checkpoint: Checkpoint, options: Options) -> Opened:
     kept = kept_shapes(checkpoint.shapes, options.drop)
     try:
         recognized(checkpoint, options.arch, options.drop)
+    # Trees of no family are copied by their names. A dtype, a mesh or a family that was asked for needs to know which
+    # tensors are parameters and what their axes are.
     except Incompatible:
         if options.arch is not None or options.dtype is not None or options.mesh is not None:
             raise
@@ -246,5 +250,7 @@ def _record(opened: Opened, options: Options, layers: str | None) -> Record:
 
 def _of(own: Record, layers: str | None) -> Original | None:
     """How the source itself was made; of a fusion nothing where its layers stand in the other layout now."""
+    # A copy of a copy says how the first one was made. Of a fusion in another stacking nothing is said, since verify
+    # would hold its blocks against sources whose layers stand otherwise.
     of = own.made.of if isinstance(own.made, Converted) else own.made
     return None if layers is not None and isinstance(of, Fused) else of

@@ -67,9 +67,12 @@ def plan_fusion(
     if equalize is not None and norm != Norm.RULE:
         raise UsageError("--equalize: for one norm over all sources; with a norm each there is nothing to equalize")
     kv_repeats = repeats([o.tree for o in opened]) if options.expand_kv else (1,) * len(opened)
+    # Copies of one source stay one object: the executor and `verify` read what is the same object once.
     by_place = {(o, times): expanded(o, times) for o, times in zip(opened, kv_repeats, strict=True)}
     opened = [by_place[o, times] for o, times in zip(opened, kv_repeats, strict=True)]
     first = opened[0]
+    # The checks from here on come in the order of what they cost: names and shapes, dtypes, then the few tensors that
+    # do not grow, and last, for --equalize, whole models.
     fusion = line_up([o.tree for o in opened], shares, [o.label for o in opened])
     _require_one_dtype(opened, options)
     _require_state_to_carry(opened, kv_repeats, options)
@@ -169,6 +172,8 @@ def norm_of(opened: Sequence[Opened], options: Options) -> Norm:
 
 def _require_state_to_carry(opened: Sequence[Opened], kv_repeats: Sequence[int], options: Options) -> None:
     """Raises Incompatible where the moments of repeated kv heads would have to be known."""
+    # The gradients of twins add up to the one of the head that they repeat; how it splits between them depends on
+    # queries that no optimizer state keeps.
     if set(kv_repeats) == {1} or options.optimizer in {OnState.RESET, OnState.DROP}:
         return
     if any(is_state(name) and name not in o.dropped for o in opened for name in o.checkpoint.leaves):

@@ -64,6 +64,8 @@ def plan_with_operator(path: str, operator: Kept, options: Options) -> tuple[Pla
     The optimizer's state stays behind: a linear map of parameters says nothing of their moments. Raises Incompatible
     for a model that the operator is not for.
     """
+    # Rows with a single entry would map moments exactly, by the inverse matrices. Learned rows have several, whose
+    # second moments do not follow from the small model's.
     options = replace(options, optimizer=OnState.DROP)
     opened = open_one(path, options)
     growing = operator.growing(opened.tree, opened.label)

@@ -41,6 +41,7 @@ def plan_noise_fill(path: str, options: Options, *, copies: int | None = None) -
     opened = open_source(path, options.arch, options.drop)
     own = opened.checkpoint.record
     record = own if own is not None and own.fused else _record_for(opened, copies)
+    # A record of noise is enough to refuse; zeros that have been trained since are found when the blocks are read.
     if record.fill.kind is not FillKind.ZEROS:
         raise Incompatible(
             f"{opened.label}: filled already with {record.fill.kind} noise of scale {record.fill.noise_scale:g}",
@@ -71,10 +72,13 @@ def plan_noise_fill(path: str, options: Options, *, copies: int | None = None) -
     for parameter in opened.tree.shapes:
         tensor = opened.full(parameter)
         stored = opened.checkpoint.leaves[tensor].dtype
+        # The noise is that of --fill at once, bit for bit, unless a cast lies between: both measure the kernel as it is
+        # stored in the output.
         layout = filled(fusion, parameter, options.dtype or stored, options.fill, tensor)
         exact = exactness_in(fusion, record, parameter, layout.dtype, [opened])
         builder.add(naming.full(parameter), layout, like=tensor, noise_name=parameter, exactness=exact)
     plan_step(builder, opened, options, out_format)
+    # The optimizer's state stays as it is: its moments are those of gradients so far, which noise does not change.
     for name in opened.checkpoint.leaves:
         if name not in builder.used and name not in opened.dropped:
             axes = slot_axes(name, opened.checkpoint.leaves[name].shape, opened.tree, opened.tree.shapes)

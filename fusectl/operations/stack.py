@@ -59,9 +59,12 @@ def plan_stack(
     optimizer = plan_deeper_state(builder, opened, deepening, options)
     plan_step(builder, opened, options, out_format)
     leaves = opened.checkpoint.leaves
+    # MaxText stacks its streams of random numbers along with the layers: left at the old depth they would not fit the
+    # tree that it restores.
     for name, like, shape, blocks in deepening.streams({name: leaves[name].shape for name in auxiliary(opened)}):
         builder.add(name, Layout(unnamed(shape), shape, leaves[like].dtype, blocks), like=like)
     record = grown_record("stack", opened, builder, options, _stacked(opened, deepening, how), optimizer)
+    # Layers that come again are approximate whatever their values: they read a stream that they were not trained on.
     again = [] if how == How.IDENTITY else [Exactness(APPROXIMATE, (f"layers that come again ({how})",))]
     of_source = [*opened.checkpoint.location.notes, *notes_on_items(opened.checkpoint)]
     notes = [*of_source, *builder.notes, *_notes(deepening, how), *on_mesh]

@@ -51,6 +51,7 @@ _GIN = {
     "NUM_ENCODER_LAYERS": ENCODER,
     "NUM_DECODER_LAYERS": DECODER,
 }
+# Fifteen digits at most, here and in _pair: int() raises for more than 4,300, which ended in an unexpected error.
 _BINDING = re.compile(rf"\s*(?:[\w./@]+\.)?({'|'.join(_GIN)})\s*=\s*([0-9]{{1,15}})\s*(?:#.*)?")
 _LARGEST_GIN_BYTES = 1 << 20
 

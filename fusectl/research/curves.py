@@ -90,6 +90,7 @@ _Row = tuple[str, Mapping[str, Any]]
 def _read(at: Path, path: str) -> bytes:
     """The contents of a file of points; raises UsageError for one with more of them than any fit needs."""
     raw = read_given(at, LARGEST_BYTES, "a loss curve")
+    # Commas and line ends are counted before anything is parsed, since a value takes far more memory than its text.
     entries = raw.count(b",") + raw.count(b"\n")
     if entries > MOST_ENTRIES:
         hint = "every tenth line is enough"
@@ -182,6 +183,8 @@ def _of_events(at: Path, path: str, tag: str | None, notes: list[str]) -> tuple[
     points: list[tuple[int, float]] = []
     for part in found[_named(found, tag, LOSS, path, "--loss-column")]:
         before = len(points)
+        # A run that goes on from a checkpoint writes the steps since that checkpoint once more, in a file of its own:
+        # of those only the later ones belong to the model that there is.
         points = [point for point in points if not part or point[0] < part[0][0]]
         if len(points) < before:
             notes.append(f"the run began again at step {part[0][0]:,}: {before - len(points):,} points are left out")

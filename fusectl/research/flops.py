@@ -81,6 +81,8 @@ def _attended(tree: Recognized, name: str, row: Row, lengths: Mapping[str, int])
     for role, weights in _kernels(row, tree.shapes[name]):
         if role in _ATTENTIONS:
             tokens = _passed_by(role, name)
+            # Each query meets every key of its row, so that attention costs the square of the length where kernels cost
+            # the length: it counts for little in wide models and for much in narrow ones.
             keys = _ATTENTIONS[role] or tokens
             # Heads times head_dim, summed over the layers.
             width = weights // tree.sizes["embed"]

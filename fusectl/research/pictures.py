@@ -81,6 +81,7 @@ def draw_heat_map(found: HeatMap, file: Path) -> None:
     for i, (heat, mean) in enumerate(shown):
         axes = figure.add_subplot(grid[divmod(i, columns)])
         # What is small is drawn as the smallest; zeros lie below it, and what is not finite is masked.
+        # A logarithmic scale has no place for zero, and zeros are what these pictures are about.
         values = np.where(mean > 0, np.maximum(mean, smallest), smallest / 2)
         cells = np.ma.masked_array(values, ~np.isfinite(mean))
         image = axes.pcolormesh(found.edges[1], found.edges[0], cells, norm=norm, cmap=colours, rasterized=True)
@@ -132,6 +133,8 @@ def draw_advice(found: Advice, file: Path) -> None:
 
 
 def _save(figure: Figure, file: Path) -> None:
+    # Drawing goes into memory first: only the writing is a matter of storage, and an error in drawing leaves no file
+    # behind.
     picture = io.BytesIO()
     figure.savefig(picture, format=file.suffix.lower()[1:], dpi=200)
     with storage_errors(file):

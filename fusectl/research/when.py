@@ -38,6 +38,8 @@ Array = npt.NDArray[np.float64]
 FIT_FROM = 0.05
 BINS = 128
 LEAST_POINTS = 6
+# A grid finds the least squares wherever they are. Descending in all three numbers at once may end elsewhere, since
+# limit and exponent make up for each other.
 EXPONENTS = np.geomspace(0.02, 3.0, 2001)
 REFITS = 200
 # Residuals are resampled in runs, since neighbours err alike.
@@ -349,6 +351,8 @@ def advise(
         notes=tuple(notes),
     )
     if of_large is None and gap is None:
+        # A small model's curve says nothing of the large one's. So there is no best step without one, only what it
+        # would be for gaps that somebody may think likely.
         last = float(of_small.fit.loss(np.array(small.last_step)))
         assumed = {share * last: _lower(of_small.fit, share * last) for share in GAPS}
         return replace(advice, gaps={each: _budgeted(of_small.fit, fit, costs, n) for each, fit in assumed.items()})
@@ -471,6 +475,7 @@ def _solved(steps: Array, losses: Array, last_step: float, exponents: Array) -> 
     # Cross-entropies are not negative.
     products, spread = losses @ powers.T, (powers**2).sum(axis=1)
     through_zero = (losses**2).sum(axis=1)[:, None] - products**2 / spread
+    # The squares are convex in the limit, so that where the best one is negative the best allowed one is zero.
     below = limits < 0
     scales = np.where(below, products / spread, scales)
     squares = np.where(below, through_zero, squares)
@@ -485,6 +490,8 @@ def _decayed(steps: Array, losses: Array, last_step: float) -> bool:
     (fit,) = _fits(steps[before], losses[None, before], last_step)
     if fit is None:
         return False
+    # A decayed rate is worth 0.14 to 0.20 nats in a toy model, ten times what growing is looked at for: a fit through
+    # it would take the decay for the model's own progress.
     below = float((fit.loss(steps[~before]) - losses[~before]).mean())
     return below > max(3 * fit.rms, DECAYED * float(losses[before][0] - losses[before][-1]))
 
@@ -505,6 +512,11 @@ def _require_lower(small: Fit, large: Fit) -> None:
 
 def _gained(steps: Array, small: Fit, large: Fit, costs: Costs) -> Array:
     """The steps of the large model that fusing at these steps is ahead by; see the module's docstring."""
+    # This is one of two laws in use: the grown model has a head start and keeps to the large model's curve. With
+    # Chinchilla's constants, and 65k tokens a step, it predicts that growing T5-Small at 500k steps loses 11 to 13 % of
+    # 1M steps, where Deep Fusion reports savings of 18 to 24 %. Those need the other law, by which the grown model
+    # catches up with that curve at equal tokens. In a pilot of one seed at toy size neither held: a step of the small
+    # model was worth 0.46 large ones at the growth and 0.15 of one after 2,500 steps more.
     return large.steps_of(small.loss(steps)) - steps / costs.ratio
 
 

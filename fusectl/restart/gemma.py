@@ -67,10 +67,14 @@ def _config(tree: Recognized) -> Iterator[tuple[str, Any]]:
         next(name for name, scale in GEMMA_QUERY_SCALES.items() if scale == network.query_scale),
     )
     yield "attn_logits_soft_cap", network.attention_soft_cap
+    # The config has one set of fields for local attention and one for global: the first layer of each kind stands for
+    # all.
     local = next((each for each in network.attending if each.window is not None), Attending())
     around = next((each for each in network.attending if each.window is None), Attending())
     yield "sliding_window_size", local.window
     gating = next(row for row in tree.rows.values() if "gate" in row.roles)
+    # The package keeps gating_einsum as (2, embed, mlp) or transposed, by this field; shapes alone would not tell where
+    # both are of one length.
     yield "transpose_gating_einsum", gating.spec.axes.index("mlp") < gating.spec.axes.index("embed")
     yield "use_qk_norm", "query_norm" in roles
     yield "local_base_frequency", int(local.rope_base)

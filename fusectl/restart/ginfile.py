@@ -68,6 +68,7 @@ class GinFiles:
         """
         scope, names = self._reference()
         own = [each for each in self.bindings if each.configurable in names and scope[: len(each.scope)] == each.scope]
+        # The sort is stable, so that of two bindings in one scope the later one still wins.
         own.sort(key=lambda each: len(each.scope))
         return {each.parameter: each.value for each in own if each.value != REQUIRED}
 
@@ -115,6 +116,8 @@ class _Reader:
         self._left_bytes = _LARGEST_BYTES
 
     def read(self, path: Path, including: tuple[Path, ...]) -> None:
+        # All files share one bound: a file that includes the next one twice, and so on, would double the text with
+        # every level.
         self._left_bytes -= path.stat().st_size
         if self._left_bytes < 0 or len(including) > _DEEPEST:
             raise UsageError(f"{path}: more gin than a model has", hint="does a file include itself?")
@@ -136,6 +139,8 @@ def _statements(path: Path) -> Iterator[tuple[bool, list[tokenize.TokenInfo]]]:
     """The tokens of every statement, and whether it is indented."""
     depth, tokens = 0, list[tokenize.TokenInfo]()
     try:
+        # gin-config reads its files with Python's tokenizer, too, so that both agree on strings, brackets and continued
+        # lines.
         for token in tokenize.generate_tokens(io.StringIO(path.read_text()).readline):
             if token.type == tokenize.ERRORTOKEN and not token.string.isspace():
                 raise SyntaxError(f"line {token.start[0]}: {token.string!r}")
@@ -160,6 +165,8 @@ def _binding(block: str, tokens: Sequence[tokenize.TokenInfo], path: Path) -> Bi
     selector, _, parameter = selected.rpartition(".")
     text = _text(tokens[equals + 1 :])
     value = literal(text)
+    # Literals are written anew in one line; macros and references keep their text, since only gin knows what they stand
+    # for.
     return Binding(tuple(scope), selector, parameter, text if value == text else repr(value))
 
 

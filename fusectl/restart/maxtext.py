@@ -56,6 +56,8 @@ def restart_of(checkpoint: Checkpoint, tree: Recognized, lr_offset: int = 0, gin
     overrides = {**dict(_network(tree)), **dict(_told(tree)), **dict(_layout(checkpoint))}
     if any(f"/{PACKED}/" in name for name in checkpoint.leaves):
         overrides["fused_qkv"] = True
+    # load_full_state_path is for states that lie outside of a run: in a run's own directory MaxText takes the newest
+    # step before it looks at any path.
     if not has_state:
         overrides["load_parameters_path"] = path
     elif run is None:
@@ -122,6 +124,8 @@ def _notes_on_naming(checkpoint: Checkpoint, tree: Recognized) -> Iterator[str]:
 def _network(tree: Recognized) -> Pairs:
     """What the tree tells."""
     own = counted_sizes(tree.sizes, tree.depths, tree.family.blocks)
+    # The keys begin with base_: MaxText multiplies these sizes with factors that follow from global_parameter_scale,
+    # which is 1 by default and has to stay so.
     yield from ((key, own[axis]) for axis, key in MAXTEXT_SIZES.items())
     # For runs with a model_name, whose own sizes these replace.
     yield "override_model_config", True
@@ -153,6 +157,8 @@ def _scan_axes(tree: Recognized) -> set[int]:
 def _told(tree: Recognized) -> Pairs:
     """What a config told of the network when the checkpoint was written."""
     network = tree.network
+    # Only what a config told is printed. Anything else has stayed as the run has it, and a default of fusectl's could
+    # replace a setting that the run had changed.
     if "activation" in network.told:
         yield "mlp_activations", [network.activation, "linear"]
     if network.told & {"norm_epsilon", "final_norm_epsilon"}:

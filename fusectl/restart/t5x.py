@@ -108,6 +108,7 @@ def _renamed(checkpoint: Checkpoint) -> tuple[str, ...]:
     """What to do about a directory whose name T5X does not take for that of a checkpoint."""
     if T5X_STEP.fullmatch(checkpoint.location.home.name):
         return ()
+    # T5X lists what is called checkpoint_N and takes nothing else for a checkpoint, whatever is in it.
     name = f"checkpoint_{checkpoint.step or 0}"
     return (
         f"T5X restores only from directories named checkpoint_STEP: move it to a new one as {name}, and change path",
@@ -177,11 +178,16 @@ def _example(tree: Recognized) -> str:
 
 def _restore(checkpoint: Checkpoint, tree: Recognized) -> dict[str, Any]:
     """The parameters of T5X's RestoreCheckpointConfig."""
+    # pretrain.gin leaves the path empty, and the macro alone is accepted and used by nobody: T5X then built the wide
+    # network and trained it from scratch, with exit code 0. A path without the mode fails, since the run's own is
+    # "latest".
     restore: dict[str, Any] = {"path": _Gin("%INITIAL_CHECKPOINT_PATH"), "mode": "specific"}
     dtypes = {checkpoint.leaves[tree.full(name)].dtype for name in tree.shapes}
     if any(np_dtype(dtype).itemsize < 4 for dtype in dtypes):
+        # T5X restores parameters in the dtype that they are stored in, unless it is told another one.
         restore["dtype"] = "float32"
     if not any(map(is_state, checkpoint.leaves)):
+        # Without these T5X refuses a tree that has no param_states where it is going to train.
         restore |= {"fallback_to_scratch": True, "assignment_map": (("state/param_states.*", None),)}
     return restore
 
@@ -251,6 +257,8 @@ def _lines(
 ) -> Iterator[str]:
     """The lines of gin: what they import, and per configurable the values of its parameters."""
     yield "from __gin__ import dynamic_registration"
+    # gin takes one import in a line, and dynamic registration only before any other import: pasted behind the imports
+    # of the small model's file these lines are a syntax error.
     yield from dict.fromkeys(imports)
     # The macros that finetune.gin requires, and eval.gin and infer.gin.
     yield f"INITIAL_CHECKPOINT_PATH = {path!r}"

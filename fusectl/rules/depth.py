@@ -44,6 +44,7 @@ def arrangement(how: str, now: int, then: int, turn: int = 1) -> Depth:
     [1, 2, 4]
     """
     old, new = now // turn, then // turn
+    # Rounding down spreads new layers evenly: runs differ in length by one layer at most.
     in_order = [i * old // new for i in range(new)]
     again: set[int] = set()
     match How(how):
@@ -53,9 +54,14 @@ def arrangement(how: str, now: int, then: int, turn: int = 1) -> Depth:
             runs = in_order
         case How.IDENTITY:
             runs = in_order
+            # The first of a run is the one that stays: it sees the stream that its original saw. Zeroing only what writes
+            # the stream is enough, and leaves the other kernels useful: the zeros get gradients at the first step, since
+            # what they read is not zero, and a block of nothing but zeros would never get any.
             again = {i for i in range(1, new) if runs[i] == runs[i - 1]}
         case other:
             assert_never(other)
+    # Gemma 3 of a depth that is no multiple of six has layers behind its last whole turn. They stay last, since the new
+    # depth has as many, and the network attends by a layer's number.
     layers = (*(run * turn + k for run in runs for k in range(turn)), *range(old * turn, now))
     return Depth(layers, frozenset(i * turn + k for i in again for k in range(turn)))
 
@@ -87,6 +93,8 @@ def problems_of_depths(tree: Recognized, then: Mapping[str, int]) -> list[str]:
         now = tree.depths[stack]
         if n < now:
             problems.append(f"{stack}: {n} layers are fewer than its {now}; layers are added, never taken away")
+        # A layer that moves to another place in the cycle would be given another window and other rotary frequencies
+        # than those that it was trained with.
         elif (n - now) % turn or (n > now and now < turn):
             problems.append(f"{stack}: from {now} to {n} layers, which attend in turns of {turn}: by whole turns only")
     return problems
@@ -168,6 +176,7 @@ class Deepening:
             for piece in pieces
             if piece.idle and minus_one
         ]
+        # Idle layers of other families need no block at all: what no block covers is zero.
         moved = blocks_of([piece for piece in pieces if not piece.idle], row.spec.axes, shape, self.tree.full)
         return Layout(row.spec.axes, shape, dtype, (*moved, *idle))
 
@@ -234,6 +243,8 @@ def blocks_of(
     pieces: Sequence[Piece], axes: tuple[str, ...], shape: tuple[int, ...], full: Callable[[str], str]
 ) -> tuple[Block, ...]:
     """The blocks that pieces make in a tensor of these axes; neighbours that were neighbours are one."""
+    # A chunk is taken over from a source only where one block holds all of it, and a chunk of scanned layers may hold
+    # all of them. A block for each layer would have every such chunk decoded and put together again.
     runs: list[list[Piece]] = []
     for piece in pieces:
         last = runs[-1][-1] if runs else None

@@ -88,6 +88,9 @@ class Growing:
 
     def scale(self, row: Row, role: str) -> float:
         """What a tensor is multiplied with because its network multiplies with a power of the width."""
+        # With `pinv` the norm before a tied head has a matrix of its own, whose start holds this factor
+        # (sources/operator.py) and may be learned from there. With the paper's tie it shares `embed` with everything
+        # else, so that the factor comes on top.
         network, part = self.tree.network, self.tree.sizes["embed"] / self.grown.sizes["embed"]
         if role == EMBEDDING:
             return float(part**network.embedding_power)
@@ -104,6 +107,9 @@ class Growing:
                 yield axis, self._of_stream(row, role, stack), False, 1
             elif axis == "mlp":
                 yield axis, f"{stack}/mlp", True, 1
+            # LiGO mixes the features of all heads in one dense matrix. That does not commute with rotary positions,
+            # which turn pairs of features, and breaks tables of relative positions, which know heads only as wholes. So
+            # heads are mapped whole here, and one entry of S stands for all features of a head.
             elif axis in HEADS:
                 sizes = self.tree.sizes
                 kv_heads = sizes.get("kv_heads", sizes["heads"])
@@ -136,11 +142,14 @@ def growing_to(tree: Recognized, sizes: Mapping[str, int], depths: Mapping[str, 
     now, then = tree.sizes, dict(sizes)
     if "heads" in then and "joined_kv" in now:
         then["joined_kv"] = now["joined_kv"] // now["heads"] * then["heads"]
+    # The output projection reads heads in groups that share a kv head, and takes its matrix from the values': the same
+    # number of heads for a kv head on both sides is what makes that matrix fit.
     if "heads" in then and "kv_heads" in now and "kv_heads" not in then:
         then["kv_heads"] = now["kv_heads"] * then["heads"] // now["heads"]
     unknown = sorted(then.keys() - now.keys())
     if unknown:
         raise Incompatible(f"{where}: {tree.family.name} has no axis {' and no '.join(unknown)}")
+    # With fewer large units than small ones B^T B is singular: no A undoes B, and nothing could keep the function.
     problems = [
         f"axis {axis!r}: {n} is less than its {now[axis]}; models grow, and never shrink"
         for axis, n in then.items()
@@ -213,6 +222,8 @@ class Application:
         """The layers of the small model that a layer is made from, with their weights."""
         if not self.growing.deeper(stack):
             return [(layer, 1.0)]
+        # Terms of weight zero are left out, so that a one-hot row (stack, interpolate, duplicate) reads one layer
+        # instead of all of them, and an idle layer none.
         return [(j, float(w)) for j, w in enumerate(self.depth[depth_name(stack, role)][layer]) if w != 0]
 
     def _term(self, name: str, row: Row, role: str, region: Region, layer: int, weight: float) -> Mapped:
@@ -225,14 +236,19 @@ class Application:
         """The terms as a sum; those that nothing maps are plain ones."""
         if row.is_norm and self.growing.tree.network.norm_adds_one:
             # What it multiplies with is 1 + scale.
+            # Weights of layers act on 1 + scale: sum w (1 + s) - 1. A single layer as it is could be rounded on that
+            # way, and its chunks could not be taken over.
             if len(terms) == 1 and not terms[0].expansions and terms[0].term.scale == 1.0:
                 return (terms[0].term,)
             return (*terms, Product((), -1.0))
+        # A plain Term passes its chunks through undecoded, which a Mapped without matrices would not.
         return tuple(each if each.expansions else each.term for each in terms)
 
 
 def depth_name(stack: str, role: str) -> str:
     """The name of the weights of layers that tensors of a role have; a bias has its kernel's."""
+    # The paper gives a module's bias the weights of its kernel; the released code learns separate ones (coeffs_bias).
+    # One vector for both keeps a sum of layers a sum of affine maps.
     return f"{stack}/depth/{role.removesuffix('_bias')}"
 
 

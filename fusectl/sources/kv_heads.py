@@ -49,6 +49,8 @@ class Expanded(View):
         axis, times = self._places[name], self._times
         wanted = whole(self.leaves[name].shape) if region is None else region
         heads = wanted[axis]
+        # Twins are neighbours (0 0 1 1, as np.repeat has them) and not a second round (0 1 0 1), since query head n
+        # reads kv head n // (heads / kv_heads).
         there = range(heads.start // times, -(-heads.stop // times))
         values = self.source.read(name, (*wanted[:axis], there, *wanted[axis + 1 :]))
         return np.take(values, np.asarray(heads) // times - there.start, axis=axis)
@@ -85,5 +87,7 @@ def expanded(source: Opened, times: int) -> Opened:
 def repeats(trees: Sequence[Recognized]) -> tuple[int, ...]:
     """How often each model's kv heads must be there for as many heads to share one in all of them."""
     groups = [query_groups(tree) for tree in trees]
+    # Repeating a kv head can only make the groups that share one smaller. The greatest common divisor is therefore the
+    # largest size that all models can reach: groups of 4 and of 6 heads both become groups of 2.
     common = math.gcd(*groups)
     return tuple(each // common for each in groups)

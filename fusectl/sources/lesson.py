@@ -36,8 +36,11 @@ class Data:
 class Learning:
     """How an operator is learned: so many steps of one of optax's optimizers, at a constant rate, without dropout."""
 
+    # More steps buy nothing in LiGO's Table 3: 100 of them save 44.7 % of the training, 10,000 save 38.9 %.
     steps: int = 100
     # Ten times as much is too large for small models, and the 2e-6 of LiGO's released schedule learns hardly anything.
+    # A toy decoder started at a loss of 1.510, and 100 steps led to 1.484 at this rate, to 2.090 at ten times as much,
+    # and to 1.506 on LiGO's schedule.
     learning_rate: float = 1e-3
     optimizer: str = "adam"
 

@@ -114,11 +114,13 @@ def ready(
     What its network computes is told by `config`, else by the record of one that fusectl wrote. Packed queries, keys
     and values are seen apart.
     """
+    # Unpacking comes before recognition, since no family has a row for packed queries, keys and values.
     checkpoint = unpacked(checkpoint)
     dropped = tuple(name for name in checkpoint.leaves if is_dropped(name, drop))
     tree = recognized(checkpoint, arch, drop, config)
     if checkpoint.record is not None:
         require_widths(tree, checkpoint.record, checkpoint.path)
+    # Noise, means and factors of a quantised kernel would act on its codes, not on the values that they stand for.
     dtypes = {name: checkpoint.leaves[name].dtype for name in map(tree.full, tree.shapes)}
     integers = [f"{name}: {dtype}" for name, dtype in dtypes.items() if not is_float(dtype)]
     if integers:
@@ -136,6 +138,7 @@ def read_finite(checkpoint: Checkpoint, tensor: str) -> npt.NDArray[Any]:
     return values
 
 
+# A record of another family is of another tree, as where --arch overrules it: its settings would be that one's.
 def with_record(tree: Recognized, checkpoint: Checkpoint) -> Recognized:
     """A checkpoint's tree with what its record tells of the network, if it has one of the same family."""
     record = checkpoint.record
@@ -144,6 +147,8 @@ def with_record(tree: Recognized, checkpoint: Checkpoint) -> Recognized:
 
 def require_chunks(checkpoint: Checkpoint, names: Iterable[str]) -> None:
     """Raises Corrupt if a chunk of one of these tensors is missing, all of them listed."""
+    # T5X's own format restores zeros for a chunk whose file is missing, without a word. In a fusion they would pass for
+    # zero blocks.
     missing = [chunk for name in names for chunk in checkpoint.missing_chunks(name)]
     if missing:
         raise Corrupt(

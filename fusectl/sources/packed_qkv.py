@@ -122,6 +122,8 @@ def joined(layouts: Sequence[Layout], axis: int) -> Layout:
     start = 0
     for layout in layouts:
         for block in layout.blocks:
+            # Noise moves along: its field is laid out over the tensor that is stored, so that noise-fill, which sees
+            # the parts of a packed output again, meets the same values as --fill at once.
             terms = tuple(term.moved(axis, start) for term in block.terms)
             blocks.append(Block(_moved(block.at, axis, start), terms))
         start += layout.shape[axis]
@@ -137,6 +139,8 @@ def _moved(region: Region, axis: int, by: int) -> Region:
 def _pack(leaf: Leaf, out: Leaf, *, is_bias: bool, where: str) -> Pack:
     """The pack that a tensor is, by the shape of its module's output projection."""
     # (heads, kv, embed), and one axis more where layers are scanned: the first or the second.
+    # Shapes that fit both ways, where there are as many layers as heads, are taken for MaxText's default, in which
+    # layers come second (param_scan_axis=1).
     layers_first = len(out.shape) == 4 and leaf.shape[0] == out.shape[0] and not _behind_heads(leaf, out, is_bias)
     heads = out.shape[1] if layers_first else out.shape[0]
     axis = (1 if layers_first else 0) if is_bias else len(leaf.shape) - 2

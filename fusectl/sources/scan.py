@@ -220,6 +220,9 @@ class _Made:
             of_one_kind = state.is_first(other) == state.is_first(slot)
             if of_one_kind and axes is not None and _without_layers(axes) == _without_layers(kept):
                 return other, axes
+        # T5X factors a scanned kernel by its logical axes, whatever its size, and a kernel of two axes only if both are
+        # at least 128 long (t5x/adafactor.py). Of narrow models one layout then has v_row and v_col where the other has
+        # v, and v cannot be told from its means.
         raise Incompatible(
             f"{where}: {there}: {state.kind.capitalize()} factors it in one layout of its layers and not in the other",
             hint="--drop-optimizer leaves the state out",
@@ -367,6 +370,8 @@ def _counterparts(layered: Family, stacked: Family) -> dict[str, str]:
                 name for name, other in stacks.items() if partner.fullmatch(name) and _of_layers(other) == bool(tail)
             ]
             others = [stacks.pop(name) for name in found]
+            # The scanned modules have to add up to what the layered row covers: two halves of Gemma 2's pairs, six
+            # sixths of Gemma 3's. One partner too few would leave its layers behind without a word.
             share = sum(Fraction(1, other.every) for other in others if not other.behind)
             if share != Fraction(1, row.every) or any(_without_layers(o.spec.axes) != row.spec.axes for o in others):
                 return {}
@@ -408,6 +413,7 @@ class _Chunks:
         """The values of a region."""
         leaf = self._source.leaves[tensor]
         out = np.empty(tuple(map(len, region)), np_dtype(leaf.dtype))
+        # Whole chunks are read: one that holds all layers would otherwise be decoded once for each of them.
         for index in places_in_grid(region, leaf.chunks):
             chunk = chunk_at(index, leaf.chunks, leaf.shape)
             met = intersect(chunk, region)

@@ -43,6 +43,7 @@ from fusectl.writing.journal import Journal
 
 Array = npt.NDArray[Any]
 # Sizes that no two axes share, for families of any trainer.
+# An axis that is taken for another one then gives a wrong shape, and not the right shape of wrong values.
 SIZES = {
     "vocab": 41,
     "embed": 12,
@@ -168,6 +169,8 @@ class OperationTests:
         plan, sources = self.planned(tmp_path)
         whole = carry_out(plan, sources, tmp_path / "whole", sync=False)
         with monkeypatch.context() as patch:
+            # A chunk is in the journal once it is written: ending there leaves some of the output written, and one
+            # thread makes that the same part each time.
             patch.setattr(Journal, "add", _ending_after(len(plan.outputs) // 2, Journal.add))
             with pytest.raises(KeyboardInterrupt):
                 carry_out(plan, sources, tmp_path / "out", sync=False, jobs=1)
@@ -207,6 +210,8 @@ class OperationTests:
 # Units in the last place that an output may be off by: it was rounded in another order.
 UNITS = 4
 # What the executor's deviation of a kernel may be off by, relative to its largest value (noise.Moments).
+# A deviation errs by less than 2**-18 of the kernel's largest value, and noise of the scales that tests use multiplies
+# it with less than 2.
 NOISE = 2.0**-17
 PROOF = Settings(levels=("files", "weights"))
 
@@ -236,6 +241,7 @@ def _flip(opened: Checkpoint, name: str) -> None:
     index = tuple((n - 1) // (2 * c) for n, c in zip(leaf.shape, leaf.chunks, strict=True))
     file = home / leaf.stored.chunk_key(index)
     raw = bytearray(file.read_bytes())
+    # Little-endian numbers end with the byte that holds their sign.
     raw[leaf.itemsize - 1] ^= 0x80
     file.write_bytes(raw)
 
@@ -244,6 +250,8 @@ class FormatTests:
     """What holds for every format: values and records come back, what is missing or damaged is noticed."""
 
     formats: ClassVar[Sequence[str]] = ()
+    # Formats differ in how they treat each of these: chunks that are ragged at the edge, zeros that may be left out, a
+    # dtype that numpy does not have by itself, and scalars, which T5X keeps in its index.
     values: ClassVar[Mapping[str, Array]] = {
         "target/encoder/kernel": np.arange(60, dtype=np.float32).reshape(5, 12),
         "target/encoder/zeros": np.zeros((4, 3), np.float64),

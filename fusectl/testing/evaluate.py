@@ -46,6 +46,7 @@ def evaluate(
     covered = np.zeros(layout.shape, bool)
     for block in layout.blocks:
         at = _index(block.at)
+        # Blocks have no order: a value in two of them would be that of whichever is computed last.
         if covered[at].any():
             raise ValueError(f"block {block.at} overlaps another one")
         covered[at] = True
@@ -90,6 +91,7 @@ def _region(term: Term, read: Read) -> Array:
 
 def _deviation(noise: Noise, read: Read) -> Array | float:
     """The standard deviation of the kernel that noise is relative to; of stacked ones each of them has its own."""
+    # numpy's own formula stands here, where the executor sums up integers, so that a fault of either one shows.
     kernel = noise.like.scale * _region(noise.like, read)
     if noise.stacked_axis is None:
         return float(kernel.std())
@@ -113,6 +115,8 @@ def _matrix(expansion: Expansion, read: Read) -> Array:
     found = np.asarray(read(expansion.source, expansion.tensor), np.float64)
     matrix = found if expansion.index is None else found[expansion.index]
     if expansion.inverse:
+        # numpy goes by singular values, where the executor inverts B^T B; of independent columns both give B (B^T
+        # B)^-1.
         matrix = np.linalg.pinv(matrix).T
     return np.kron(matrix, np.eye(expansion.repeat))
 
@@ -128,6 +132,7 @@ def evaluate_plan(plan: Plan, sources: Sequence[Checkpoint]) -> dict[str, Array]
         return sources[source].read(name)
 
     seed = plan.record.fill.seed or 0
+    # What does not fit into a narrower dtype becomes infinite here; the executor refuses it.
     with np.errstate(over="ignore"):
         return {
             output.name: evaluate(output.layout, read, noise_name=output.noise_name, seed=seed).astype(

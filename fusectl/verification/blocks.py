@@ -71,6 +71,8 @@ class Blocks:
             return weight * divided / embedded / stream
         if self.row.writes_stream:
             return stream
+        # The planner asks which rows read what grows and write what does not; here it is the head by its axes. The two
+        # agree for every table that is accepted, and a table that slipped through would fail here.
         return weight if self.row.spec.inputs == {"embed"} and self.row.spec.outputs == {"vocab"} else 1.0
 
     @property
@@ -119,5 +121,7 @@ def within_rounding(values: Array, exact: Array) -> npt.NDArray[np.bool_]:
 
 def unit(dtype: str, magnitude: Array) -> Array:
     """At most two units in the last place of numbers of this magnitude, one of the smallest numbers."""
+    # epsilon times a number is one to two of its units in the last place, by its place between two powers of two. Among
+    # subnormal numbers the unit shrinks no more.
     smallest = float(ml_dtypes.finfo(np_dtype(dtype)).smallest_subnormal)
     return np.asarray(np.maximum(epsilon(dtype) * magnitude, smallest))

@@ -116,6 +116,7 @@ def make_claim(fused: Checkpoint, declared: Declared) -> Claim:
         raise UsageError(f"{len(sources)} sources, but {fused.path} is a fusion of {len(record.sources)}")
     arch = declared.arch or own_family(fused) or (record.family if record else None)
     tree = recognized(fused, arch)
+    # The network is the record's and not the family's default: sources may have lost what a config once told of them.
     network = _network(tree, _source_tree(by_path[paths[0]], arch, record), record, declared)
     tree = replace(tree, told=network)
     times = record.kv_repeats if record is not None and record.sources else (1,) * len(paths)

@@ -27,6 +27,7 @@ def count_differing(found: npt.NDArray[Any], expected: npt.NDArray[Any]) -> int:
     >>> count_differing(np.array([np.nan, 0.0, 1.0]), np.array([np.nan, -0.0, 1.0]))
     1
     """
+    # Values would not do: a NaN is not equal to itself, and -0.0 is equal to 0.0.
     one, other = (np.ascontiguousarray(each).reshape(-1).view(np.uint8) for each in (found, expected))
     return int(np.count_nonzero((one != other).reshape(found.size, -1).any(axis=1)))
 

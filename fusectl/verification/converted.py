@@ -87,6 +87,7 @@ def check_copy(fused: Checkpoint, path: str, *, budget_bytes: int, jobs: int, pr
 
     in_parallel(tasks(), budget_bytes=budget_bytes, jobs=jobs)
     problems += [f"{to}: {n:,} values are not those of {path}" for to, n in sorted(wrong.items())]
+    # A source that was trained on since is the likelier reason for all the differences below, and comes first.
     if problems and fingerprint(pair.source) != pair.copy.source.fingerprint:
         problems.insert(0, f"{path} has changed since it was converted")
     slots = sum(map(is_state, compared.values()))
@@ -170,6 +171,7 @@ class _Pair:
         now = next((self.fused.read(name) for name in STEPS if name in self.fused.leaves), None)
         wanted = self.copy.step
         if wanted is None and self.step is None and self.to_t5x:
+            # T5X restores no tree without a step, so that a copy in its format has one even where the source has none.
             wanted = self.source.location.step or 0
         if wanted is not None and (now is None or int(now) != wanted):
             yield f"the step: {now}, expected {wanted}"

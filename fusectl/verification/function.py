@@ -59,6 +59,7 @@ def check_function(claim: Claim, tokens: Tokens, settings: Settings, progress: P
     """
     fused, others = (claim.fused, claim.tree), [(claim.sources[i], claim.trees[i]) for i in claim.distinct]
     shelf = Shelf(settings.threads)
+    # Sums are float64's in either precision, and JAX has float64 only in this mode.
     with jax.enable_x64(True):
         comparison = _Comparison(claim, settings, shelf)
         passes = plan_passes(
@@ -203,6 +204,8 @@ class _Comparison:
             at = blocks.own(i)
             source = self._shelf.of(self._claim.sources[i])(part)
             taken_off = [stored[gap] for gap in blocks.takes_noise_off(i)]
+            # A head of three copies stores W / 3 in float32, off by up to 6e-8 of a value. Without undoing that, such a
+            # fusion could never be verified to 1e-12.
             right = within_rounding(stored[at], blocks.exact(i, source, taken_off, stored.dtype))
             exact = blocks.exact(i, source, [] if self._noise_shifts else taken_off, stored.dtype)
             values[at] = np.where(right, exact, values[at])
@@ -235,6 +238,7 @@ class _Comparison:
         """Looks for the first module whose output leaves that of the sources by more than rounding."""
         if self._first is not None:
             return
+        # Taps come in the order of computation, and whatever follows a module that differs inherits the difference.
         for k, tap in enumerate(outcome.taps["algebra"]):
             found = np.asarray(tap.outputs, np.float64)
             expected = self._side_by_side(found.shape, [outcome.taps[name][k] for name in self._names])
@@ -366,6 +370,7 @@ def _computed(claim: Claim) -> bool:
     """
     record = claim.record
     blocks = [(Blocks(row, record), i) for row in claim.tree.rows.values() for i in range(len(record.weights))]
+    # frexp's mantissa is 0.5 for powers of two alone, and multiplying by one of these rounds nothing.
     changed = any(math.frexp(each.scale(i))[0] != 0.5 or each.offset(i) for each, i in blocks)
     return record.fill.kind is FillKind.ANTISYMMETRIC or changed
 

@@ -63,6 +63,7 @@ class LogitsComparison:
             max_abs=self.max_abs,
             rms=rms,
             relative_rms=rms / reference_rms if reference_rms else math.nan,
+            # Rounding may take a divergence of zero below zero.
             kl=float(np.maximum(0.0, np.mean(kl))),
             top1_agreement=float(np.mean(np.concatenate([softmax.agree for softmax in softmaxes]))),
             tolerance=tolerance,
@@ -90,6 +91,9 @@ class _Softmax:
         """Counts in the logits of the next tokens of the vocab."""
         self._got.add(got, self.seen)
         shrink, weights = self._reference.add(reference, self.seen)
+        # KL = E[reference - got] - log Z of the reference + log Z of the other, the mean being over the reference's
+        # softmax. Parts of the vocabulary come one by one, so that all sums are relative to the largest logit so far
+        # and shrink with a new one.
         self._gain = self._gain * shrink + np.sum(weights * (reference - got), axis=-1)
         self.seen += got.shape[-1]
 
@@ -114,6 +118,7 @@ class _LogSumExp:
     def add(self, part: Array, offset: int) -> tuple[Array, Array]:
         """What earlier sums shrink by, since the largest value has grown, and exp(part - largest)."""
         largest = np.maximum(self._largest, part.max(axis=-1))
+        # Of equal logits the first one counts, as in np.argmax over the whole vocabulary.
         self.argmax = np.where(largest > self._largest, part.argmax(axis=-1) + offset, self.argmax)
         shrink = np.exp(self._largest - largest)
         weights = np.exp(part - largest[:, None])

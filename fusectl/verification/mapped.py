@@ -112,6 +112,7 @@ def check_linear(
             if expected.shape != found.shape:
                 problems.append(f"{name}: shape {list(leaf.shape)}, expected {list(expected.shape)}")
                 break
+            # The second part is for values that nearly cancel, whose error goes by the sizes of what is added up.
             limit = epsilon(leaf.dtype) * np.abs(expected) + RELATIVE * np.abs(expected).max(initial=0.0)
             # A NaN is never below a limit.
             off += int(np.count_nonzero(~(np.abs(found - expected) <= limit)))

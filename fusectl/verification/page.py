@@ -139,6 +139,7 @@ def draw(trace: Sequence[TraceRow], file: Path) -> None:
 
     The file's suffix chooses the format; see research/pictures.py.
     """
+    # A Figure of its own, without pyplot, needs no display and leaves no state behind.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(max(7.0, 0.28 * len(trace)), 9.0), layout="constrained")

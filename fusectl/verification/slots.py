@@ -75,6 +75,8 @@ class Slots:
                 continue
             missing = [axis for axis in range(len(cell)) if axis not in kept]
             shape = self._claim.tree.shapes[parameter]
+            # A slot without some of the axes is a mean over them, to which each block contributes by its part of their
+            # length.
             share = math.prod(len(cell[axis]) / shape[axis] for axis in missing)
             out[at] += (
                 share * self._gradient(parameter, writes) ** 2 * self._second(parameter, reads, writes, kept, inside)
@@ -87,6 +89,8 @@ class Slots:
         if self.fused.is_first(slot):
             first = [w * self._read(i, parameter, slot, region) for i, w in enumerate(weights)]
             return np.asarray(sum(first))
+        # The gradients of all copies add up. Roots of second moments stand for their sizes, as if they pointed the same
+        # way.
         roots = [w * np.sqrt(self._mean(i, parameter, kept)[slices(region)]) for i, w in enumerate(weights)]
         return np.asarray(sum(roots) ** 2)
 
@@ -115,6 +119,7 @@ class Slots:
             writes, parameter, stacked, kept, inside
         )
         product = by_input * by_output
+        # A layer that has never had a gradient has means of zero, and its mix is zero, too.
         mixed: Array = np.divide(product, np.sqrt(both), out=np.zeros_like(product), where=both > 0)
         return mixed
 

@@ -336,6 +336,7 @@ def check_layers(grown: Deeper, *, budget_bytes: int, jobs: int, progress: Progr
 
 def _layers(how: str, now: int, then: int, turn: int) -> tuple[list[int], list[bool]]:
     """The source's layer for each of `then` layers, and whether it should add nothing, layer by layer."""
+    # A loop over layers stands here in place of rules/depth.py's formula, so that a slip in either one shows.
     layers, idle, last = [], [], -1
     turns, new_turns = now // turn, then // turn
     for layer in range(then):

@@ -108,6 +108,8 @@ class _Wrong:
         place = tuple(r.start + i for r, i in zip(at, index, strict=True))
         with self.lock:
             self.count += count
+            # The smallest place counts as the first one: threads come in any order, and a report must not depend on
+            # that.
             if self.first is None or place < self.first[0]:
                 self.first = (place, float(found[index]), float(expected[index]))
 
@@ -258,6 +260,8 @@ class _Tensor:
 
     def _measure_slab(self, gap: _Gap, at: Region, found: Array) -> None:
         fill, values = self.blocks.record.fill, found.astype(np.float64)
+        # Without a seed only mean and deviation can be compared, which say little of a small block; with it, every
+        # value is.
         gap.sums.add(values, self._stacked, at)
         if fill.seed is None:
             return
@@ -413,6 +417,8 @@ def _declared_slots(claim: Claim, slots: list[str], progress: Progress) -> tuple
     except FusectlError:
         # Told where the state is looked at as a whole.
         return [_Slot(claim, name, progress) for name in slots if reset], []
+    # A reset starts moments from zero and leaves settings alone; whatever was carried keeps its counters, on which
+    # Adam's bias correction and Adafactor's decay depend.
     kept = fused.settings if reset else fused.beside.keys() - fused.anew
     zeros = fused.anew if not reset else frozenset(slots) - kept
     beside = [_KeptSlot(claim, name, progress) for name in kept] + [_Slot(claim, name, progress) for name in zeros]
@@ -451,6 +457,8 @@ def _other_order(claim: Claim) -> list[str]:
     """Whether the sources are the right ones in another order, as their norms' scales tell."""
     if len(claim.distinct) < 2:
         return []
+    # Scales of norms are small, different in every model, and mostly stored as they are, so that trying all orders is
+    # cheap.
     norms = [
         name
         for name, row in claim.tree.rows.items()

@@ -51,6 +51,8 @@ class Matrices:
 
 def dual(matrix: Array, where: str) -> Array:
     """B (B^T B)^-1 of a matrix B (large, small); raises Incompatible where B^T B has no inverse worth the name."""
+    # B^T B is as small as the small model, so that inverting it costs little next to an SVD of B; it squares the
+    # condition of B, which is why the limit is a limit of B^T B.
     gram = matrix.T @ matrix
     try:
         inverse = np.linalg.inv(gram)

@@ -90,6 +90,8 @@ def carry_out(
             check(finished)
         return output
     check_output(output, sources, force=force)
+    # Stamps are taken before the first chunk of the output, and again after the last one: a source that is replaced in
+    # between would leave a mixture of two checkpoints, each chunk of which is valid.
     stamps = stamps_of(sources)
     digest = digest_of(plan, stamps, allow_nonfinite=allow_nonfinite)
     left = can_be_resumed(output)
@@ -127,8 +129,11 @@ def carry_out(
             sums = execute(plan, work, sink, jobs=jobs, progress=progress, journal=journal)
         require_untouched(stamps)
         sink.finish(replace(plan.record, tensors=sums), plan.nodes, plan.custom)
+        # What was written is opened as any reader would open it, so that the check sees what the plan does not know:
+        # that files are there, under these names, with an index that can be parsed.
         written = open_location(sink.location)
         _check_written(plan, written)
+        # A proof may take hours. What somebody deletes in staging meanwhile is looked for once more before the rename.
         staging.require_whole = partial(_require_whole, sink.location)
         if check is not None:
             check(written)

@@ -112,6 +112,7 @@ class _File:
         self.append(line)
 
     def append(self, line: bytes) -> None:
+        # A line is one write, in append mode: a kill cuts off the last line at most, which _entries passes over.
         os.write(self._handle, line)
 
     def close(self, *, failing: bool) -> None:  # noqa: ARG002

@@ -127,6 +127,8 @@ def kernel_pieces(values: Array, scale: float, stacked_axis: int | None, *, kept
 
 def deviations(pieces: Callable[[], Iterable[tuple[int, Array]]], count: int) -> Array:
     """The standard deviations of `count` kernels, from their pieces in any order, which are passed twice."""
+    # The first pass finds the unit that the second one rounds to. A unit that grew on the way would make the integers,
+    # and with them the noise, depend on the order of the pieces.
     largest = np.zeros(count)
     for i, piece in pieces():
         largest[i] = max(largest[i], float(piece.max()), -float(piece.min()))

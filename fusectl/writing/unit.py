@@ -197,6 +197,7 @@ def _sum(block: Block, part: Region, unit: Unit, out: Array) -> None:
     if not is_computed(block.terms):
         out[...] = _plain(block, part, unit)
         return
+    # Sums in float64 depend on their order as well; by the rank it is the same one, whatever order the planner gave.
     summands = sorted((each for each in block.terms if each.adds), key=lambda each: each.rank)
     if len(summands) < len(block.terms):
         # Noise alone reads nothing where its kernel was measured before.
@@ -227,6 +228,8 @@ def _at_once(summands: Sequence[Any], block: Block, part: Region, unit: Unit, ou
         for at, values in unit.noise(noises[0], shifted(part, block.at, noises[0].region)):
             out[at] = values
         return True
+    # float64 has 53 bits, more than the 2 * 24 + 2 from which on rounding a sum or product of two float32 twice is the
+    # same as rounding it once. That covers neither three summands nor a factor that no float32 holds.
     if len(terms) != 1 or unit.dtype != np.float32:
         return False
     values = unit.source(terms[0], shifted(part, block.at, terms[0].region))

@@ -103,6 +103,8 @@ def learn(
     optimizer = _transformation(how)
     state = optimizer.init(learned)
 
+    # The small model's weights are an argument and no closure: JAX would compile what a closure holds into the program,
+    # as constants, and fold what can be computed of them.
     def of_matrices(matrices: Mapping[str, Array], frozen: Mapping[str, Array], batch: Mapping[str, Array]) -> Array:
         parameters = grow(growing, frozen, {**fixed, **matrices})
         return loss_of(growing.grown, parameters, batch)
@@ -120,6 +122,7 @@ def learn(
     good, stopped = learned, None
     for i in range(how.steps):
         value, norm, after, state = step(learned, state, small, batch_of(next(batches)))
+        # A gradient may overflow while the loss that it belongs to is still a number.
         if not (math.isfinite(value) and math.isfinite(norm)):
             stopped = f"step {i}: the loss is {float(value):g}, its gradient's norm {float(norm):g}"
             break
@@ -151,6 +154,8 @@ def held_out_losses(
     the start `duplicate` with `pinv` would, and of a random start of the grown size.
     """
     tree, grown = growing.tree, growing.grown
+    # The start that keeps the function is the one to beat, since it needs no data: what ends above the small model's
+    # own loss was not worth learning.
     lossless = initial(replace(growing, tie="pinv"), "duplicate", 0)
     makers: dict[str, tuple[Recognized, Callable[[], Mapping[str, Array]]]] = {
         SMALL: (tree, lambda: small),

@@ -47,6 +47,7 @@ def reproduce(experiment: str, preset: str, out: Path, note: Callable[[str], Non
     for name, known, what in ((experiment, EXPERIMENTS, "experiment"), (preset, PRESETS, "preset")):
         if name not in known:
             raise UsageError(f"{name}: no such {what}", hint=f"one of {', '.join(known)}")
+    # This is asked before hours of training, and not when the curves are to be drawn.
     require_picture(Path("curves.png"), "reproduce")
     chosen = PRESETS[preset]
     device = jax.devices()[0]

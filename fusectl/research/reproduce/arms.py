@@ -133,6 +133,8 @@ class Judged:
         losses = self.result.losses
         if len(losses) == 1:
             return "one seed: no verdict"
+        # Ranges that do not overlap are a strict rule for three seeds, which differ by about 0.02 nats: effects below
+        # some 13 % of the compute stay open.
         if max(losses) < self.scratch[1]:
             return "better"
         if min(losses) > self.scratch[2]:
@@ -214,6 +216,8 @@ def compare(laboratory: Laboratory, arms: Sequence[Arm], *, bases: Sequence[floa
     def ends(wanted: Sequence[tuple[str, float]]) -> list[float]:
         return [run.end.validation for run in laboratory.all([named[name].make(0, base) for name, base in wanted])]
 
+    # Untuned rates can fabricate the effect that is looked for. In a toy decoder self-fusion ended 0.019 below a model
+    # from scratch of the same compute when neither rate was tuned, and 0.09 above it when both were.
     losses = sweep(list(named), bases or preset.bases, preset.more_bases, ends)
     best = {name: best_of(found) for name, found in losses.items()}
     seeds = range(preset.seeds)
@@ -245,6 +249,8 @@ def sweep(
     for _ in range(more + 1):
         for (name, base), loss in zip(wanted, losses_of(wanted), strict=True):
             found[name][base] = loss
+        # A best rate at the end of what was tried may not be the best one: without going on, the arm that wants the
+        # largest rate would look worse than it is.
         wanted = [(name, next_base) for name in names if (next_base := _beyond(found[name])) is not None]
         if not wanted:
             break

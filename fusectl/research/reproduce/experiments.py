@@ -206,6 +206,8 @@ def figure4(laboratory: Laboratory) -> Report:
     preset = laboratory.preset
     one = partial(one_source, laboratory)
     base = small_base(laboratory)
+    # T5's rate falls by the root of the step, so that offsets of 4 and 16 times the steps made are what it takes for a
+    # rate that is clearly lower.
     offsets = (-preset.small_steps, 0, preset.small_steps, 4 * preset.small_steps, 16 * preset.small_steps)
     arms = {o: grown(laboratory, "medium", f"offset {o:+,}", one, _noisy(SELF), offset=o) for o in offsets}
     runs = laboratory.all([arm.make(seed, base) for arm in arms.values() for seed in range(preset.seeds)])
@@ -374,6 +376,8 @@ def starts(laboratory: Laboratory) -> Report:
     sizes = preset.sizes("medium")
     wider = ("--emb", str(sizes["embed"]), "--heads", str(sizes["heads"]), "--mlp", str(sizes["mlp"]))
     antisymmetric = ("--fill", "antisymmetric", "--noise-scale", "0.2")
+    # A clone has W / 2 in every block, rounds alike in all of them, and stays symmetric to the bit. The others differ
+    # in what parts their copies: rounding, noise, or a state that only the first one has.
     kinds: Mapping[str, Callable[[int], tuple[Command, ...]]] = {
         "zeros": _always((*SELF, "--fill", "zeros")),
         "gaussian 0.1": _noisy(SELF),
@@ -449,6 +453,8 @@ def finetune(laboratory: Laboratory) -> Report:
         result = of_pretraining[which]
         return lambda seed: Growth("pretrained", (result.arm.make(seed, result.base),))
 
+    # Fine-tuning takes over the optimizer's state of whatever it starts from; the baseline without pre-training has
+    # none.
     starts_by: Mapping[tuple[str, str], Callable[[int], Growth | None]] = {
         ("baseline", "0"): lambda _: None,
         ("baseline", "half"): after(("baseline", "half")),

@@ -46,6 +46,7 @@ from fusectl.sources.opened import open_source
 FAMILY = "t5-1.1"
 PRETRAINING = "text"
 # What each growth adds to the seed of the data: more than seeds of models that are fused differ by.
+# A grown model that went on with the batches of its source would see again what that has learned from already.
 _AFTER_GROWTH = 1000
 # Batches that no model learns from: every other one chooses rates, those between are what is reported.
 HELD_OUT = 32
@@ -218,6 +219,8 @@ class Laboratory:
         start = None if model.growth is None else self.grown(model.growth)
         trainer = self._trainer(model.size, self._norm_groups(model))
         curve = {int(step): (step, *rest) for step, *rest in known}
+        # A run goes on from the last of its states, since T5's schedule has no end: what was trained for 1,000 steps is
+        # the beginning of what is trained for 2,000.
         begun = max((n for n in _stored(home) if n <= model.steps and n in curve), default=None)
         if begun is not None:
             state = self._restored(trainer, home / f"checkpoint_{begun}")
@@ -358,6 +361,7 @@ def _steps_of(model: Model) -> dict[Model, int]:
     found: dict[str, tuple[Model, int]] = {}
     for each in _with_sources(model):
         steps = each.steps + (each.growth.steps if each.growth else 0)
+        # Two arms that grow from one small model have trained it once, and an arm that uses it twice has, too.
         if each.key not in found or found[each.key][1] < steps:
             found[each.key] = each, steps
     return dict(found.values())

@@ -113,6 +113,8 @@ def _compared(one: Judged) -> tuple[Cell, ...]:
 def _saved(flops: float, one: Judged) -> str:
     """How much less this is than what the baseline takes for the same loss."""
     if one.same_loss_flops is None:
+        # Where the baseline never gets as low, the longest that it was trained for is a lower bound of what it would
+        # take.
         return f"> {100 * (1 - flops / one.longest_flops):.0f}"
     return f"{100 * (1 - flops / one.same_loss_flops):.0f}"
 

@@ -45,6 +45,7 @@ Array = npt.NDArray[Any]
 # Rows and tokens of a batch of data, where nobody says how many.
 DATA_BATCH, DATA_LENGTH = 8, 64
 # Of a lemma, in units of the precision: what rounding may leave of the deepest sums.
+# These are 9e-13 in float64. The demo's model is off by 4e-15, while a wrong factor would be off by a good part of 1.
 TOLERANCE_EPSILONS = 4096
 # Points that a step of the flow holds beside what the program does.
 POINTS_HELD = 8
@@ -303,6 +304,8 @@ def _measured(space: Space, losses: Losses, point: Any, note: Callable[[str], No
         curvature=found.curvature,
         lemmas=_lemmas(space, found, bracket) if space.self_fused else None,
         layers=tuple(_by_layer(space, bracket)),
+        # The paper reads the bracket as what unlocks capacity. For copies it is the same in every zero block, and so
+        # keeps them exchangeable; its own defect is printed to show that.
         bracket_defect=_defect(space, bracket) if space.alike else None,
         modified_loss=_modified_loss(space, found, largest),
         convergence=series,
@@ -385,6 +388,8 @@ def _defect(space: Space, tensors: Mapping[str, Array]) -> float:
 def _modified_loss(space: Space, found: Derivatives, h: float) -> ModifiedLoss:
     copies = space.fusion.copies
     small, big = norm(found.x) ** 2, norm(found.y) ** 2
+    # Losses are convex in the logits, so that by Jensen the loss of the mean is at most the mean of the losses; copies
+    # have equality. That bounds the value of the modified loss, and says nothing of where its flow leads.
     bound = (h + h / copies) * found.small_loss + h**2 / 4 * (small + big)
     of_small_model = None
     if space.self_fused:

@@ -88,6 +88,8 @@ class Space:
 
     def start(self) -> dict[str, Array]:
         """The point right after the fusion, theta_0 = 0; raises Corrupt for a NaN or Inf in a source."""
+        # The point is filled with the sources' values and not with what is stored: in these coordinates a copy's
+        # gradient is 1/K of the small model's for every tensor, the head included, and the lemmas need no exceptions.
         point = {name: np.zeros(layout.shape, self.dtype) for name, layout in self.layouts.items()}
         for name, tensor in point.items():
             read: dict[Opened, Array] = {}
@@ -113,6 +115,7 @@ class Space:
         found = {}
         for name, tensor in point.items():
             own = self.own(name)
+            # A tensor that does not grow is one point for all sources: each of their losses has a gradient there.
             found[name] = tensor[slices(own[source if len(own) > 1 else 0])]
         return found
 

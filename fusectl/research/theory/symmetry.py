@@ -49,6 +49,8 @@ class Symmetry:
 
 def exchanged(values: Array, axes: Sequence[str], widths: Mapping[str, tuple[int, ...]]) -> Array:
     """A tensor with every copy moved to the next one's place; `widths` are those of the copies on each grown axis."""
+    # Moving every copy on by one place generates all of the cyclic exchanges, and on all axes at once it is a symmetry
+    # of the loss; on one axis alone it would be another function.
     for place, axis in enumerate(axes):
         if axis in widths:
             values = np.roll(values, widths[axis][0], place)
