@@ -55,6 +55,14 @@ def test_bash_is_offered_commands_options_and_values(words, offered):
     assert not modules & {"numpy", "tensorstore", "jax"}
 
 
+def test_an_end_of_typers_is_not_one_of_a_pipe():
+    """fish asks whether anything is to be offered, and goes by the exit code."""
+    asked = {"_FUSECTL_COMPLETE": "complete_fish", "_TYPER_COMPLETE_FISH_ACTION": "is-args"}
+    assert complete(**asked, _TYPER_COMPLETE_ARGS="fusectl ").returncode == 0
+    assert complete(**asked, _TYPER_COMPLETE_ARGS="fusectl inspect ").returncode == 1
+    assert complete(_FUSECTL_COMPLETE="source_bash").returncode == 0
+
+
 def test_what_is_offered_is_there():
     assert set(FormatName) == {*FORMATS, ORBAX}
     assert all(Trainer(family.trainer) for family in FAMILIES)

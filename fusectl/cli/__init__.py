@@ -95,8 +95,11 @@ def run(arguments: Sequence[str]) -> int:
         sys.stdout.flush()
     except typer.TyperException as error:
         return screen.usage_error(error)
-    except (BrokenPipeError, SystemExit):
-        # Typer turns a broken pipe into an exit. Python flushes once more at its own, and would complain.
+    except (BrokenPipeError, SystemExit) as error:
+        # Typer turns a broken pipe into an exit, and what completes a word in a shell ends with one, too.
+        if isinstance(error, SystemExit) and not isinstance(error.__context__, OSError):
+            return int(error.code or 0)
+        # Python flushes once more at its own exit, and would complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:

@@ -14,12 +14,12 @@ The first source stays as it is, the others are multiplied with a constant that 
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 
 from fusectl.errors import Corrupt, Incompatible, UsageError
 from fusectl.families.table import EMBEDDING, Row
@@ -58,7 +58,7 @@ def residual_scales(sources: Sequence[Opened], how: Equalize) -> tuple[float, ..
     Raises Incompatible for a model whose stream is nothing, Corrupt for one whose stream is no number.
     """
     distinct = list(dict.fromkeys(sources))
-    sizes = (_by_trace if how.by == "trace" else _by_weights)(distinct, how)
+    sizes = (_by_trace if how.by == "trace" else rms_by_weights)(distinct, how)
     constants = {}
     for source, own in zip(distinct, sizes, strict=True):
         if not all(map(math.isfinite, own.values())):
@@ -96,19 +96,20 @@ def _by_trace(sources: Sequence[Opened], how: Equalize) -> list[dict[str, float]
     )
 
 
-def _by_weights(sources: Sequence[Opened], how: Equalize) -> list[dict[str, float]]:
+def rms_by_weights(sources: Sequence[Opened], how: Equalize) -> list[dict[str, float]]:
     """For each kernel that writes to the stream, the rms of what it writes for inputs of rms 1.
 
     A kernel that is stacked along `layers` counts for each of them, as it does unstacked.
     """
-    lock = threading.Lock()
     rows = {name: row for name, row in sources[0].tree.rows.items() if row.writes_stream}
     leaves = [{name: s.checkpoint.leaves[s.full(name)] for name in rows} for s in sources]
-    squares = [{name: np.zeros(_layers(rows[name], leaf.shape)) for name, leaf in each.items()} for each in leaves]
+    # By tile, and added up in the tiles' order: threads end in any order, and a sum in theirs had another last bit from
+    # run to run, which made another plan for --resume.
+    squares: dict[tuple[int, str, int], npt.NDArray[np.float64]] = {}
     watched = how.progress or Silent()
     watched.start("measuring weights", sum(leaf.nbytes for each in leaves for leaf in each.values()))
 
-    def add(i: int, name: str, region: Region) -> None:
+    def measure(i: int, name: str, number: int, region: Region) -> None:
         values = sources[i].checkpoint.read(sources[i].full(name), region).astype(np.float64)
         network = sources[i].tree.network
         if rows[name].is_norm and network.norm_adds_one:
@@ -117,30 +118,30 @@ def _by_weights(sources: Sequence[Opened], how: Equalize) -> list[dict[str, floa
             values *= sources[i].tree.sizes["embed"] ** network.embedding_power
         stacked = rows[name].spec.stacked_axis
         rest = tuple(axis for axis in range(values.ndim) if axis != stacked)
-        at = slice(None) if stacked is None else slice(region[stacked].start, region[stacked].stop)
-        totals = np.sum(values**2, axis=rest)
-        with lock:
-            squares[i][name][at] += totals
+        layers = np.zeros(_layers(rows[name], leaves[i][name].shape))
+        layers[slice(None) if stacked is None else slice(region[stacked].start, region[stacked].stop)] = np.sum(
+            values**2, axis=rest
+        )
+        squares[i, name, number] = layers
         watched.advance(name, values.size * leaves[i][name].itemsize)
 
     in_parallel(
         (
-            (size(region) * BYTES_PER_VALUE, partial(add, i, name, region))
+            (size(region) * BYTES_PER_VALUE, partial(measure, i, name, number, region))
             for i, each in enumerate(leaves)
             for name, leaf in each.items()
-            for region in tiles(leaf.shape, leaf.chunks)
+            for number, region in enumerate(tiles(leaf.shape, leaf.chunks))
         ),
         budget_bytes=how.max_memory_bytes or default_max_memory_bytes(),
         jobs=how.jobs or default_jobs(),
     )
-    return [
-        {
-            f"{name}/{layer}": math.sqrt(total / _outputs(rows[name], leaves[i][name].shape))
-            for name, totals in each.items()
-            for layer, total in enumerate(totals)
-        }
-        for i, each in enumerate(squares)
-    ]
+    found: list[dict[str, float]] = [{} for _ in leaves]
+    for i, each in enumerate(leaves):
+        for name, leaf in each.items():
+            totals = sum(squares[i, name, number] for number, _ in enumerate(tiles(leaf.shape, leaf.chunks)))
+            outputs = _outputs(rows[name], leaf.shape)
+            found[i] |= {f"{name}/{layer}": math.sqrt(total / outputs) for layer, total in enumerate(np.ravel(totals))}
+    return found
 
 
 def _layers(row: Row, shape: tuple[int, ...]) -> int:

@@ -71,8 +71,7 @@ def read_target(text: str, tree: Recognized) -> Target:
     vocabulary or head_dim, which no operator changes.
     """
     found = _read(text, tree)
-    head_dim = tree.sizes.get("kv") or tree.sizes["joined_kv"] // tree.sizes["heads"]
-    fixed = {"vocab": tree.sizes["vocab"], "head_dim": head_dim}
+    fixed = {axis: n for axis, n in _sizes_of(tree).items() if axis in {"vocab", "head_dim"}}
     ways = {"vocab": "tokens are not mapped", "head_dim": "heads keep their features; more heads are possible"}
     wrong = [
         f"{name}: {found[name]} in {text}, {n} now; {ways[name]}"
@@ -83,7 +82,8 @@ def read_target(text: str, tree: Recognized) -> Target:
         raise Incompatible(f"{text}: sizes that growing keeps", details=wrong)
     depths = dict.fromkeys(tree.depths, found["layers"]) if "layers" in found else {}
     depths |= {stack: found[stack] for stack in (ENCODER, DECODER) if stack in found}
-    if "kv_heads" not in tree.sizes and found.get("kv_heads") == found.get("heads", tree.sizes["heads"]):
+    grouped = "kv_heads" in tree.sizes or "kv_heads" not in found
+    if not grouped and found["kv_heads"] == found.get("heads", tree.sizes.get("heads")):
         # Configs count them for all models, trees where they are fewer than heads.
         del found["kv_heads"]
     return Target({axis: found[axis] for axis in ("embed", "heads", "kv_heads", "mlp") if axis in found}, depths)
@@ -117,9 +117,17 @@ def _read(text: str, tree: Recognized) -> dict[str, int]:
             found["layers"] *= 2
         return {("head_dim" if axis == "kv" else axis): n for axis, n in found.items()}
     other = recognized(unpacked(open_checkpoint(text)))
-    sizes = {axis: n for axis, n in other.sizes.items() if axis in {"embed", "heads", "kv_heads", "mlp", "vocab"}}
-    sizes["head_dim"] = other.sizes.get("kv") or other.sizes["joined_kv"] // other.sizes["heads"]
-    return {**sizes, **{stack: n for stack, n in other.depths.items() if stack in tree.depths}}
+    return {**_sizes_of(other), **{stack: n for stack, n in other.depths.items() if stack in tree.depths}}
+
+
+def _sizes_of(tree: Recognized) -> dict[str, int]:
+    """The sizes that a target may name; head_dim of models that have heads."""
+    sizes = {axis: n for axis, n in tree.sizes.items() if axis in {"embed", "heads", "kv_heads", "mlp", "vocab"}}
+    if "kv" in tree.sizes:
+        sizes["head_dim"] = tree.sizes["kv"]
+    elif "joined_kv" in tree.sizes:
+        sizes["head_dim"] = tree.sizes["joined_kv"] // tree.sizes["heads"]
+    return sizes
 
 
 def _pair(text: str, whole: str) -> tuple[str, int]:

@@ -54,9 +54,9 @@ def arrangement(how: str, now: int, then: int, turn: int = 1) -> Depth:
             runs = in_order
         case How.IDENTITY:
             runs = in_order
-            # The first of a run is the one that stays: it sees the stream that its original saw. Zeroing only what writes
-            # the stream is enough, and leaves the other kernels useful: the zeros get gradients at the first step, since
-            # what they read is not zero, and a block of nothing but zeros would never get any.
+            # The first of a run is the one that stays: it sees the stream that its original saw. Zeroing only what
+            # writes the stream is enough, and leaves the other kernels useful: the zeros get gradients at the first
+            # step, since what they read is not zero, and a block of nothing but zeros would never get any.
             again = {i for i in range(1, new) if runs[i] == runs[i - 1]}
         case other:
             assert_never(other)

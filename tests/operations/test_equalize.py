@@ -1,11 +1,12 @@
 """Residual streams made equally large: the functions stay, and one norm mixes them less."""
 
 import json
+import random
 
 import numpy as np
 import pytest
 from cases import first_soon
-from models import checkpoint, state, write_record
+from models import SIZES, checkpoint, state, write_record
 
 from fusectl.errors import Corrupt, Incompatible, UsageError
 from fusectl.families.recognition import recognize
@@ -13,10 +14,12 @@ from fusectl.formats.opening import open_checkpoint
 from fusectl.formats.record import FILE_NAME
 from fusectl.formats.sink import save
 from fusectl.layout.fill import Fill
+from fusectl.operations import equalize
 from fusectl.operations.equalize import Equalize
 from fusectl.operations.fuse import plan_fusion
 from fusectl.operations.noise_fill import plan_noise_fill
 from fusectl.planning.options import Options
+from fusectl.sources.opened import open_source
 from fusectl.verification import Settings, verify
 from fusectl.writing.carrying_out import carry_out
 
@@ -123,6 +126,26 @@ def test_filling_an_equalized_fusion_later_is_filling_it_at_once(written, tmp_pa
     report = verify(later.path, settings=Settings(("files", "weights", "algebra"), x64=True))
     assert report.passed
     assert report.algebra.max_abs <= 1e-12
+
+
+def test_sums_do_not_depend_on_the_order_in_which_threads_end(tmp_path, monkeypatch):
+    """The constants are in the plan, and --resume continues that plan alone."""
+    values = state("t5-1.1", 0, {**SIZES, "vocab": 500}, {"encoder": 1, "decoder": 1})
+    save(tmp_path / "a", values, "t5x", chunks={"target/token_embedder/embedding": (3, 12)})
+    opened = open_source(str(tmp_path / "a"))
+    found = [equalize.rms_by_weights([opened], Equalize("weights"))]
+    for seed in range(10):
+
+        def shuffled(tasks, seed=seed, **_):
+            works = [work for _, work in tasks]
+            random.Random(seed).shuffle(works)
+            for work in works:
+                work()
+
+        monkeypatch.setattr(equalize, "in_parallel", shuffled)
+        found.append(equalize.rms_by_weights([opened], Equalize("weights")))
+
+    assert all(each == found[0] for each in found)
 
 
 @pytest.mark.slow
