@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import servers
+from cases import diagonals
 from models import checkpoint as whole_checkpoint
 from models import contents
 
@@ -25,9 +26,7 @@ def checkpoint(at, **kwargs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "form", [pytest.param(form, marks=[] if form == "t5x" else [pytest.mark.slow]) for form in FORMATS]
-)
+@pytest.mark.parametrize(("form", "bucket"), diagonals(list(FORMATS), ["s3", "gcs"]), indirect=["bucket"])
 def test_sources_in_a_bucket_fuse_into_the_same(bucket, tmp_path, form):
     local = [checkpoint(tmp_path / name, seed=i, format=form) for i, name in enumerate("ab")]
     remote = [bucket.put(path, f"{form}/{name}/1000") for path, name in zip(local, "ab", strict=True)]

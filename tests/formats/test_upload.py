@@ -7,7 +7,7 @@ import time
 
 import pytest
 import servers
-from cases import first_soon
+from cases import diagonals, first_soon
 from models import checkpoint as whole_checkpoint
 from models import contents, ends_at, start
 
@@ -581,7 +581,7 @@ def test_sources_that_storage_refuses_are_told(sources, s3, through, monkeypatch
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize(("form", "bucket"), diagonals(list(FORMATS), ["s3", "gcs"]), indirect=["bucket"])
 def test_killed_at_any_moment_and_resumed(sources, bucket, tmp_path, form, soon):
     words = ["fuse", *sources[form], "--fill", "gaussian", "--optimizer", "drop", "--max-memory", "64MiB", "-q"]
     write(sources[form], tmp_path / "here", fill=Fill("gaussian", 0.1))

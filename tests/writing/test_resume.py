@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorstore as ts
-from cases import first_soon, slow
+from cases import diagonals, exhaustive, first_soon, slow
 from models import checkpoint, contents, ends_at, start, state
 
 from fusectl.errors import Corrupt, FusectlError, Incompatible, NotEnoughSpace, OutputExists, StorageError
@@ -453,8 +453,7 @@ KILLS = 10
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["fuse", "self-fuse", "noise-fill", *OTHERS])
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize(("form", "kind"), diagonals(list(FORMATS), ["fuse", "self-fuse", "noise-fill", *OTHERS]))
 def test_killed_at_random_moments(sources, operator, tmp_path, form, kind):
     """SIGKILL from the first sign of the staging directory on: never a half output, and --resume gives the same."""
     rng = random.Random(f"{form} {kind}")
@@ -484,12 +483,13 @@ def test_killed_at_random_moments(sources, operator, tmp_path, form, kind):
 
 
 @pytest.mark.slow
-def test_twenty_times_four_at_once_into_one_root_of_steps(sources, tmp_path):
+@pytest.mark.parametrize("times", [5, exhaustive(20)])
+def test_four_at_once_into_one_root_of_steps(sources, tmp_path, times):
     """Each to a step of its own, and two of them to the same one: one wins, the other says so."""
     root = tmp_path / "root"
     write(sources["t5x"], tmp_path / "whole")
     wanted = contents(tmp_path / "whole")
-    for _ in range(20):
+    for _ in range(times):
         outs = [root / "checkpoint_1", root / "checkpoint_2", root / "checkpoint_3", root / "checkpoint_3"]
         running = [start(*words_of("fuse", sources["t5x"], "", out)) for out in outs]
         for process in running:
