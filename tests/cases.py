@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+from _pytest.mark.structures import ParameterSet
 
 
 slow = partial(pytest.param, marks=pytest.mark.slow)
@@ -23,9 +24,27 @@ def diagonals(one: Sequence[Any], other: Sequence[Any]) -> list[Any]:
     return [exhaustive(a, b) if place % step else (a, b) for place, a, b in pairs]
 
 
+def thinned(cases: Iterable[Any], every: int = 2) -> list[Any]:
+    """All cases, exhaustive but for every second one, or so."""
+    return [case if i % every == 0 else _marked(exhaustive, case) for i, case in enumerate(cases)]
+
+
 def some_soon(cases: Iterable[Any], chosen: Callable[[Any], bool]) -> list[Any]:
-    """All cases, slow but for those chosen."""
-    return [case if chosen(case) else slow(*case) if isinstance(case, tuple) else slow(case) for case in cases]
+    """All cases, slow but for those chosen. What is exhaustive and not chosen stays so."""
+    found = []
+    for case in cases:
+        marked = isinstance(case, ParameterSet)
+        values = case.values if marked else case
+        if chosen(values[0] if marked and len(values) == 1 else values):
+            found.append(pytest.param(*values) if marked else case)
+        else:
+            found.append(case if marked else _marked(slow, case))
+    return found
+
+
+def _marked(mark: Callable[..., Any], case: Any) -> Any:
+    values = case.values if isinstance(case, ParameterSet) else case
+    return mark(*values) if isinstance(values, tuple) else mark(values)
 
 
 def first_soon(cases: Iterable[Any], count: int = 1) -> list[Any]:

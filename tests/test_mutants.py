@@ -10,6 +10,7 @@ from pathlib import Path
 
 import msgpack
 import pytest
+from cases import diagonals
 from models import checkpoint, contents
 
 from fusectl.cli import run
@@ -133,8 +134,7 @@ def mutate(at, rng):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("whose", ["written", "foreign"])
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize(("form", "whose"), diagonals(list(FORMATS), ["written", "foreign"]))
 def test_no_mutant_fuses_into_something_else(sound, tmp_path, capsys, form, whose):
     """A result is wrong if it is not that of the sound source; of a foreign one no format can tell all changes."""
     rng = random.Random(f"{form} {whose}")

@@ -115,16 +115,19 @@ def found_by(fault: Fault) -> tuple[str, float]:
         assert text.count(fault.right) == 1, fault.right
         file.write_text(text.replace(fault.right, fault.wrong), encoding="utf-8")
         began = time.monotonic()
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-rf"],
-            cwd=copy,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        took = time.monotonic() - began
-    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    return (failed[0] if failed else "" if done.returncode == 0 else done.stdout[-500:]), took
+        # The tests of its own room first, which find most in a tenth of the time.
+        for tests in ([f"tests/{fault.file.partition('/')[0]}"], []):
+            done = subprocess.run(
+                [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-rf", *tests],
+                cwd=copy,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+            if failed or done.returncode:
+                return (failed[0] if failed else done.stdout[-500:]), time.monotonic() - began
+    return "", time.monotonic() - began
 
 
 def main() -> int:

@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tensorstore as ts
+from cases import diagonals, some_soon
 from models import checkpoint, state
 
 from fusectl.errors import Corrupt
@@ -82,12 +83,10 @@ def test_a_missing_chunk_is_never_read_as_zeros(tmp_path, name):
 
 @pytest.mark.parametrize(
     ("name", "made"),
-    [
-        # In the suite itself each way and each layout at least once.
-        pytest.param(name, made, marks=() if (name, made) == ("orbax-ocdbt-zarr3", "copied") else pytest.mark.slow)
-        for name in ORBAX
-        for made in ("saved", "copied", "linked", "sparse")
-    ],
+    some_soon(
+        diagonals(list(ORBAX), ["saved", "copied", "linked", "sparse"]),
+        lambda case: case == ("orbax-ocdbt-zarr3", "copied"),
+    ),
 )
 def test_orbax_restores_it_without_a_target_and_onto_eight_devices(tmp_path, name, made):
     import jax

@@ -7,7 +7,7 @@ import time
 
 import pytest
 import servers
-from cases import diagonals, first_soon
+from cases import diagonals, exhaustive, first_soon
 from models import checkpoint as whole_checkpoint
 from models import contents, ends_at, start
 
@@ -71,8 +71,7 @@ def names(place):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "form",
-    [pytest.param(form, marks=[] if form in {"t5x", "orbax-ocdbt-zarr3"} else [pytest.mark.slow]) for form in FORMATS],
+    "form", [form if form in {"t5x", "orbax-ocdbt-zarr3"} else exhaustive(form) for form in FORMATS]
 )
 def test_what_is_written_to_a_bucket_is_what_is_written_here(sources, place, tmp_path, form):
     fill = Fill("gaussian", 0.1)
@@ -527,17 +526,12 @@ ERRORS = {
     "failing": (500, b"<Error><Code>InternalError</Code></Error>"),
     "cut": "cut",
 }
-SOON = {("denied", "t5x"), ("cut", "orbax-ocdbt-zarr3")}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "form"),
-    [
-        pytest.param(kind, form, marks=() if (kind, form) in SOON else pytest.mark.slow)
-        for kind in ERRORS
-        for form in ("t5x", "orbax-ocdbt-zarr3")
-    ],
+    diagonals(list(ERRORS), ["t5x", "orbax-ocdbt-zarr3"]),
 )
 def test_storage_that_fails_for_good_is_told_and_gone_on_with(
     sources, s3, through, tmp_path, monkeypatch, fusectl, soon, kind, form
@@ -593,7 +587,7 @@ def test_killed_at_any_moment_and_resumed(sources, bucket, tmp_path, form, soon)
     took = time.monotonic() - begun
     assert whole.exitcode == 0
     rng, resumed = random.Random(0), 0
-    for i in range(5):
+    for i in range(3):
         out = ObjectPath.parse(f"{bucket.url}/killed-{random.randrange(10**9)}")
         process = start(*words, "-o", out)
         time.sleep(rng.uniform(0.1, 1.0) * took)

@@ -14,7 +14,7 @@ import msgpack
 import numpy as np
 import pytest
 import zstandard
-from cases import first_soon
+from cases import exhaustive, first_soon, slow
 from models import checkpoint, contents, state
 
 from fusectl.formats.encoding import Encoding
@@ -64,7 +64,7 @@ def test_a_sound_checkpoint_has_no_problems(fused, tmp_path, form):
     assert fsck(checkpoint(tmp_path / "foreign", format=form)).problems == ()
 
 
-@pytest.mark.parametrize("files_tried", [6, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("files_tried", [6, slow(30)])
 @pytest.mark.parametrize("form", first_soon(FORMATS, 2))
 def test_a_flipped_bit_in_each_file_is_found(fused, tmp_path, form, files_tried):
     """In every file that fusectl has written, one at a time, at a random place; the index and the markers, too.
@@ -454,7 +454,7 @@ def places_of(path):
 # Orbax leaves coroutines behind when it raises.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("form", ["orbax-zarr3", "orbax-ocdbt-zarr3"])
+@pytest.mark.parametrize("form", ["orbax-ocdbt-zarr3", exhaustive("orbax-zarr3")])
 def test_who_notices_a_flipped_bit_in_any_file(tmp_path, form):
     """One at a time: fusectl each; unmodified Orbax each in a chunk, for the CRC-32C at the end of zarr v3's codecs.
 

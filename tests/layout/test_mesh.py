@@ -7,6 +7,7 @@ import warnings
 import numpy as np
 import pytest
 import tensorstore as ts
+from cases import diagonals
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import FAMILY_NAMES, SIZES, WIDER, checkpoint, contents, state
@@ -362,16 +363,12 @@ def restored(path, shape):
 
 # What Orbax reads of chunks that were not cut for the mesh, at least, as multiples of them.
 WITHOUT = {(8, 1): 1.0, (4, 2): 1.0, (2, 4): 1.3, (1, 8): 2.5}
-QUICK = [("orbax", (2, 4)), ("orbax-zarr2", (1, 8))]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("format", "shape"),
-    [
-        pytest.param(*both, marks=[] if both in QUICK else pytest.mark.slow)
-        for both in itertools.product(["orbax", "orbax-zarr3", "orbax-zarr2"], WITHOUT)
-    ],
+    diagonals(["orbax", "orbax-zarr3", "orbax-zarr2"], list(WITHOUT)),
 )
 def test_orbax_restores_it_onto_the_mesh_and_reads_every_chunk_once(tmp_path, format, shape):
     """Without --mesh what shards cut is read again for each of them; what is replicated Orbax reads once for all."""

@@ -136,7 +136,7 @@ def test_layers_are_unstacked_and_stacked_again(tmp_path, family, format):
         # (embed, layers, mlp); the rows are (embed, layers), the columns (layers, mlp).
         whole = stacked.read(f"{prefix}encoder/encoder/mlp/wo/kernel{suffix}")
         axis = {"": 1, "/v_row": 0, "/v_col": 1}[suffix]
-        for i in range(3):
+        for i in range(2):
             one = layers.read(f"{prefix}encoder/layers_{i}/mlp/wo/kernel{suffix}")
             np.testing.assert_array_equal(one, whole.take(i, axis))
 
@@ -161,8 +161,8 @@ def test_adams_moments_go_along(tmp_path):
     back = convert(apart, tmp_path / "back", "scanned")
 
     assert contents(back) == contents(tmp_path / "a")
-    mu = values["state/param_states/0/mu/decoder/decoder/mlp/wi_0/kernel"]
-    found = open_checkpoint(str(apart)).read("state/param_states/0/mu/decoder/layers_0/mlp/wi_0/kernel")
+    mu = values["state/param_states/0/mu/encoder/encoder/mlp/wi_0/kernel"]
+    found = open_checkpoint(str(apart)).read("state/param_states/0/mu/encoder/layers_1/mlp/wi_0/kernel")
     np.testing.assert_array_equal(found, mu[:, 1])
     assert proved(str(apart)).passed
 

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from cases import first_soon, slow
+from cases import first_soon, slow, thinned
 from models import (
     DECODER_NAMES,
     DECODER_SIZES,
@@ -90,7 +90,7 @@ def test_a_model_fused_with_itself_is_the_same_function(tmp_path, family, copies
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", EVERY)
+@pytest.mark.parametrize("family", thinned(EVERY))
 def test_models_of_unequal_widths_become_their_mean_with_a_norm_each(tmp_path, family):
     a, b, c = (
         write(tmp_path / "a", family, 1),

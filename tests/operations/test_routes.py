@@ -57,7 +57,7 @@ def test_operators_that_lead_there_come_first_and_the_others_say_why_not(small, 
 
 @pytest.mark.slow
 def test_every_command_that_is_named_writes_the_sizes_that_were_asked_for(small, tmp_path, capsys):
-    to = DOUBLE + ",decoder_layers=2"
+    to = DOUBLE + ",decoder_layers=1"
     for how in ("self-fuse", "duplicate"):
         out = tmp_path / how
         assert run(["grow", small, "--to", to, "--how", how, "-o", str(out), "-q"]) == 0

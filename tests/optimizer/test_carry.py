@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from cases import first_soon, slow
+from cases import diagonals, exhaustive, first_soon, slow
 from flax.serialization import to_state_dict
 from flax.traverse_util import flatten_dict, unflatten_dict
 from models import checkpoint, write_record
@@ -260,7 +260,9 @@ def first_loss(path, groups=()):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("format", first_soon(FORMATS, 2))
+@pytest.mark.parametrize(
+    "format", [form if form in {"t5x", "orbax-ocdbt-zarr3"} else exhaustive(form) for form in FORMATS]
+)
 def test_the_first_loss_after_a_restart_is_the_one_before_the_growth(tmp_path, format):
     """Fused and written in another format, by what a trainer restores; state and step are those before conversion."""
     sources = [checkpoint(tmp_path / name, seed=seed, sizes=SIZES, layers=LAYERS) for seed, name in enumerate("ab")]
@@ -304,8 +306,7 @@ def moved(tree, parameters, *args):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", first_soon(FAMILIES))
-@pytest.mark.parametrize("copies", first_soon([2, 3]))
+@pytest.mark.parametrize(("family", "copies"), diagonals(FAMILIES, [2, 3]))
 def test_with_the_factors_of_the_table_the_logits_move_as_the_sources_would_have(tmp_path, family, copies):
     path = source(tmp_path / "a", family, OPTIMIZERS["adam"])
     plan, opened = plan_fusion([path] * copies, Options())

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import first_soon
+from cases import first_soon, thinned
 from models import SIZES, WIDER, checkpoint, state
 
 from fusectl.errors import Incompatible, NotEnoughSpace
@@ -190,7 +190,7 @@ CASES = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "copies", "other"), first_soon(CASES))
+@pytest.mark.parametrize(("family", "copies", "other"), thinned(CASES))
 def test_the_theory_of_a_fusion(tmp_path, family, copies, other):
     layers = SMALL if "t5" in family else {"decoder": 2 if family == "gemma2" else 1}
     paths = [checkpoint(tmp_path / "a", family, layers=layers)] * copies

@@ -506,7 +506,7 @@ FAILURES = {errno.EIO: 8, errno.EACCES: 8, errno.ENOSPC: 9, errno.EDQUOT: 9}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["t5x", pytest.param("orbax-zarr3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("form", ["t5x", exhaustive("orbax-zarr3")])
 @pytest.mark.parametrize(
     ("kind", "number"),
     [
