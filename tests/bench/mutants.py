@@ -20,6 +20,13 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[2]
 
 
+# It fails for every fault, since it looks for the very lines.
+ABOUT_THESE = [
+    "--deselect",
+    "tests/test_rooms.py::test_the_faults_that_are_put_in_on_purpose_are_about_lines_that_are_there",
+]
+
+
 class Fault(NamedTuple):
     file: str
     right: str
@@ -118,7 +125,7 @@ def found_by(fault: Fault) -> tuple[str, float]:
         # The tests of its own room first, which find most in a tenth of the time.
         for tests in ([f"tests/{fault.file.partition('/')[0]}"], []):
             done = subprocess.run(
-                [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-rf", *tests],
+                [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-rf", *ABOUT_THESE, *tests],
                 cwd=copy,
                 capture_output=True,
                 text=True,
