@@ -38,6 +38,7 @@ if MEMORY.is_dir() and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
 
 DATA = Path(__file__).parent / "data"
+MOST_MAPPINGS = 15_000
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -45,10 +46,10 @@ def _compiled_networks_are_dropped():
     """Without it a worker ends in a segmentation fault, one time in five.
 
     Every compiled network holds some ten mappings of memory, Linux gives a process 65,530, and XLA does not notice when
-    there are no more: a worker that ran half of the slow tests held 43,585, and 5.7 GB.
+    there are no more: a worker that ran half of the slow tests held 49,042, and 6.4 GB.
     """
     yield
-    if "jax" in sys.modules:
+    if "jax" in sys.modules and len(Path("/proc/self/maps").read_bytes().splitlines()) > MOST_MAPPINGS:
         sys.modules["jax"].clear_caches()
         gc.collect()
 
@@ -99,6 +100,12 @@ def posttrained(tmp_path_factory) -> Path:
 def sources(written) -> list[str]:
     """Two T5 1.1 models, one in each of T5X's formats."""
     return [str(written / "t5_1_1/seed0/legacy/checkpoint_20"), str(written / "t5_1_1/seed1/orbax/checkpoint_20")]
+
+
+def pytest_collection_finish():
+    """Five thousand tests are a million objects, which no collection of garbage has to look at again."""
+    gc.collect()
+    gc.freeze()
 
 
 @dataclass

@@ -200,6 +200,7 @@ def test_two_processes_do_not_run_in_one_directory(tmp_path, capsys):
     assert not list(tmp_path.glob("figure4*"))
 
 
+@pytest.mark.slow
 def test_commands_that_fail_say_so(laboratory):
     with pytest.raises(FusectlError, match="self-fuse.*exit code 2"):
         laboratory.grown(Growth("wrong", (SMALL,), (("self-fuse", "{0}", "--copies", "0", "-o", "{out}"),)))

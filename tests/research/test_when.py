@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from cases import first_soon
 from models import SIZES, checkpoint
 from written import csv_of, events_of, lines_of
 
@@ -65,7 +66,7 @@ def brute_force(small, large, ratio, budget):
 LARGE = power(1.8, 18.0, 0.36)
 
 
-@pytest.mark.parametrize("budget", [60_000, 120_000])
+@pytest.mark.parametrize("budget", first_soon([60_000, 120_000]))
 def test_two_curves_give_what_trying_every_step_does(budget):
     small, ratio = power(2.1, 18.0, 0.42), 3.0
     step, loss, saving = brute_force(small, LARGE, ratio, budget)

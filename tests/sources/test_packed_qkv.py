@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from cases import first_soon
 from models import write_record
 from written import trained
 
@@ -30,7 +31,7 @@ EXACT = Settings(levels=("weights", "algebra", "native"), x64=True, batch=2, len
 HEADS, KV_HEADS, WIDTH = 4, 2, 16
 
 
-@pytest.fixture(params=CASES)
+@pytest.fixture(params=first_soon(CASES))
 def case(request, logits):
     return logits / "maxtext" / request.param
 
