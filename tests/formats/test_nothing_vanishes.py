@@ -56,7 +56,7 @@ def edit(index, change):
 
 @pytest.mark.parametrize(
     "which",
-    ["t5_slots_aggregated", "0.3.5/t5", *map(slow, ["t5", "t5_step_aggregated", "t5_norms_aggregated"])],
+    ["t5_slots_aggregated", *map(slow, ["0.3.5/t5", "t5", "t5_step_aggregated", "t5_norms_aggregated"])],
 )
 def test_a_t5_with_aggregated_leaves_is_whole(written, tmp_path, which):
     path = written / (which if "/" in which else f"{AGGREGATING}/{which}")

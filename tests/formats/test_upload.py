@@ -225,6 +225,7 @@ def test_a_run_that_fails_for_good_leaves_nothing(sources, place):
     assert names(place) == []
 
 
+@pytest.mark.slow
 def test_a_proof_ships_with_it(sources, place, fusectl):
     done = fusectl("fuse", *sources["t5x"], "-o", place, "--optimizer", "drop", "--verify")
     assert (done.code, done.out) == (0, f"{place}\n"), done

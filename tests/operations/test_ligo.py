@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import first_soon, some_soon, thinned
+from cases import first_soon, slow, some_soon, thinned
 from models import FAMILY_NAMES, LAYERS, SIZES, checkpoint, contents, ends_at, layers_of, sizes_of, state
 
 from fusectl.cli import run
@@ -458,10 +458,10 @@ def test_learning_ends_where_the_loss_is_no_number(bytes_model, tmp_path, fusect
     ("words", "code", "says"),
     [
         (["--learner", "no_such"], 2, "no such optimizer"),
-        (["--learner", "tree"], 2, "no such optimizer"),
-        (["--learner", "lbfgs"], 2, "wants more"),
+        slow(["--learner", "tree"], 2, "no such optimizer"),
+        slow(["--learner", "lbfgs"], 2, "wants more"),
         (["--learning-rate", "nan"], 2, "positive"),
-        (["--learning-rate", "0"], 2, "positive"),
+        slow(["--learning-rate", "0"], 2, "positive"),
         (["--batch", 100_000], 6, "too little"),
         (["--sentinel", 400], 2, "sentinel"),
         (["--data", "empty.txt"], 5, "empty"),

@@ -255,9 +255,7 @@ def written(at, case):
 # Each way of numbering or stacking layers with each optimizer.
 SOON = {
     "t5-1.1, factored",
-    "t5-1.0, adam",
     "scanned, momentum",
-    "llama, scanned",
     "qwen2, scanned along 0",
     "gemma2 of maxtext",
     "gemma3 of maxtext",
@@ -957,7 +955,7 @@ def deep(tmp_path_factory):
     return at / "b", found
 
 
-@pytest.mark.parametrize("what", WRONG)
+@pytest.mark.parametrize("what", [what if i % 2 == 0 else slow(what) for i, what in enumerate(WRONG)])
 def test_what_is_wrong_is_noticed(deep, what):
     change, says = WRONG[what]
     at, found = deep

@@ -81,7 +81,7 @@ def write(paths, out, fill=Fill(), *, resume=False, **options):
 @pytest.mark.parametrize(
     ("form", "error"),
     [
-        ("t5x", KeyboardInterrupt()),
+        slow("t5x", KeyboardInterrupt()),
         ("orbax-ocdbt-zarr3", StorageError("may pass")),
         *(slow(form, KeyboardInterrupt()) for form in FORMATS if form != "t5x"),
         slow("t5x", NotEnoughSpace("may pass")),
