@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from typing import Any
 
 import pytest
-from _pytest.mark.structures import ParameterSet
 
 
+ParameterSet = type(pytest.param())
 slow = partial(pytest.param, marks=pytest.mark.slow)
 
 
-# For whole products of which the slow stage runs a part that every value of every factor occurs in.
+# For whole products of which CI's slow stage runs a part.
 exhaustive = partial(pytest.param, marks=[pytest.mark.slow, pytest.mark.exhaustive])
 
 
@@ -29,13 +29,24 @@ def thinned(cases: Iterable[Any], every: int = 2) -> list[Any]:
     return [case if i % every == 0 else _marked(exhaustive, case) for i, case in enumerate(cases)]
 
 
+def covered(cases: Iterable[Any], parts: Callable[[Any], Collection[Any]]) -> list[Any]:
+    """All cases, exhaustive but for those that have a part which none before them has: every part is in one of them."""
+    seen: set[Any] = set()
+    found = []
+    for case in cases:
+        own = set(parts(case.values if isinstance(case, ParameterSet) else case))
+        found.append(_marked(exhaustive, case) if own <= seen else case)
+        seen |= own
+    return found
+
+
 def some_soon(cases: Iterable[Any], chosen: Callable[[Any], bool]) -> list[Any]:
     """All cases, slow but for those chosen. What is exhaustive and not chosen stays so."""
     found = []
     for case in cases:
         marked = isinstance(case, ParameterSet)
         values = case.values if marked else case
-        if chosen(values[0] if marked and len(values) == 1 else values):
+        if chosen(values[0] if isinstance(values, tuple) and len(values) == 1 else values):
             found.append(pytest.param(*values) if marked else case)
         else:
             found.append(case if marked else _marked(slow, case))

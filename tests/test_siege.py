@@ -619,7 +619,7 @@ def header(shape, nbytes=0, descr="<i4"):
     return file.getvalue() + bytes(nbytes)
 
 
-# Functions: made at once they would cost every worker eight seconds before its first test.
+# Functions: made at once they would cost every worker seconds before its first test.
 TOKENS = {
     "zeros.npz": lambda: npz(inputs_npy=header((5 << 12, 1 << 12), 5 << 26)),
     "a lying shape.npz": lambda: npz(inputs_npy=header((2**40,))),

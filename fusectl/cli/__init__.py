@@ -98,7 +98,8 @@ def run(arguments: Sequence[str]) -> int:
     except (BrokenPipeError, SystemExit) as error:
         # Typer turns a broken pipe into an exit, and what completes a word in a shell ends with one, too.
         if isinstance(error, SystemExit) and not isinstance(error.__context__, OSError):
-            return int(error.code or 0)
+            sys.stdout.flush()
+            return error.code if isinstance(error.code, int) else int(error.code is not None)
         # Python flushes once more at its own exit, and would complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

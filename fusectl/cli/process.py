@@ -15,7 +15,7 @@ from fusectl.cli.screen import Terminated
 ARGUMENTS: list[str] = []
 
 # After a signal; what it was doing has half of that to come to an end.
-# Schedulers follow SIGTERM by SIGKILL after some seconds, so that tests hold the end of a run to two of them.
+# Schedulers send SIGKILL some seconds after SIGTERM; tests hold the end of a run to two seconds.
 LAST_MOMENT_S = 1.8
 _TIMERS: list[threading.Timer] = []
 

@@ -48,7 +48,8 @@ if TYPE_CHECKING:
 
 
 SCHEMA = "fusectl/1"
-# An error then has six lines at most, what is wrong before the details and a hint behind them.
+# An error then has six lines, what is wrong before the details and a hint after them, and one more where a run can be
+# resumed; what is wrong with a command line is shown whole.
 MOST_DETAILS = 4
 # A log shows that a job is alive by a line every half minute, and stays short over hours.
 HEARTBEAT_S = 30.0
@@ -288,7 +289,7 @@ class Screen:
             # What somebody has to change is shown as it was written, all of it, with a caret below the place.
             shown = [line for detail in details for line in detail.split("\n")]
         else:
-            # A single detail too many is shown, since the line that would stand for it is as long.
+            # The line that counts what is left out takes the place of a detail, so that it never stands for one alone.
             left_out = len(details) - MOST_DETAILS + 1
             shown = [_one_line(detail) for detail in details[: MOST_DETAILS - (left_out > 1)]]
             shown += [f"... {left_out} more; --json lists them"] * (left_out > 1)
@@ -327,7 +328,7 @@ class Screen:
             whole["error"] = error
         from fusectl.system.jsontree import finite
 
-        # Python would print NaN, which is no JSON and stops jq.
+        # Python would print NaN, which is no JSON: some parsers refuse it, and jq makes null of it.
         print(json_module.dumps(finite(whole), allow_nan=False, indent=2))  # noqa: T201
 
     def _say(self, *lines: str) -> None:

@@ -65,11 +65,10 @@ def residual_scales(sources: Sequence[Opened], how: Equalize) -> tuple[float, ..
             raise Corrupt(
                 f"{source.label}: NaN or Inf in its residual stream", hint="without --equalize they are named"
             )
-        # Of all means the geometric one does not depend on which source comes first: it inverts where two are
-        # exchanged. In a toy decoder whose second source had a stream three times as large, one norm led to a loss of
-        # 2.05 before equalizing and of 1.41 after it, as for streams that had been equal from the start. Between
-        # streams of about one size equalizing gains nothing, since what is left is a ratio that varies from token to
-        # token.
+        # The geometric mean does not depend on which source comes first: it inverts where two are exchanged.
+        # In a toy decoder whose second source had a stream three times as large, one norm led to a loss of 2.05 before
+        # equalizing and of 1.41 after it, as for streams that had been equal from the start. Between streams of about
+        # one size equalizing gains nothing, since what is left is a ratio that varies from token to token.
         ratios = [math.log(sizes[0][name] / own[name]) for name in sizes[0] if sizes[0][name] > 0.0 < own[name]]
         if not ratios:
             raise Incompatible(f"{source.label}: its residual stream is nothing that could be equalized")

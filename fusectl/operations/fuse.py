@@ -67,12 +67,12 @@ def plan_fusion(
     if equalize is not None and norm != Norm.RULE:
         raise UsageError("--equalize: for one norm over all sources; with a norm each there is nothing to equalize")
     kv_repeats = repeats([o.tree for o in opened]) if options.expand_kv else (1,) * len(opened)
-    # Copies of one source stay one object: the executor and `verify` read what is the same object once.
+    # Copies of one source stay one object: the executor reads what is the same object once.
     by_place = {(o, times): expanded(o, times) for o, times in zip(opened, kv_repeats, strict=True)}
     opened = [by_place[o, times] for o, times in zip(opened, kv_repeats, strict=True)]
     first = opened[0]
-    # The checks from here on come in the order of what they cost: names and shapes, dtypes, then the few tensors that
-    # do not grow, and last, for --equalize, whole models.
+    # Of the checks here those of names, shapes and dtypes come first, then the few tensors that do not grow, and last,
+    # for --equalize, whole models; the optimizer's follow where its slots are planned.
     fusion = line_up([o.tree for o in opened], shares, [o.label for o in opened])
     _require_one_dtype(opened, options)
     _require_state_to_carry(opened, kv_repeats, options)

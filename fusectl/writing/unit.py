@@ -197,7 +197,7 @@ def _sum(block: Block, part: Region, unit: Unit, out: Array) -> None:
     if not is_computed(block.terms):
         out[...] = _plain(block, part, unit)
         return
-    # Sums in float64 depend on their order as well; by the rank it is the same one, whatever order the planner gave.
+    # Sums in float64 depend on their order as well: kinds come by rank, each in the planner's order.
     summands = sorted((each for each in block.terms if each.adds), key=lambda each: each.rank)
     if len(summands) < len(block.terms):
         # Noise alone reads nothing where its kernel was measured before.

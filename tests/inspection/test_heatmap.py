@@ -24,7 +24,7 @@ OUT = "encoder/layers_1/attention/out/kernel"
 # Inputs and outputs of kernels whose second axis counts layers.
 SCANNED = {
     "encoder/encoder/mlp/wi_0/kernel": (("embed",), ("mlp",)),
-    "decoder/decoder/self_attention/query/kernel": (("embed",), ("heads", "kv")),
+    "encoder/encoder/attention/query/kernel": (("embed",), ("heads", "kv")),
     "encoder/encoder/attention/out/kernel": (("heads", "kv"), ("embed",)),
 }
 

@@ -9,13 +9,14 @@ import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from cases import first_soon, slow, thinned
+from cases import covered, first_soon, slow
 from models import (
     DECODER_NAMES,
     DECODER_SIZES,
     WIDER_DECODER,
     checkpoint,
     covering,
+    parts_of,
     state,
     wider_of,
     write_record,
@@ -90,7 +91,7 @@ def test_a_model_fused_with_itself_is_the_same_function(tmp_path, family, copies
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", thinned(EVERY))
+@pytest.mark.parametrize("family", covered(EVERY, lambda each: parts_of(each[0] if isinstance(each, tuple) else each)))
 def test_models_of_unequal_widths_become_their_mean_with_a_norm_each(tmp_path, family):
     a, b, c = (
         write(tmp_path / "a", family, 1),

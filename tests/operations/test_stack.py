@@ -9,9 +9,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cases import first_soon, slow, some_soon, thinned
+from cases import covered, first_soon, slow, some_soon
 from flax.traverse_util import unflatten_dict
-from models import DECODER_NAMES, FAMILY_NAMES, checkpoint, contents, covering, ends_at, state, write_record
+from models import (
+    DECODER_NAMES,
+    FAMILY_NAMES,
+    checkpoint,
+    contents,
+    covering,
+    ends_at,
+    parts_of,
+    state,
+    write_record,
+)
 from written import FACTORED, restored, trained, tree, written_by_orbax
 
 from fusectl.errors import Incompatible
@@ -252,7 +262,7 @@ def written(at, case):
     return at, {"layers": layers, "of_stack": of_stack}, told
 
 
-# Each way of numbering or stacking layers with each optimizer.
+# Each way of numbering or stacking layers, the optimizers in turn.
 SOON = {
     "t5-1.1, factored",
     "scanned, momentum",
@@ -323,8 +333,15 @@ def of_all_kinds():
         yield family, "identity" if i % 2 else HOWS[i // 2 % len(HOWS)]
 
 
+def kinds_of(case):
+    """The choices that a family is one of, and its block with how it is stacked."""
+    family, how = case
+    parts = {("t5", family)} if family in FAMILY_NAMES else parts_of(family)
+    return {*parts, ("how", how), *((part, how) for part in parts if part[0] in {"block", "model", "t5"})}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "how"), thinned(of_all_kinds()))
+@pytest.mark.parametrize(("family", "how"), covered(of_all_kinds(), kinds_of))
 def test_a_family_of_every_kind_is_stacked_and_proved(tmp_path, family, how):
     now, then = small(family)
     source = checkpoint(tmp_path / "a", family, layers=now, format="orbax")

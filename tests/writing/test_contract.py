@@ -154,7 +154,8 @@ def planned(at, case, options):
 def inverses(term, sources):
     """Of every pseudo-inverse that a summand's values are multiplied with: by how much its rounding may move a result.
 
-    B (B^T B)^-1 is exact to the square of B's condition, of what it is multiplied with, however much of that cancels.
+    The error of B (B^T B)^-1 grows with the square of B's condition, and is relative to what it is multiplied with,
+    however much of that cancels.
     """
     for each in term.expansions if isinstance(term, Mapped) else ():
         if each.inverse:

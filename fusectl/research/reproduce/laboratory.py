@@ -46,7 +46,7 @@ from fusectl.sources.opened import open_source
 FAMILY = "t5-1.1"
 PRETRAINING = "text"
 # What each growth adds to the seed of the data: more than seeds of models that are fused differ by.
-# A grown model that went on with the batches of its source would see again what that has learned from already.
+# A grown model that went on with the batches of its source would see again what its source has learned from.
 _AFTER_GROWTH = 1000
 # Batches that no model learns from: every other one chooses rates, those between are what is reported.
 HELD_OUT = 32
