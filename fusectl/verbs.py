@@ -126,6 +126,7 @@ class Group(StrEnum):
     READING = "Reading"
     DESCRIBED = "Described"
     NORMS = "Norms"
+    OF_MEAN = "OfMean"
     FILLING = "Filling"
     NOISE = "Noise"
     STEP = "StepToWrite"
@@ -259,7 +260,7 @@ VERBS = {
             says="Fuse a checkpoint with itself, the function kept.",
             about="Fuse a checkpoint with itself: K times as wide, the same function.",
             example="fusectl self-fuse small/checkpoint_500000 --copies 2 --fill antisymmetric",
-            groups=(Group.DESCRIBED, Group.NORMS, Group.FILLING, Group.STATE),
+            groups=(Group.DESCRIBED, Group.NORMS, Group.OF_MEAN, Group.FILLING, Group.STATE),
             options=Copies,
             routes={"self-fuse": "fuse:route"},
         ),

@@ -125,10 +125,14 @@ def test_the_optimizer_is_carried_reset_to_the_fused_shapes_or_dropped(models, f
         for how in ("carry", "asymmetric", "reset", "drop")
     )
 
-    slot = "state/param_states/decoder/decoder_norm/scale/v"
-    sources = [open_checkpoint(str(path)).read(slot) for path in models]
-    assert np.array_equal(carried.read(slot), np.concatenate(sources) / 4)
-    assert np.array_equal(asymmetric.read(slot), np.concatenate([sources[0] / 4, 0 * sources[1]]))
+    # Gradients are halved, but for that of the scale that carries the factor of the mean.
+    for slot, divided in (
+        ("state/param_states/encoder/encoder_norm/scale/v", 4),
+        ("state/param_states/decoder/decoder_norm/scale/v", 1),
+    ):
+        sources = [open_checkpoint(str(path)).read(slot) for path in models]
+        assert np.array_equal(carried.read(slot), np.concatenate(sources) / divided)
+        assert np.array_equal(asymmetric.read(slot), np.concatenate([sources[0] / divided, 0 * sources[1]]))
     assert reset.shapes[slot] == (24,)
     assert not reset.read(slot).any()
     assert carried.step == reset.step == dropped.step == 1000
@@ -152,7 +156,8 @@ def test_the_learning_rates_that_go_on_are_written_as_labels_and_factors(models,
     root = pytest.approx(0.5**0.5)
     assert table["factors"] == {
         "kernel": {"sgd": 1.0, "adam": 0.5, "adafactor": root, "gradient": 0.5},
-        "head": {"sgd": 0.5, "adam": 0.5, "adafactor": 1.0, "gradient": 1.0},
+        "head": {"sgd": 2.0, "adam": 1.0, "adafactor": 1.0, "gradient": 0.5},
+        "norm before the head": {"sgd": 0.5, "adam": 0.5, "adafactor": 1.0, "gradient": 1.0},
         "other": {"sgd": 2.0, "adam": 1.0, "adafactor": 1.0, "gradient": 0.5},
     }
     for words in (("fuse", *models), ("fuse", models[0], models[0], "--weights", "0.7,0.3")):
@@ -179,7 +184,7 @@ def test_the_rates_come_as_optimizers_whose_state_is_the_one_without_them(models
     plain, grown = optax.adam(1e-3), grown_rates.rescaled(optax.adam(1e-3))
     assert jax.tree.structure(plain.init(parameters)) == jax.tree.structure(grown.init(parameters))
     one, two = (flatten_dict(o.update(gradients, o.init(parameters), parameters)[0], sep="/") for o in (plain, grown))
-    table = {"kernel": 0.5, "head": 0.5, "other": 1.0}
+    table = {"kernel": 0.5, "head": 1.0, "norm before the head": 0.5, "other": 1.0}
     for name, label in grown_rates.LABELS.items():
         np.testing.assert_allclose(two[f"params/{name}"], table[label] * one[f"params/{name}"], rtol=1e-6)
     # Weight decay takes the same share of all blocks; and what a wrapper such as MaxText's hands on is handed on.

@@ -14,6 +14,7 @@ from fusectl.cli.options import (
     Grouped,
     NormOption,
     Norms,
+    OfMean,
     OnDisk,
     Running,
     State,
@@ -45,6 +46,7 @@ def fuse(
     norms: Norms,
     weights: Annotated[str | None, typer.Option(help="Weights of the mean, such as 0.7,0.3. [default: equal]")] = None,
     norm: NormOption = None,
+    of_mean: OfMean,
     filling: Filling,
     equalize: Annotated[
         bool, typer.Option("--equalize", help="Make the sources' residual streams equally large for the one norm.")
@@ -78,7 +80,7 @@ def fuse(
         if not equalize and (equalize_by is not Measure.TRACE or tokens is not None):
             raise UsageError("--equalize-by and --tokens say how to --equalize", hint="--equalize")
         own = {"norm": norm, "expand_kv": expand_kv, "mean_shared": mean_shared}
-        options = options_of(reading, norms, filling, state, disk, running, **own)
+        options = options_of(reading, norms, of_mean, filling, state, disk, running, **own)
         shares = numbers_of(weights, "--weights")
         with screen.progress() as progress:
             budget_bytes = parse_bytes(running.max_memory, "--max-memory")

@@ -28,7 +28,7 @@ from typer.models import OptionInfo
 from fusectl.cli.process import ARGUMENTS
 from fusectl.cli.screen import Screen
 from fusectl.errors import UsageError
-from fusectl.families.kinds import Norm, Trainer
+from fusectl.families.kinds import FactorIn, Norm, Trainer
 from fusectl.formats.kinds import Codec, Dtype, FormatName
 from fusectl.layout.fill import FillKind
 from fusectl.operations.kinds import Measure
@@ -82,6 +82,14 @@ NormOption = Annotated[
     typer.Option(
         help="What it will train with: the trainer's one norm, or a norm per source (fusectl.networks). "
         "[default: rule; property if a source has it]"
+    ),
+]
+FactorInOption = Annotated[
+    FactorIn | None,
+    typer.Option(
+        "--factor-in",
+        help="What carries the factor of the mean: the scale of the norm before the head, or the head. "
+        "[default: norm; head where no norm is known to feed it alone]",
     ),
 ]
 EqualizeBy = Annotated[
@@ -225,6 +233,18 @@ class Norms:
 
         (lineage,) = for_each(self.lineages(), 1)
         return lineage
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class OfMean:
+    """Where the factor of the mean goes."""
+
+    heading: ClassVar[str] = OPERATION
+    factor_in: FactorInOption = None
+
+    def given(self) -> dict[str, Any]:
+        """See Reading."""
+        return {"factor_in": self.factor_in}
 
 
 @dataclass(kw_only=True, eq=False, repr=False)

@@ -24,6 +24,7 @@ from fusectl.cli.options import (
 )
 from fusectl.cli.process import stay_on_the_cpu
 from fusectl.errors import FusectlError, VerificationFailed
+from fusectl.families.kinds import FactorIn
 from fusectl.layout.fill import FillKind
 
 
@@ -70,6 +71,10 @@ def verify(
         float | None, typer.Option(help="Fail if the native logits are further than this (rms) from the ensemble's.")
     ] = None,
     weights: Annotated[str | None, typer.Option(help="The weights of the mean. [default: as in fusectl.json]")] = None,
+    factor_in: Annotated[
+        FactorIn | None,
+        typer.Option("--factor-in", help="What carries the weights of the mean. [default: as in fusectl.json]"),
+    ] = None,
     fill: Annotated[
         FillKind | None,
         typer.Option(help="What stands where no source does. [default: as in fusectl.json]"),
@@ -109,7 +114,7 @@ def verify(
         if noise_scale is not None:
             require_scale(noise_scale)
         declared = Declared(tuple(sources), numbers_of(weights, "--weights"), fill, noise_scale, arch, config)
-        declared = replace(declared, lineages=norms.lineages())
+        declared = replace(declared, lineages=norms.lineages(), factor_in=factor_in)
         settings = Settings(
             levels=None if levels is None else tuple(level.strip() for level in levels.split(",")),
             x64=x64,

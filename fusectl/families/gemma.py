@@ -18,7 +18,7 @@ from fusectl.families.table import Family, Row
 
 
 STEM = Row("embedder/input_embedding", "vocab -> embed", "embedding")
-FINAL_NORM = Row("final_norm/scale", "-> embed", "final_norm", tied_head=True)
+FINAL_NORM = Row("final_norm/scale", "-> embed", "final_norm", before_head=True)
 
 # Queries apart from keys and values, or, with as many heads of both, all in one.
 ATTENTIONS = {

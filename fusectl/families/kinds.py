@@ -34,3 +34,13 @@ class Norm(StrEnum):
 
     RULE = "rule"
     PROPERTY = "property"
+
+
+class FactorIn(StrEnum):
+    """Which tensor carries the weight of a source in the mean of the logits.
+
+    NORM is the scale of the last norm, where nothing but the head reads what it multiplies; HEAD the head itself.
+    """
+
+    NORM = "norm"
+    HEAD = "head"

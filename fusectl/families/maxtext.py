@@ -20,13 +20,8 @@ from fusectl.families.table import Family, Row
 
 
 STEM = Row("token_embedder/embedding", "vocab -> embed", "embedding")
-HEADS = {
-    "": (
-        Row("decoder/decoder_norm/scale", "-> embed", "final_norm"),
-        Row("decoder/logits_dense/kernel", "embed -> vocab", "head"),
-    ),
-    "-tied": (Row("decoder/decoder_norm/scale", "-> embed", "final_norm", tied_head=True),),
-}
+FINAL_NORM = Row("decoder/decoder_norm/scale", "-> embed", "final_norm", before_head=True)
+HEADS = {"": (FINAL_NORM, Row("decoder/logits_dense/kernel", "embed -> vocab", "head")), "-tied": (FINAL_NORM,)}
 GATED = (Row("mlp/wi_0/kernel", "embed -> mlp", "gate"), Row("mlp/wi_1/kernel", "embed -> mlp", "up"))
 DOWN = (Row("mlp/wo/kernel", "mlp -> embed", "down"),)
 ATTENTION = (

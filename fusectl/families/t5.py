@@ -18,9 +18,9 @@ STEM = (
     Row("token_embedder/embedding", "vocab -> embed", "embedding"),
     Row("encoder/encoder_norm/scale", "-> embed", "final_norm"),
 )
-TIED_HEAD = (Row("decoder/decoder_norm/scale", "-> embed", "final_norm", tied_head=True),)
+TIED_HEAD = (Row("decoder/decoder_norm/scale", "-> embed", "final_norm", before_head=True),)
 UNTIED_HEAD = (
-    Row("decoder/decoder_norm/scale", "-> embed", "final_norm"),
+    *TIED_HEAD,
     Row("decoder/logits_dense/kernel", "embed -> vocab", "head"),
 )
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
 from fusectl.errors import Incompatible
-from fusectl.families.kinds import Trainer
+from fusectl.families.kinds import FactorIn, Trainer
 from fusectl.families.settings import T5, TIED_LOGITS, Network
 from fusectl.layout.axes import TensorSpec, compiled, expand, parse_axes
 
@@ -43,14 +43,15 @@ LARGEST_TABLE = 1 << 18
 class Row:
     """One kind of tensor: where its instances are in the tree (axes.py has the notation) and what their axes are.
 
-    `tied_head` marks the norm in front of a tied output head: the embedding cannot carry the head's factor, so this
-    scale does. `role` is the tensor's; of one with an axis `stack` those along it, by spaces.
+    `before_head` marks the scale and the bias of the norm in front of the output head, where nothing else reads what
+    that norm gives: they can carry the head's factor, and have to where the head is the embedding. `role` is the
+    tensor's; of one with an axis `stack` those along it, by spaces.
     """
 
     pattern: str
     axes: str
     role: str = ""
-    tied_head: bool = False
+    before_head: bool = False
     # Whether what it computes is added to the residual stream; None for what the axes say. Where norms stand behind
     # the blocks, they write it.
     writes: bool | None = None
@@ -79,6 +80,11 @@ class Row:
     def roles(self) -> tuple[str, ...]:
         """Its role, or those along the axis `stack`."""
         return tuple(self.role.split())
+
+    @property
+    def is_head(self) -> bool:
+        """Whether it is the head: what turns streams into logits."""
+        return self.spec.inputs == {"embed"} and self.spec.outputs == {"vocab"}
 
     @property
     def is_norm(self) -> bool:
@@ -177,7 +183,12 @@ class Family:
     @cached_property
     def tied(self) -> bool:
         """Whether its head is the embedding."""
-        return any(row.tied_head for row in self.rows)
+        return not any(row.is_head for row in self.rows)
+
+    @cached_property
+    def factor_in(self) -> FactorIn:
+        """What carries the factor of the mean by default: the norm before the head, if the table tells which one."""
+        return FactorIn.NORM if any(row.before_head for row in self.rows) else FactorIn.HEAD
 
     @cached_property
     def _by_alternative(self) -> Mapping[str, Row]:

@@ -12,7 +12,7 @@
 
 What a row leaves out follows from the others:
 
-    tied_head    those of the roles final_norm and final_norm_bias, where no row writes vocab
+    before_head  those of the roles final_norm and final_norm_bias, if there is one such norm
     writes       what is added to the residual stream: all that writes embed, but for out and down where norms stand
                  behind them, which do, and biases
 
@@ -34,7 +34,7 @@ from typing import Any
 from fusectl.errors import UsageError, shorten
 from fusectl.families.roles import GROWN, ROLES, STEM, TWIN, lacking
 from fusectl.families.settings import ACTIVATIONS, QUERY_SCALES, ROPE_TYPES, Attending, Network
-from fusectl.families.table import LARGEST_TABLE, Family, Row, stack_of
+from fusectl.families.table import ENCODER, LARGEST_TABLE, Family, Row, stack_of
 from fusectl.layout.axes import STACKED, PatternError, expand, parse_axes
 from fusectl.system.given import read_given
 
@@ -100,7 +100,7 @@ ROW: Mapping[str, _Kind] = {
     "path": _TEXT,
     "axes": _TEXT,
     "role": _TEXT,
-    "tied_head": _FLAG,
+    "before_head": _FLAG,
     "writes": _FLAG,
     "every": _COUNT,
     "first": _PLACE,
@@ -219,7 +219,7 @@ class _Draft:
         if self.mistakes:
             # What the rows are together can only be said of rows that make sense.
             return None
-        rows = self._settled(rows)
+        rows = self._settled(rows, network)
         grown = self._read_grown(found.get("grown"), rows)
         if not self.mistakes:
             self._check_flow(rows, grown)
@@ -303,7 +303,7 @@ class _Draft:
             self._wrong("an axis stack, and no roles of the kernels along it", at, "axes", axes, "stack")
         others = {key: value for key, value in values.items() if key not in {"path", "axes", "role"}}
         row = Row(path, axes, " ".join(roles), **others)
-        if "tied_head" in values:
+        if "before_head" in values:
             self._says_of_head |= set(names)
         if "stack" in spec.axes or len(roles) < 2:
             return [row]
@@ -313,25 +313,23 @@ class _Draft:
             return [row]
         return [replace(row, pattern=name, role=role) for name, role in zip(names, roles, strict=True)]
 
-    def _settled(self, rows: list[tuple[Row, range]]) -> list[tuple[Row, range]]:
-        """The rows with what they leave out: the tied head, and what writes the residual stream."""
+    def _settled(self, rows: list[tuple[Row, range]], network: Network) -> list[tuple[Row, range]]:
+        """The rows with what they leave out: the norm before the head, and what writes the residual stream."""
         plain = [row for row, _ in rows]
         roles = {role for row in plain for role in row.roles}
-        tied = any(row.tied_head for row in plain)
-        heads = [(row, at) for row, at in rows if _is_head(row)]
-        if tied and heads:
-            row, at = heads[0]
-            self._wrong("a head, and tied_head in another row: one or the other", at, "path", row.pattern)
-        if not (tied or heads or "final_norm" in roles):
-            says = 'no head: a row `embed -> vocab`, or one with role = "final_norm" or tied_head = true, whose norm'
+        marked = any(row.before_head for row in plain)
+        tied = not any(row.is_head for row in plain)
+        if tied and not marked and "final_norm" not in roles:
+            says = 'no head: a row `embed -> vocab`, or one with role = "final_norm" or before_head = true, whose norm'
             self._wrong(f"{says} stands before a head that is the embedding; classes are a vocab, too", None)
-        if not heads:
-            self._check_tied(rows)
+        by_role = tied or self._is_alone(rows, network)
+        if by_role or marked:
+            self._check_before_head(rows, carries=by_role or marked, tied=tied)
         normed = {projection for norm, projection in _NORMED.items() if norm in roles}
 
         def settled(row: Row) -> Row:
-            if row.role in {"final_norm", FINAL_BIAS} and not heads:
-                row = replace(row, tied_head=True)
+            if row.role in {"final_norm", FINAL_BIAS} and by_role and not self._says_of_head & set(row.alternatives):
+                row = replace(row, before_head=True)
             if row.writes is not None or "embed" not in row.spec.outputs:
                 return row
             if row.role in normed:
@@ -340,37 +338,84 @@ class _Draft:
 
         return [(settled(row), at) for row, at in rows]
 
-    def _check_tied(self, rows: Sequence[tuple[Row, range]]) -> None:
-        """That the factor of a tied head is carried by the scale of one norm, and by all that this norm adds.
+    def _before_head(self, rows: Sequence[tuple[Row, range]]) -> list[tuple[Row, range]]:
+        """The rows that say, or whose role says, that they are of the norm before the head."""
+        return [
+            (row, at)
+            for row, at in rows
+            if row.before_head
+            or (row.role in {"final_norm", FINAL_BIAS} and not self._says_of_head & set(row.alternatives))
+        ]
 
-        What adds to the stream once, and not in each layer, may stand before the head or elsewhere: no path tells.
+    def _scales(self, rows: Sequence[tuple[Row, range]]) -> int:
+        """How many norms may be the one before the head."""
+        return sum(len(row.alternatives) for row, _ in self._before_head(rows) if row.is_norm)
+
+    def _is_alone(self, rows: Sequence[tuple[Row, range]], network: Network) -> bool:
+        """Whether the roles tell that the last norm feeds an untied head and nothing else.
+
+        That head can carry the factor itself, and does where a second one, a tensor without a role or another stack
+        might read what the norm gives. A norm that multiplies with 1 + scale leaves it the factor, too: weight decay
+        would pull it to 1, and bfloat16 rounds (1 + scale) / K - 1 even for K = 2.
         """
-        tied = [(row, at) for row, at in rows if row.tied_head or row.role in {"final_norm", FINAL_BIAS}]
-        scales = [(row, at) for row, at in tied if row.is_norm]
-        for row, at in tied:
-            if not row.tied_head and self._says_of_head & set(row.alternatives):
-                self._wrong(
-                    "tied_head = false: of the norm before a head that is the embedding", at, "path", row.pattern
-                )
+        plain = [row for row, _ in rows]
+        names = [name for row in plain for name in row.alternatives]
+        heads = [row for row in plain if row.is_head]
+        return (
+            len(heads) == 1
+            and not _repeats(heads[0])
+            and all(row.roles for row in plain)
+            and not any(stack_of(name) == ENCODER for name in names)
+            and not any(row.optional for row in plain if row.role == "final_norm")
+            and not network.norm_adds_one
+            and not self._unclear(rows)
+            and self._scales(rows) == 1
+        )
+
+    def _unclear(self, rows: Sequence[tuple[Row, range]]) -> list[tuple[Row, range]]:
+        """The rows that add to the stream once, and not in each layer, where no path tells whether before the head."""
+        before = self._before_head(rows)
+        stacks = {stack_of(name) for row, _ in before for name in row.alternatives}
+        return [
+            (row, at)
+            for row, at in rows
+            if not row.spec.inputs
+            and row.spec.outputs == {"embed"}
+            and not ("layers" in row.spec.axes or "#" in row.pattern)
+            and row.role in {"", BIAS}
+            and (row, at) not in before
+            and not self._says_of_head >= set(row.alternatives)
+            and stacks & set(map(stack_of, row.alternatives))
+        ]
+
+    def _check_before_head(self, rows: Sequence[tuple[Row, range]], *, carries: bool, tied: bool) -> None:
+        """That the factor of the head is carried by the scale of one norm, and by all that this norm adds."""
+        before = self._before_head(rows)
+        scales = [(row, at) for row, at in before if row.is_norm]
+        for row, at in rows if carries else ():
+            if row.role in {"final_norm", FINAL_BIAS} and (row, at) not in before:
+                head = "a head that is the embedding" if tied else "the head, whose factor it carries"
+                self._wrong(f"before_head = false: of the norm before {head}", at, "path", row.pattern)
+        heads = [(row, at) for row, at in rows if row.is_head]
+        for row, at in heads[1:] if before else ():
+            self._wrong("before_head in another row, and two heads read that norm", at, "path", row.pattern)
+        for row, at in before:
+            if _repeats(row) or row.optional:
+                what = "optional" if row.optional else "one of each layer, or of several paths"
+                self._wrong(f"before_head: of one tensor that is always there, not {what}", at, "path", row.pattern)
         for row, at in scales[1:]:
-            says = f'tied_head: of one norm, and another row has it; of that norm\'s bias with role = "{FINAL_BIAS}"'
+            says = f'before_head: of one norm, and another row has it; of that norm\'s bias with role = "{FINAL_BIAS}"'
             self._wrong(says, at, "path", row.pattern)
-        if tied and not scales:
-            row, at = tied[0]
-            says = 'tied_head: of no norm; its scale needs it, too, or the role "final_norm"'
+        if before and not scales:
+            row, at = before[0]
+            says = 'before_head: of no norm; its scale needs it, too, or the role "final_norm"'
             self._wrong(says, at, "path", row.pattern)
-        stacks = {stack_of(name) for row, _ in tied for name in row.alternatives}
-        for row, at in rows:
-            of_layers = "layers" in row.spec.axes or "#" in row.pattern
-            if row.spec.inputs or row.spec.outputs != {"embed"} or of_layers or row.role not in {"", BIAS}:
-                continue
-            told = (row, at) in tied or self._says_of_head >= set(row.alternatives)
-            if not told and stacks & set(map(stack_of, row.alternatives)):
-                says = (
-                    f'added before the tied head or elsewhere? role = "{FINAL_BIAS}" if it is the last norm\'s, '
-                    "tied_head = false if not"
-                )
-                self._wrong(says, at, "path", row.pattern)
+        for row, at in self._unclear(rows):
+            says = (
+                f'added before the head or elsewhere? role = "{FINAL_BIAS}" if it is the last norm\'s, '
+                "before_head = false if not"
+            )
+            self._wrong(says, at, "path", row.pattern)
 
     def _read_grown(self, given: Sequence[Any] | None, rows: Sequence[tuple[Row, range]]) -> frozenset[str]:
         """The axes whose sizes add up."""
@@ -432,11 +477,11 @@ class _Draft:
         """That streams of several sources meet in the head alone."""
         for row, at in rows:
             spec = row.spec
-            if row.tied_head and (spec.inputs or spec.outputs != {"embed"}):
-                self._wrong("tied_head: of the norm before the head, `-> embed`", at, "axes", row.axes)
+            if row.before_head and (spec.inputs or spec.outputs != {"embed"}):
+                self._wrong("before_head: of the norm before the head, `-> embed`", at, "axes", row.axes)
             if row.writes and "embed" not in spec.outputs:
                 self._wrong("writes: it does not write embed, the residual stream", at, "axes", row.axes)
-            if spec.inputs & set(grown) and not spec.outputs & set(grown) and not _is_head(row):
+            if spec.inputs & set(grown) and not spec.outputs & set(grown) and not row.is_head:
                 shared = ", ".join(axis for axis in spec.axes if axis in spec.outputs) or "nothing"
                 says = f"reads what grows and writes {shared}, which does not: the sources' values would be added up"
                 hint = f"is {shared} to be in grown?" if shared != "nothing" else ""
@@ -446,7 +491,7 @@ class _Draft:
         at = self._network
         if network.embedding_power and not any(row.role == "embedding" for row, _ in rows):
             self._wrong("embedding_power: of the row with the role embedding, and there is none", at, "embedding_power")
-        if network.tied_logits_power and not any(row.tied_head for row, _ in rows):
+        if network.tied_logits_power and any(row.is_head for row, _ in rows):
             self._wrong("tied_logits_power: of a tied head, and this one is not", at, "tied_logits_power")
 
     # How it is told.
@@ -536,8 +581,9 @@ class _Draft:
         ]
 
 
-def _is_head(row: Row) -> bool:
-    return row.spec.inputs == {"embed"} and row.spec.outputs == {"vocab"}
+def _repeats(row: Row) -> bool:
+    """Whether a row stands for several tensors, or for those of several layers."""
+    return len(row.alternatives) > 1 or "#" in row.pattern or any(axis in STACKED for axis in row.spec.axes)
 
 
 def _meet(one: Row, other: Row) -> bool:

@@ -1,6 +1,6 @@
 """fusectl.json: how a checkpoint came to be. Trainers ignore it; noise-fill, verify and later fusions read it.
 
-{"schema": "fusectl/record/4", "version": …, "command": "fuse", "family": "t5-1.1", "parameters": "target/",
+{"schema": "fusectl/record/5", "version": …, "command": "fuse", "family": "t5-1.1", "parameters": "target/",
  "made": {"kind": "fused", "sources": [{"path": …, "format": …, "step": …, "fingerprint": …, "norm_groups": [512]}, …]},
  "weights": [0.5, 0.5], "widths": {"embed": [512, 512], …}, "norm_groups": [512, 512],
  "norm": "rule", "residual_scales": [1.0, 0.98], "network": {"tied_logits_power": -0.5, …}, "kv_repeats": [1, 1],
@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fusectl.errors import Corrupt, UsageError
-from fusectl.families.kinds import Norm
+from fusectl.families.kinds import FactorIn, Norm
 from fusectl.families.settings import T5, Network
 from fusectl.families.table import LARGEST_TABLE
 from fusectl.layout.fill import Fill
@@ -37,7 +37,7 @@ from fusectl.verbs import Converted, Fused, Made, SourceRecord
 
 
 FILE_NAME = "fusectl.json"
-SCHEMA = "fusectl/record/4"
+SCHEMA = "fusectl/record/5"
 _OWN_CRC32 = re.compile(rb',\n "crc32": "([0-9a-f]{8})"\n}\n\Z')
 # What a residual stream may be multiplied with, or its inverse: float32 holds the squares.
 _SMALLEST_SCALE = 1e-18
@@ -121,6 +121,8 @@ class Record:
     kv_repeats: tuple[int, ...] = ()
     # Whether tensors that do not grow are the weighted mean of the sources' instead of equal to each.
     means_shared: bool = False
+    # What carries the weights: the scale of the norm before the head, or the head.
+    factor_in: FactorIn = FactorIn.NORM
     # The text of the table of its family, where fusectl does not bring that along.
     table: str | None = field(default=None, repr=False)
     # Where the tree came from, if its format cannot tell.

@@ -73,7 +73,7 @@ def plan_fusion(
     first = opened[0]
     # Of the checks here those of names, shapes and dtypes come first, then the few tensors that do not grow, and last,
     # for --equalize, whole models; the optimizer's follow where its slots are planned.
-    fusion = line_up([o.tree for o in opened], shares, [o.label for o in opened])
+    fusion = line_up([o.tree for o in opened], shares, [o.label for o in opened], options.factor_in)
     _require_one_dtype(opened, options)
     _require_state_to_carry(opened, kv_repeats, options)
     fusion = replace(fusion, means_shared=shared_differ(opened, fusion, options))
@@ -99,6 +99,7 @@ def plan_fusion(
         network=first.tree.network,
         kv_repeats=kv_repeats,
         means_shared=fusion.means_shared,
+        factor_in=fusion.factor_in,
         table=first.tree.family.table,
     )
     builder = Builder(opened, options, out_format)

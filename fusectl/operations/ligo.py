@@ -105,6 +105,7 @@ def plan_with_operator(path: str, operator: Kept, options: Options) -> tuple[Pla
         fill=Fill(),
         residual_scales=(),
         kv_repeats=(),
+        factor_in=grown.family.factor_in,
     )
     because = f"a linear operator has made it ({operator.how}): its loss is for verify to tell"
     exactness = Exactness() if operator.keeps_function else Exactness(APPROXIMATE, (because,))

@@ -50,7 +50,14 @@ def plan_noise_fill(path: str, options: Options, *, copies: int | None = None) -
     if copies not in {None, len(record.weights)}:
         raise UsageError(f"--copies {copies}, but {opened.label} is a fusion of {len(record.weights)}")
     _refuse_widening(opened, options)
-    fusion = Fusion(opened.tree, record.weights, record.widths, record.residual_scales, record.means_shared)
+    fusion = Fusion(
+        opened.tree,
+        record.weights,
+        record.widths,
+        record.residual_scales,
+        factor_in=record.factor_in,
+        means_shared=record.means_shared,
+    )
     check_fill(fusion, options.fill)
     on_mesh = notes_on_mesh(options.mesh, opened.tree, opened.tree.shapes)
     out_format, item, naming = target_of(opened, options)
@@ -125,6 +132,7 @@ def _record_for(opened: Opened, copies: int | None) -> Record:
         made=Fused(),
         weights=(1.0 / copies,) * copies,
         widths=widths,
+        factor_in=opened.tree.family.factor_in,
         norm_groups=widths["embed"],
         network=opened.tree.network,
     )

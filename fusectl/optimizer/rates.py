@@ -49,7 +49,8 @@ def _rate(fusion: Fusion, parameter: str) -> Rate:
     row, grown = fusion.tree.rows[parameter], fusion.widths.keys()
     reads, writes = bool(row.spec.inputs & grown), bool(row.spec.outputs & grown)
     scale = stored_scale(fusion, row, 0)
-    other = "norm before the tied head" if row.tied_head else "embedding" if scale != 1.0 else "other"
+    before_head = "norm before the head" if row.is_norm else "bias before the head"
+    other = before_head if row.before_head and scale != 1.0 else "embedding" if scale != 1.0 else "other"
     kind = "kernel" if reads and writes else "head" if reads else other if writes else "shared"
     add_up = fusion.copies if reads and writes else 1
     adam = scale / add_up

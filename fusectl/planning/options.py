@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from fusectl.errors import UsageError
-from fusectl.families.kinds import Norm
+from fusectl.families.kinds import FactorIn, Norm
 from fusectl.formats.kinds import Codec
 from fusectl.layout.fill import Fill
 from fusectl.layout.mesh import Mesh
@@ -44,6 +44,8 @@ class Options:
     # Which norm the fused model is going to be trained with: the fusion rule's, or the fusion property's; None for the
     # sources' own, the rule's if they have one norm each.
     norm: Norm | None = None
+    # What carries the weights of the mean; None for the norm before the head where the family's table tells which one.
+    factor_in: FactorIn | None = None
     # What sources were trained on from: one for all of them, or one for each.
     lineages: tuple[Lineage | None, ...] = ()
     # The training step to be written; None for the first source's.
@@ -60,6 +62,7 @@ class Options:
             # Callers may name them in words.
             object.__setattr__(self, "optimizer", OnState(self.optimizer))
             object.__setattr__(self, "norm", None if self.norm is None else Norm(self.norm))
+            object.__setattr__(self, "factor_in", None if self.factor_in is None else FactorIn(self.factor_in))
             object.__setattr__(self, "codec", Codec(self.codec))
             # Arrays' dtypes go into indexes, whose msgpack takes plain text only.
             object.__setattr__(self, "dtype", None if self.dtype is None else str(self.dtype))

@@ -200,6 +200,7 @@ def summary(plan: Plan) -> Mapping[str, object]:
         "norm": plan.record.norm,
         "norm_groups": list(plan.record.norm_groups),
         "residual_scales": list(plan.record.residual_scales),
+        "factor_in": plan.record.factor_in,
         "fill": {
             "kind": plan.record.fill.kind,
             "noise_scale": plan.record.fill.noise_scale,

@@ -16,7 +16,12 @@ def own_record(opened: Opened, command: str) -> Record:
     """What a record says of a source's own model: what its own does, or that it is no fusion."""
     own, tree = opened.checkpoint.record, opened.tree
     if own is None:
-        own = Record(widths=widths_of([tree]), norm_groups=opened.norm_groups, network=tree.network)
+        own = Record(
+            widths=widths_of([tree]),
+            norm_groups=opened.norm_groups,
+            network=tree.network,
+            factor_in=tree.family.factor_in,
+        )
     return replace(
         own,
         version=fusectl.__version__,

@@ -4,8 +4,10 @@ One rule places every tensor, by the names of its axes:
 
     no grown axis                   shared: equal in all sources, or their weighted mean
     grown axes                      source i in cell (i, …, i) of them: one concatenates, two make a block diagonal
-    grown on the input side only    (the output head) K streams meet: times the source's weight
+    grown on the input side only    (the output head) K streams meet: times the source's weight, unless the norm before
+                                    it carries that: its scale feeds the head alone
     the embedding                   times (d / D) ** p, where embedded tokens are multiplied with width ** p (Gemma)
+    the norm before another head    times the source's weight, if it carries that and not the head
     the norm before a tied head     times weight * (d / D) ** (q - p), its logits being multiplied with width ** q (T5)
     all that writes to the stream   times the source's constant, where streams are made equally large (equalize.py);
                                     every norm divides by it again, and the norm before a tied head is divided by it
@@ -20,8 +22,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from fusectl.errors import Incompatible
+from fusectl.families.kinds import FactorIn
 from fusectl.families.recognized import Recognized
-from fusectl.families.table import EMBEDDING, Row
+from fusectl.families.table import EMBEDDING, Family, Row
 from fusectl.layout.blocks import Block, Layout, Noise, Product, Region, Term, whole
 from fusectl.layout.fill import Fill, FillKind
 
@@ -38,6 +41,8 @@ class Fusion:
     widths: Mapping[str, tuple[int, ...]]
     # What each source's residual stream is multiplied with.
     residual_scales: tuple[float, ...]
+    # What carries the weights: the scale of the norm before the head, or the head.
+    factor_in: FactorIn
     # Whether tensors that do not grow are the mean of the sources', which differ in them.
     means_shared: bool = False
 
@@ -76,8 +81,16 @@ class Fusion:
         return zip(self.tree.rows[name].spec.axes, self.tree.shapes[name], strict=True)
 
 
-def line_up(sources: Sequence[Recognized], weights: Sequence[float], labels: Sequence[str]) -> Fusion:
-    """The Fusion of these sources, streams as they are; raises Incompatible with all their differences, if any."""
+def line_up(
+    sources: Sequence[Recognized],
+    weights: Sequence[float],
+    labels: Sequence[str],
+    factor_in: FactorIn | None = None,
+) -> Fusion:
+    """The Fusion of these sources, streams as they are; raises Incompatible with all their differences, if any.
+
+    The factor of the mean is where the family has it unless `factor_in` says so.
+    """
     first = sources[0]
     uneven = [problem for source, label in zip(sources, labels, strict=True) for problem in _uneven(source, label)]
     if uneven:
@@ -93,7 +106,28 @@ def line_up(sources: Sequence[Recognized], weights: Sequence[float], labels: Seq
             details=differences,
             hint=_way_out(differences),
         )
-    return Fusion(first, tuple(weights), widths_of(sources), (1.0,) * len(sources))
+    return Fusion(
+        first,
+        tuple(weights),
+        widths_of(sources),
+        (1.0,) * len(sources),
+        factor_in=carrier(first.family, factor_in),
+    )
+
+
+def carrier(family: Family, wanted: FactorIn | None) -> FactorIn:
+    """What carries the factor of the mean, `wanted` or by default; raises Incompatible where a family has no such."""
+    if wanted == FactorIn.NORM and not any(row.before_head for row in family.rows):
+        raise Incompatible(
+            f"--factor-in norm: {family.name} has no norm that is known to feed the head alone",
+            hint="before_head = true in the row of that norm's scale, or --factor-in head",
+        )
+    if wanted == FactorIn.HEAD and family.tied:
+        raise Incompatible(
+            f"--factor-in head: the head of {family.name} is its embedding, which writes the stream, too",
+            hint="--factor-in norm",
+        )
+    return family.factor_in if wanted is None else wanted
 
 
 def _uneven(tree: Recognized, label: str) -> Iterator[str]:
@@ -205,20 +239,24 @@ def stored_scale(fusion: Fusion, row: Row, source: int) -> float:
     #     a * D**q * (d / D)**p * stream * (y E^T)  =  weight * d**q * (y E^T)
     # T5 1.0 has p = 0 and q = -1/2: each of K copies stores scale / sqrt(K), and not scale / K. Without a factor the
     # logits of K = 2 came out 1.41 times too large; those of an untied head came out twice as large.
-    if row.tied_head or row.role == EMBEDDING:
+    weight, by_norm = fusion.weights[source], fusion.factor_in == FactorIn.NORM
+    if row.role == EMBEDDING or (row.before_head and by_norm and fusion.tree.family.tied):
         widths = fusion.widths["embed"]
         part = widths[source] / sum(widths)
         embedded: float = part**network.embedding_power
         logits: float = part**network.tied_logits_power
-        return stream * embedded if row.role == EMBEDDING else fusion.weights[source] * logits / embedded / stream
+        return stream * embedded if row.role == EMBEDDING else weight * logits / embedded / stream
+    # Before an untied head the norm has divided by the stream's constant already. With the weight in its scale all
+    # chunks of the head pass through, and one vector is rounded instead of a matrix: in an mT5 the head is half of all
+    # bytes. Where the factor stands decides which gradient stays as it was: that of the scale here and the head's own
+    # there, where all others shrink to 1/K.
+    if row.before_head and by_norm:
+        return weight
     if row.writes_stream:
         return stream
-    # An untied head carries the weight itself. The norm before it could carry it as well, with logits equal to 9e-16,
-    # but a factor in the head follows from the axes alone, also in tables whose rows have no roles. It decides which
-    # gradient stays as it was: the head's own here, where all others shrink to 1/K.
     reads_streams = bool(row.spec.inputs & fusion.widths.keys())
     writes_streams = bool(row.spec.outputs & fusion.widths.keys())
-    return fusion.weights[source] if reads_streams and not writes_streams else 1.0
+    return weight if reads_streams and not writes_streams and not by_norm else 1.0
 
 
 def stored_offset(fusion: Fusion, row: Row, source: int) -> float:

@@ -94,7 +94,7 @@ class Growing:
         network, part = self.tree.network, self.tree.sizes["embed"] / self.grown.sizes["embed"]
         if role == EMBEDDING:
             return float(part**network.embedding_power)
-        if row.tied_head and self.tie == Tie.PAPER:
+        if row.before_head and self.tree.family.tied and self.tie == Tie.PAPER:
             return float(part ** (network.tied_logits_power - network.embedding_power))
         return 1.0
 

@@ -112,7 +112,7 @@ def _factor(growing: Growing, name: str, matrix: Array, init: str) -> Array | fl
     if name == "embed" and init != "random":
         copies = matrix.sum(axis=0)[np.argmax(matrix, axis=1)]
         return np.asarray(1.0 / np.sqrt(part * copies))[:, None]
-    if name == "decoder/final_norm" and any(row.tied_head for row in growing.tree.rows.values()):
+    if name == "decoder/final_norm" and growing.tree.family.tied:
         network = growing.tree.network
         # A tied head multiplies the scaled stream with the scaled table: n s**2 = D / d is what the first power takes
         # back.

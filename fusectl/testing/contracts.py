@@ -18,6 +18,7 @@ import pytest
 
 from fusectl.demo import parameter_shapes
 from fusectl.errors import Corrupt, FusectlError, Incompatible
+from fusectl.families.kinds import FactorIn
 from fusectl.families.recognition import match, recognize
 from fusectl.families.recognized import Recognized
 from fusectl.families.table import Family
@@ -100,11 +101,17 @@ class FamilyTests:
         for name, row in tree.rows.items():
             axes, grown = row.spec.axes, fusion.widths.keys()
             reads = [axis for axis in axes if axis in row.spec.inputs & grown]
-            if not reads:
-                continue
             source = rng.normal(size=tree.shapes[name])
             layout = fused(fusion, name, "float64", Fill(), [name] * copies)
             large = evaluate(layout, [{name: source}] * copies)
+            if row.before_head and not family.tied:
+                # What a norm multiplies with is its scale, or one more.
+                one = 1.0 if row.is_norm and tree.network.norm_adds_one else 0.0
+                weight = 1 / copies if fusion.factor_in == FactorIn.NORM else 1.0
+                divided = np.concatenate([(source + one) * weight - one] * copies)
+                np.testing.assert_allclose(large, divided, rtol=1e-12, atol=1e-12, err_msg=name)
+            if not reads:
+                continue
             left = [axis for axis in axes if axis not in reads]
             writes = [axis for axis in left if axis in row.spec.outputs & grown]
             inputs = rng.normal(size=[tree.sizes[axis] for axis in reads])
@@ -113,6 +120,9 @@ class FamilyTests:
                 repeated[_of_copy(i, reads, reads, repeated.shape, copies)] = inputs
             contracted = [axes.index(axis) for axis in reads]
             expected = np.tensordot(source, inputs, (contracted, range(len(reads))))
+            if row.is_head and fusion.factor_in == FactorIn.NORM:
+                # It sees copies that the scale of the norm before it has divided.
+                repeated = repeated / copies
             found = np.tensordot(large, repeated, (contracted, range(len(reads))))
             for i in range(copies):
                 own = found[_of_copy(i, left, writes, found.shape, copies)]

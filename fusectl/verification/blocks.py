@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from fusectl.families.kinds import FactorIn
 from fusectl.families.table import EMBEDDING, Row
 from fusectl.formats.record import Record
 from fusectl.formats.zarr import epsilon, np_dtype
@@ -30,6 +31,8 @@ class Blocks:
 
     row: Row
     record: Record
+    # Whether the head is the embedding.
+    tied: bool
 
     @property
     def sources(self) -> range:
@@ -66,14 +69,18 @@ class Blocks:
         embedded: float = part**network.embedding_power
         if self.row.role == EMBEDDING:
             return stream * embedded
-        if self.row.tied_head:
+        by_norm = self.record.factor_in == FactorIn.NORM
+        if self.row.before_head and by_norm:
+            if not self.tied:
+                return weight
             divided: float = part**network.tied_logits_power
             return weight * divided / embedded / stream
         if self.row.writes_stream:
             return stream
         # The planner asks which rows read what grows and write what does not; here it is the head by its axes. The two
         # agree for every table that is accepted, and a table that slipped through would fail here.
-        return weight if self.row.spec.inputs == {"embed"} and self.row.spec.outputs == {"vocab"} else 1.0
+        reads_stream = self.row.spec.inputs == {"embed"} and self.row.spec.outputs == {"vocab"}
+        return weight if reads_stream and not by_norm else 1.0
 
     @property
     def shared(self) -> bool:

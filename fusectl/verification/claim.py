@@ -10,20 +10,22 @@ from functools import cached_property
 import fusectl
 from fusectl.errors import Incompatible, NotFound, UsageError
 from fusectl.families.config import read_config
+from fusectl.families.kinds import FactorIn
 from fusectl.families.recognized import Recognized
 from fusectl.families.settings import Network
-from fusectl.families.table import Family
+from fusectl.families.table import Family, Row
 from fusectl.formats.objects import bucket_of
 from fusectl.formats.opening import fingerprint, open_checkpoint
 from fusectl.formats.record import Record, mean_weights, norm_groups
 from fusectl.formats.tree import Checkpoint
 from fusectl.layout.fill import DEFAULT_NOISE_SCALE, Fill, FillKind
-from fusectl.rules.fusion import widths_of
+from fusectl.rules.fusion import carrier, widths_of
 from fusectl.sources.kv_heads import expanded
 from fusectl.sources.lineage import Lineage, for_each, remembered
 from fusectl.sources.opened import Opened, own_family, recognized, require_widths
 from fusectl.sources.packed_qkv import unpacked
 from fusectl.verbs import Converted, Fused, Mapped, SourceRecord
+from fusectl.verification.blocks import Blocks
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class Declared:
     arch: str | None = None
     # A file that tells what the networks compute.
     config: str | None = None
+    # What carries the weights; None for what the record says, or for the default of the family.
+    factor_in: FactorIn | None = None
     # What the sources were trained on from, one for all or one for each.
     lineages: tuple[Lineage | None, ...] = ()
 
@@ -58,20 +62,26 @@ class Claim:
     record: Record
     # Sources whose files are no longer those that were fused, a sentence each.
     changed: tuple[str, ...] = ()
+    # What neither a record nor the caller says, and is taken for granted.
+    assumed: tuple[str, ...] = ()
 
     @property
     def source_groups(self) -> tuple[tuple[int, ...], ...]:
         """The norm groups of each source, as its own record has them."""
         return tuple(s.norm_groups for s in self.record.sources)
 
+    def blocks(self, row: Row) -> Blocks:
+        """The Blocks of a row's tensors."""
+        return Blocks(row, self.record, self.tree.family.tied)
+
     @property
     def notes(self) -> tuple[str, ...]:
         """What speaks against the claim before a value has been compared."""
         step, then = self.fused.step, self.sources[0].step
         if self.record.command or step == then:
-            return self.changed
+            return (*self.changed, *self.assumed)
         trained = f"step {step}, and {then} of its first source: what was trained on since cannot be verified"
-        return (*self.changed, f"no fusectl.json, {trained}")
+        return (*self.changed, f"no fusectl.json, {trained}", *self.assumed)
 
     @cached_property
     def distinct(self) -> tuple[int, ...]:
@@ -128,8 +138,9 @@ def make_claim(fused: Checkpoint, declared: Declared) -> Claim:
     seen = [by_place[place] for place in zip(paths, times, strict=True)]
     sources, trees = tuple(o.checkpoint for o in seen), tuple(o.tree for o in seen)
     changed = _changed(sources, record)
+    assumed = _assumed(tree.family) if record is None and declared.factor_in is None else ()
     record = _record(fused, record, sources, trees, declared, network)
-    claim = Claim(fused, tree, sources, trees, record, changed)
+    claim = Claim(fused, tree, sources, trees, record, changed, assumed)
     try:
         require_widths(tree, record, fused.path)
         _require_depths(claim)
@@ -157,6 +168,14 @@ def require_named(fused: Checkpoint, declared: Collection[str], named: Collectio
             details=("it would be asked with your credentials",),
             hint=f"--sources {shlex.join(sources)}" if sources else "copy the operator to this machine",
         )
+
+
+def _assumed(family: Family) -> tuple[str, ...]:
+    """What is taken for granted of a fusion without a record, where it might be otherwise."""
+    if family.tied:
+        return ()
+    other = FactorIn.HEAD if family.factor_in == FactorIn.NORM else FactorIn.NORM
+    return (f"no fusectl.json: the {family.factor_in} is taken to carry the factor of the mean (--factor-in {other})",)
 
 
 def _changed(sources: tuple[Checkpoint, ...], record: Record | None) -> tuple[str, ...]:
@@ -187,7 +206,11 @@ def _record(
     groups = then if tuple(map(sum, then)) == tuple(map(sum, own)) else own
     if record is None:
         record = replace(
-            nothing_known(), family=trees[0].family.name, weights=(1.0 / count,) * count, kv_repeats=(1,) * count
+            nothing_known(),
+            family=trees[0].family.name,
+            weights=(1.0 / count,) * count,
+            kv_repeats=(1,) * count,
+            factor_in=trees[0].family.factor_in,
         )
     if declared.sources or not record.sources:
         entries = tuple(
@@ -197,6 +220,8 @@ def _record(
     record = replace(record, norm_groups=tuple(width for each in groups for width in each))
     if declared.weights is not None:
         record = replace(record, weights=mean_weights(declared.weights, count))
+    if declared.factor_in is not None:
+        record = replace(record, factor_in=carrier(trees[0].family, declared.factor_in))
     record = replace(record, fill=_fill(record.fill, declared))
     if len(record.weights) != count:
         raise UsageError(f"{len(record.weights)} weights for {count} sources of {fused.path}")

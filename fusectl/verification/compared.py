@@ -18,7 +18,7 @@ from fusectl.layout.fill import FillKind
 # Both sides, the cast one and a mask.
 BYTES_PER_VALUE = 24
 # What the record of a copy, or of a model that is grown, says as its source's does.
-_OF_THE_MODEL = ("weights", "widths", "norm", "norm_groups", "residual_scales")
+_OF_THE_MODEL = ("weights", "widths", "norm", "norm_groups", "residual_scales", "factor_in")
 
 
 def count_differing(found: npt.NDArray[Any], expected: npt.NDArray[Any]) -> int:

@@ -27,7 +27,7 @@ from fusectl.networks.run import Model, Outcome, Passes, Shelf, head_of, plan_pa
 from fusectl.networks.stages import Part, Tap
 from fusectl.networks.tokens import Tokens
 from fusectl.system.threads import Progress
-from fusectl.verification.blocks import Blocks, within_rounding
+from fusectl.verification.blocks import within_rounding
 from fusectl.verification.claim import Claim
 from fusectl.verification.logits import LogitsComparison
 from fusectl.verification.report import Difference, FunctionResult, TraceRow
@@ -195,7 +195,7 @@ class _Comparison:
         Shifting noise is taken out, and the rounding of stored values undone where they are correctly rounded: a
         misplaced value is not, and stays.
         """
-        blocks = Blocks(self._claim.tree.rows[part.name], self._claim.record)
+        blocks = self._claim.blocks(self._claim.tree.rows[part.name])
         stored = self._shelf.of(self._claim.fused)(part)
         values = self._without_noise(part)
         if blocks.shared:
@@ -213,7 +213,7 @@ class _Comparison:
 
     def _without_noise(self, part: Part) -> Array:
         """The fused parameters as they are stored, in float64, but for noise that would shift the function."""
-        blocks = Blocks(self._claim.tree.rows[part.name], self._claim.record)
+        blocks = self._claim.blocks(self._claim.tree.rows[part.name])
         stored = self._shelf.of(self._claim.fused)(part)
         values = stored.astype(np.float64)
         if self._noise_shifts:
@@ -280,7 +280,7 @@ class _Comparison:
         """
         row = taps[0].row
         assert row is not None
-        blocks = Blocks(row, self._claim.record)
+        blocks = self._claim.blocks(row)
         parts = [np.asarray(tap.outputs, np.float64) * blocks.scale(i) for i, tap in enumerate(taps)]
         grown = [axis for axis, n in enumerate(shape) if parts[0].shape[axis] != n]
         return np.concatenate(parts, axis=grown[0]) if grown else np.asarray(sum(parts))
@@ -369,7 +369,7 @@ def _computed(claim: Claim) -> bool:
     noise.
     """
     record = claim.record
-    blocks = [(Blocks(row, record), i) for row in claim.tree.rows.values() for i in range(len(record.weights))]
+    blocks = [(claim.blocks(row), i) for row in claim.tree.rows.values() for i in range(len(record.weights))]
     # frexp's mantissa is 0.5 for powers of two alone, and multiplying by one of these rounds nothing.
     changed = any(math.frexp(each.scale(i))[0] != 0.5 or each.offset(i) for each, i in blocks)
     return record.fill.kind is FillKind.ANTISYMMETRIC or changed

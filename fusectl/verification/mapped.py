@@ -256,7 +256,8 @@ class _Dense:
         if role == "embedding":
             return float(part**network.embedding_power)
         paper = self._about["tie"] == "paper"
-        return float(part ** (network.tied_logits_power - network.embedding_power)) if row.tied_head and paper else 1.0
+        before_tied = row.before_head and self.grown.source_tree.family.tied
+        return float(part ** (network.tied_logits_power - network.embedding_power)) if before_tied and paper else 1.0
 
     @property
     def _part(self) -> float:

@@ -208,6 +208,7 @@ class Report:
             "norm": record.norm,
             "norm_groups": list(record.norm_groups),
             "residual_scales": list(record.residual_scales),
+            "factor_in": record.factor_in,
             **{name: None if r is None else dataclasses.asdict(r) for name, r in self.levels().items()},
             "function_seconds": self.function_seconds,
             "trace": [dataclasses.asdict(row) for row in self.trace],

@@ -23,7 +23,6 @@ from fusectl.layout.blocks import Region, intersect, shifted, slices, tiles, who
 from fusectl.optimizer.kinds import OnState
 from fusectl.optimizer.registry import find_state
 from fusectl.optimizer.state import Axes, OptimizerState, Order
-from fusectl.verification.blocks import Blocks
 from fusectl.verification.claim import Claim
 
 
@@ -53,7 +52,7 @@ class Slots:
 
     def expected(self, parameter: str, slot: str, kept: Axes, region: Region) -> Array:
         """The values of a region of a slot in float64."""
-        if Blocks(self._claim.tree.rows[parameter], self._claim.record).shared:
+        if self._claim.blocks(self._claim.tree.rows[parameter]).shared:
             return self._of_shared(parameter, slot, kept, region)
         out = np.zeros(tuple(map(len, region)))
         first_only = self._claim.record.optimizer == OnState.ASYMMETRIC
@@ -95,7 +94,7 @@ class Slots:
         return np.asarray(sum(roots) ** 2)
 
     def _cells(self, parameter: str) -> Iterator[tuple[int, int, Region]]:
-        blocks = Blocks(self._claim.tree.rows[parameter], self._claim.record)
+        blocks = self._claim.blocks(self._claim.tree.rows[parameter])
         shape = self._claim.tree.shapes[parameter]
         for i in blocks.sources:
             yield i, i, tuple(range(n)[cut] for n, cut in zip(shape, blocks.own(i), strict=True))
@@ -159,12 +158,12 @@ class Slots:
 
     def _gradient(self, parameter: str, source: int) -> float:
         """What the source's gradients are multiplied with."""
-        blocks = Blocks(self._claim.tree.rows[parameter], self._claim.record)
+        blocks = self._claim.blocks(self._claim.tree.rows[parameter])
         return self._claim.record.weights[source] / blocks.scale(source)
 
     def _growth(self, parameter: str) -> float:
         """The fused parameter's RMS over the source's, if all sources had one."""
-        blocks = Blocks(self._claim.tree.rows[parameter], self._claim.record)
+        blocks = self._claim.blocks(self._claim.tree.rows[parameter])
         fused = math.prod(self._claim.tree.shapes[parameter])
         sizes = [math.prod(tree.shapes[parameter]) for tree in self._claim.trees]
         return math.sqrt(sum(blocks.scale(i) ** 2 * n / fused for i, n in enumerate(sizes)))

@@ -30,7 +30,7 @@ from fusectl.optimizer.registry import find_state
 from fusectl.optimizer.state import is_state
 from fusectl.sources.packed_qkv import place_of
 from fusectl.system.threads import Progress, in_parallel
-from fusectl.verification.blocks import Blocks, Slices, unit, within_rounding
+from fusectl.verification.blocks import Slices, unit, within_rounding
 from fusectl.verification.claim import Claim
 from fusectl.verification.report import WeightsResult
 from fusectl.verification.slots import Slots
@@ -146,7 +146,7 @@ class _Tensor:
 
     def __init__(self, claim: Claim, name: str, row: Row, progress: Progress) -> None:
         self.name = name
-        self.blocks = Blocks(row, claim.record)
+        self.blocks = claim.blocks(row)
         self._claim = claim
         self._progress = progress
         self._fused = claim.tree.full(name)
@@ -462,7 +462,7 @@ def _other_order(claim: Claim) -> list[str]:
     norms = [
         name
         for name, row in claim.tree.rows.items()
-        if not row.spec.inputs and not row.tied_head and "stack" not in row.spec.axes and "embed" in row.spec.outputs
+        if not row.spec.inputs and not row.before_head and "stack" not in row.spec.axes and "embed" in row.spec.outputs
     ]
     scales = [[claim.sources[i].read(claim.trees[i].full(name)) for name in norms] for i in range(len(claim.sources))]
     fused = [claim.fused.read(claim.tree.full(name)) for name in norms]

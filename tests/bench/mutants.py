@@ -34,10 +34,18 @@ class Fault(NamedTuple):
 
 
 FAULTS = {
-    "the head's weight": Fault(
+    "the factor in neither the norm nor the head": Fault(
+        "rules/fusion.py", "    if row.before_head and by_norm:\n        return weight\n", ""
+    ),
+    "the factor in both of them": Fault(
         "rules/fusion.py",
-        "return fusion.weights[source] if reads_streams and not writes_streams else 1.0",
-        "return 1.0",
+        "if reads_streams and not writes_streams and not by_norm",
+        "if reads_streams and not writes_streams",
+    ),
+    "another source's factor": Fault(
+        "rules/fusion.py",
+        "weight, by_norm = fusion.weights[source],",
+        "weight, by_norm = fusion.weights[source - 1],",
     ),
     "the offset of 1 + scale": Fault(
         "rules/fusion.py", "if row.is_norm and fusion.tree.network.norm_adds_one else 0.0", "if False else 0.0"

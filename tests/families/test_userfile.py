@@ -122,7 +122,7 @@ def as_toml(family) -> str:
     for row in family.rows:
         lines += ["[[row]]", f'path = "{row.pattern}"', f'axes = "{row.axes}"']
         lines += [f'role = "{row.role}"'] if row.role else []
-        lines += ["tied_head = true"] if row.tied_head and not row.role else []
+        lines += ["before_head = true"] if row.before_head and not row.role else []
         lines += [f"every = {row.every}", f"first = {row.first}"] if row.every > 1 else []
         lines += ["optional = true"] if row.optional else []
     return "\n".join(lines)
@@ -138,7 +138,7 @@ def test_every_family_can_be_written_as_a_file(name):
     found = parse_family(as_toml(family), "my.toml")
 
     def same(row):
-        return row.pattern, row.axes, row.role, row.tied_head, row.writes_stream, row.every, row.first, row.optional
+        return row.pattern, row.axes, row.role, row.before_head, row.writes_stream, row.every, row.first, row.optional
 
     assert list(map(same, found.rows)) == list(map(same, family.rows))
     assert found.grown == grown_of(family)
@@ -255,7 +255,7 @@ ROW_OF_DOWN = 'path = "decoder/layers_#/mlp/wo/kernel"'
         ('role = "query"', "first = 9999999999", "not a number of layers", "9999999999"),
         ('role = "query"', 'optional = "yes"', "'yes', not true or false", "yes"),
         ('role = "query"', "writes = true", "it does not write embed", "embed -> heads"),
-        ('role = "query"', "tied_head = true", "a head, and tied_head in another row", "decoder/logits_dense"),
+        ('role = "query"', "before_head = true", "before_head: of one tensor that is always there", "decoder/layers_#"),
         ('"mlp -> embed"\nrole = "down"', '"stack mlp -> embed"', "no roles of the kernels along it", "stack"),
         ('"embed -> mlp"\nrole = "gate up"', '"embed -> ffn"', "writes ffn, which does not", "embed -> ffn"),
         ('"embed -> vocab"\nrole = "head"', '"embed -> classes"', "writes classes, which does not", "embed -> classes"),
@@ -297,7 +297,7 @@ def test_a_family_needs_a_head():
     norm = '\n[[row]]\npath = "decoder/decoder_norm/scale"\naxes = "-> embed"\n'
     assert "no head" in mistakes(headless + norm)[0]
     assert parse_family(headless + norm + 'role = "final_norm"', "my.toml").tied
-    assert parse_family(headless + norm + "tied_head = true", "my.toml").tied
+    assert parse_family(headless + norm + "before_head = true", "my.toml").tied
     assert not parse_family(LLAMA, "my.toml").tied
 
 
@@ -386,7 +386,7 @@ def test_a_family_that_fusectl_knows_fuses_to_the_same_bytes_from_a_file(table, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["maxtext-gemma2-tied-scanned", "gemma3-qkv"])
-def test_stacks_groups_of_layers_and_tied_heads_are_those_of_the_families_here(name, tmp_path, fusectl):
+def test_stacks_groups_of_layers_and_before_heads_are_those_of_the_families_here(name, tmp_path, fusectl):
     (tmp_path / "my.toml").write_text(as_toml(family_named(name)))
     source = checkpoint(tmp_path / "a", name, format="orbax")
     for at, arch in (("known", name), ("own", tmp_path / "my.toml")):
@@ -651,8 +651,8 @@ def small_gpt(tmp_path):
     ("scale", "bias"),
     [
         ('role = "final_norm"', 'role = "final_norm_bias"'),
-        ("tied_head = true", 'role = "final_norm_bias"'),
-        ("tied_head = true", 'role = "bias"\ntied_head = true\nwrites = false'),
+        ("before_head = true", 'role = "final_norm_bias"'),
+        ("before_head = true", 'role = "bias"\nbefore_head = true\nwrites = false'),
     ],
 )
 def test_the_bias_of_the_norm_before_a_tied_head_carries_the_factor(small_gpt, tmp_path, fusectl, scale, bias):
@@ -672,12 +672,12 @@ def test_the_bias_of_the_norm_before_a_tied_head_carries_the_factor(small_gpt, t
     ("scale", "bias", "says"),
     [
         # Fused with the first two of these, the logits were off by 3.15, and verify had nothing to say.
-        ('role = "final_norm"', 'role = "bias"\nwrites = false', "added before the tied head or elsewhere?"),
-        ("", 'role = "bias"\ntied_head = true', "tied_head: of no norm"),
-        ('role = "final_norm"', "", "added before the tied head or elsewhere?"),
+        ('role = "final_norm"', 'role = "bias"\nwrites = false', "added before the head or elsewhere?"),
+        ("", 'role = "bias"\nbefore_head = true', "before_head: of no norm"),
+        ('role = "final_norm"', "", "added before the head or elsewhere?"),
         # Without a role it may be another norm's scale.
-        ('role = "final_norm"', "tied_head = true", "of one norm, and another row has it"),
-        ("tied_head = true", 'role = "final_norm"', "of one norm, and another row has it"),
+        ('role = "final_norm"', "before_head = true", "of one norm, and another row has it"),
+        ("before_head = true", 'role = "final_norm"', "of one norm, and another row has it"),
     ],
 )
 def test_tables_that_would_split_the_factor_of_a_tied_head_are_refused(scale, bias, says):
@@ -690,5 +690,5 @@ def test_a_bias_that_is_elsewhere_says_so(small_gpt, tmp_path, fusectl):
     table = gpt('role = "final_norm"', 'role = "final_norm_bias"')
     elsewhere = '[[row]]\npath = "ln_e/bias"\naxes = "-> embed"\nrole = "bias"\n'
 
-    assert "added before the tied head or elsewhere?" in mistakes(table + elsewhere)[0]
-    assert parse_family(table + elsewhere + "tied_head = false", "gpt.toml").tied
+    assert "added before the head or elsewhere?" in mistakes(table + elsewhere)[0]
+    assert parse_family(table + elsewhere + "before_head = false", "gpt.toml").tied

@@ -35,7 +35,7 @@ def rescaled(source, at, factor):
     for name, row in tree.rows.items():
         if row.writes_stream:
             values[tree.full(name)] *= np.float32(factor)
-        elif row.tied_head:
+        elif row.before_head and tree.family.tied:
             values[tree.full(name)] /= np.float32(factor)
     save(at, values, "t5x")
     return str(at)

@@ -38,6 +38,23 @@ def fuse(fusectl, *arguments):
     return done.out.strip()
 
 
+@pytest.mark.parametrize(("first", "then"), [("head", "norm"), ("norm", "head")])
+def test_fusions_whose_factor_is_elsewhere_are_fused_and_proved(pair, tmp_path, fusectl, first, then):
+    one = fuse(fusectl, *pair, "--weights", "0.7,0.3", "--factor-in", first, "-o", tmp_path / "one")
+    other = fuse(fusectl, *pair, "--weights", "0.7,0.3", "--factor-in", then, "-o", tmp_path / "other")
+    both = fuse(fusectl, one, other, "--norm", "property", "-o", tmp_path / "both")
+
+    assert [open_checkpoint(path).record.factor_in for path in (one, other, both)] == [first, then, "norm"]
+    for path in (one, other, both):
+        assert fusectl("verify", path, "--levels", "files,weights").code == 0
+    # Without a record it has to be told: the default is the norm.
+    Path(one, FILE_NAME).unlink()
+    told = ("verify", one, "--sources", *pair, "--weights", "0.7,0.3", "--levels", "weights")
+    assert fusectl(*told).code == (3 if first == "head" else 0)
+    assert fusectl(*told, "--factor-in", first).code == 0
+    assert fusectl(*told, "--factor-in", then).code == 3
+
+
 @pytest.fixture
 def pair(tmp_path):
     return checkpoint(tmp_path / "a", seed=0), checkpoint(tmp_path / "b", seed=1)

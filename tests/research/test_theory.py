@@ -252,8 +252,9 @@ def test_the_coordinates_are_the_sources_as_they_are(pair):
         for name, values in space.of_source(point, i).items():
             np.testing.assert_array_equal(values, source.checkpoint.read(source.full(name)))
     stored = space.stored(as_jax(point))
-    head = source.checkpoint.read(source.full("decoder/logits_dense/kernel"))
-    np.testing.assert_array_equal(stored["decoder/logits_dense/kernel"], np.concatenate([head, head]) / 2)
+    for name, times in (("decoder/logits_dense/kernel", 1), ("decoder/decoder_norm/scale", 0.5)):
+        one = source.checkpoint.read(source.full(name))
+        np.testing.assert_array_equal(stored[name], np.concatenate([one, one]) * times)
     kernel = point["encoder/layers_0/mlp/wi_0/kernel"]
     assert not any(kernel[slices(region)].any() for region in space.zeros("encoder/layers_0/mlp/wi_0/kernel"))
     assert len(space.zeros("encoder/layers_0/mlp/wi_0/kernel")) == 2

@@ -10,10 +10,10 @@ from models import ALL_NAMES, FAMILY_NAMES, LAYERS, SIZES, sizes_of, state, wide
 
 from fusectl.errors import Incompatible
 from fusectl.families.recognition import recognize
-from fusectl.families.registry import family_named
+from fusectl.families.registry import FAMILIES, family_named
 from fusectl.layout.blocks import Noise, Product, Term
 from fusectl.layout.fill import Fill
-from fusectl.rules.fusion import check_fill, fused, line_up
+from fusectl.rules.fusion import carrier, check_fill, fused, line_up
 
 
 widths = st.integers(1, 9)
@@ -63,10 +63,10 @@ def test_kernels_become_the_block_matrix_that_numpy_makes(models, data):
     trees = [tree("t5-1.1", embed=e, heads=h, mlp=m, layers={"encoder": 1, "decoder": 1}) for e, h, m in models]
     weights = np.array([data.draw(st.floats(0.1, 1)) for _ in trees])
     weights /= weights.sum()
-    fusion = line_up(trees, list(weights), [str(i) for i in range(len(trees))])
     rng = np.random.default_rng(0)
 
-    def check(name, expected):
+    def check(name, expected, factor_in=None):
+        fusion = line_up(trees, list(weights), [str(i) for i in range(len(trees))], factor_in)
         values = [rng.normal(size=t.shapes[name]) for t in trees]
         layout = fused(fusion, name, "float64", Fill(), [name] * len(trees))
         assert np.array_equal(evaluate(layout, values), expected(values)), name
@@ -80,8 +80,12 @@ def test_kernels_become_the_block_matrix_that_numpy_makes(models, data):
     check("decoder/layers_0/self_attention/out/kernel", blocks)
     check("token_embedder/embedding", np.hstack)
     check("encoder/relpos_bias/rel_embedding", np.vstack)
-    check("decoder/decoder_norm/scale", np.concatenate)
-    check("decoder/logits_dense/kernel", lambda v: np.vstack([w * x for w, x in zip(weights, v)]))
+    weighted = lambda v: np.concatenate([w * x for w, x in zip(weights, v)])
+    check("decoder/decoder_norm/scale", weighted)
+    check("decoder/logits_dense/kernel", np.vstack)
+    check("encoder/encoder_norm/scale", np.concatenate)
+    check("decoder/decoder_norm/scale", np.concatenate, "head")
+    check("decoder/logits_dense/kernel", weighted, "head")
 
 
 @given(models=st.lists(st.tuples(widths, widths, widths), min_size=2, max_size=4))
@@ -102,12 +106,12 @@ def test_the_tied_head_makes_the_divided_logits_their_mean(models):
     np.testing.assert_allclose(logits, mean, rtol=1e-12, atol=1e-14)
 
 
-def factor(tree, name, weight, part):
+def factor(tree, name, weight, part, factor_in):
     """What a source's values are multiplied with, as its network needs it; `part` is its share of the width.
 
     The gemma package multiplies what it embeds with the square root of the width; T5 1.0 and MaxText, but for Qwen,
     divide a tied head's logits by it. A tied head is the embedding, so the norm before it has to make up for both;
-    another head takes the weight itself.
+    with another head either of the two takes the weight.
     """
     row = tree.rows[name]
     tied = not any("head" in each.roles for each in tree.rows.values())
@@ -117,19 +121,23 @@ def factor(tree, name, weight, part):
     if row.role == "embedding":
         return embedded
     if row.role == "head":
-        return weight
-    if row.role == "final_norm" and tied and not name.startswith("encoder"):
-        return weight * logits / embedded
+        return weight if factor_in == "head" else 1.0
+    if row.role == "final_norm" and not name.startswith("encoder"):
+        return weight * logits / embedded if tied else weight if factor_in == "norm" else 1.0
     return 1.0
 
 
-@pytest.mark.parametrize("family", ALL_NAMES)
-def test_every_tensor_of_every_family_stands_where_its_axes_say(family):
+UNTIED = [name for name in ALL_NAMES if not family_named(name).tied]
+PLACES = [*((family, "norm") for family in ALL_NAMES), *((family, "head") for family in UNTIED)]
+
+
+@pytest.mark.parametrize(("family", "factor_in"), PLACES)
+def test_every_tensor_of_every_family_stands_where_its_axes_say(family, factor_in):
     """Three models, one of them wider: each tensor against a loop over its entries' places."""
     usual, wide = sizes_of(family_named(family)), wider_of(family_named(family))
     weights, sources = (0.5, 0.3, 0.2), [state(family, seed, each) for seed, each in enumerate((usual, wide, usual))]
     found = [recognize({n: v.shape for n, v in each.items()}, "here", family) for each in sources]
-    fusion = line_up(found, weights, ["a", "b", "c"])
+    fusion = line_up(found, weights, ["a", "b", "c"], factor_in)
     full = {name.removeprefix("target/").removeprefix("params/params/"): name for name in sources[0]}
     total = 2 * usual["embed"] + wide["embed"]
 
@@ -145,7 +153,7 @@ def test_every_tensor_of_every_family_stands_where_its_axes_say(family):
         ends = np.zeros(len(wider), int)
         for value, weight, tree in zip(values, weights, found):
             at = tuple(slice(e, e + n) if w else slice(n) for e, n, w in zip(ends, value.shape, wider))
-            times = factor(tree, name, weight, tree.sizes["embed"] / total)
+            times = factor(tree, name, weight, tree.sizes["embed"] / total, factor_in)
             # The gemma package's norms multiply with 1 + scale.
             one = 1.0 if family.startswith("gemma") and row.is_norm else 0.0
             expected[at] = times * (value + one) - one
@@ -199,3 +207,18 @@ def test_all_differences_of_all_sources_are_listed_together():
         "axis 'vocab' is shared but differs: 41 in A, 42 in B",
         "head_dim (joined_kv / heads) is shared but differs: 5 in A, 7 in C",
     ]
+
+
+@pytest.mark.parametrize(
+    ("family", "factor_in", "says"),
+    [("t5-1.0", "head", "its embedding, which writes the stream"), ("maxtext-qwen2-tied", "head", "is its embedding")],
+)
+def test_a_factor_that_has_no_place_is_refused(family, factor_in, says):
+    with pytest.raises(Incompatible, match=says):
+        carrier(family_named(family), factor_in)
+
+
+def test_the_factor_is_in_the_norm_wherever_a_family_has_one():
+    assert {family.factor_in for family in FAMILIES} == {"norm"}
+    before = {name: [row.pattern for row in family_named(name).rows if row.before_head] for name in ALL_NAMES}
+    assert {len(rows) for rows in before.values()} == {1}

@@ -226,8 +226,8 @@ def test_staged_fusion_tracks_its_norm_groups(written, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("copies", "variant"), diagonals([4, 2, 3], ["t5_1_0", "t5_1_1"]))
 def test_what_storing_in_bfloat16_costs_is_undone_in_the_algebra_and_said(written, tmp_path, variant, copies):
-    """A tied head stores scale / sqrt(K), an untied one W / K: bfloat16 rounds both by up to 2**-9 unless K is a power
-    of 4 or of 2.
+    """Before a tied head scale / sqrt(K) is stored, before an untied one scale / K: bfloat16 rounds both by up to 2**-9
+    unless K is a power of 4 or of 2.
     """
     opened = open_checkpoint(seed(written, variant, 0))
     stored = {n: opened.read(n).astype("bfloat16" if n.startswith("target/") else "float32") for n in opened.leaves}

@@ -3,8 +3,9 @@
     theta = (theta_1 … theta_K, theta_0)      the small models' parameters as they are, and the zero blocks between them
 
 A tensor of theta has the fused shape: source k in its own cell, theta_0 in the others. What is stored may be a multiple
-of it: the head of K models is divided by K, the last norm of a tied one by less. Here it is stored = scale * theta, and
-so one gradient rule holds for all tensors (the lemmas). A point is the dict of its tensors, by their names.
+of it: the norm before the head of K models, or that head, is divided by K, the norm before a tied one by less. Here
+stored = scale * theta, and so one gradient rule holds for all tensors (the lemmas). A point is the dict of its tensors,
+by their names.
 """
 
 from __future__ import annotations
@@ -89,7 +90,8 @@ class Space:
     def start(self) -> dict[str, Array]:
         """The point right after the fusion, theta_0 = 0; raises Corrupt for a NaN or Inf in a source."""
         # The point is filled with the sources' values and not with what is stored: in these coordinates a copy's
-        # gradient is 1/K of the small model's for every tensor, the head included, and the lemmas need no exceptions.
+        # gradient is 1/K of the small model's for every tensor, the norm before the head included, and the lemmas need
+        # no exceptions.
         point = {name: np.zeros(layout.shape, self.dtype) for name, layout in self.layouts.items()}
         for name, tensor in point.items():
             read: dict[Opened, Array] = {}
