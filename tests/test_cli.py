@@ -776,18 +776,25 @@ def test_inspecting_a_thousand_tensors_costs_less_than_half_a_second_of_cpu(tmp_
     path = checkpoint(tmp_path / "a", layers={"encoder": 9, "decoder": 9}, format=format)
     assert len(open_checkpoint(path).leaves) >= 1000
 
-    assert least_cpu_s(tmp_path / "cache", "inspect", path) < 0.5
+    cpu_s, imports_s = least_cpu_s(
+        tmp_path / "cache", ["inspect", path], "numpy, tensorstore, msgpack, rich.console, typer"
+    )
+    # Where the machine is slower than that, its libraries alone cost as much: measured 0.525 and 0.446 s side by side.
+    assert cpu_s < max(0.5, 1.4 * imports_s)
 
 
 @pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.parametrize("argv", [["--help"], ["fuse", "--help"]])
 def test_help_costs_less_than_150_ms_of_cpu(argv, tmp_path):
-    assert least_cpu_s(tmp_path / "cache", *argv) < 0.150
+    cpu_s, imports_s = least_cpu_s(tmp_path / "cache", argv, "typer, dataclasses, inspect, typing")
+    # Measured 0.116 and 0.106 s side by side.
+    assert cpu_s < max(0.150, 1.4 * imports_s)
 
 
-def least_cpu_s(cache, *argv):
-    """The least CPU time of several runs: other work on the machine can only add to it.
+def least_cpu_s(cache, argv, modules):
+    """The least CPU times of several runs, of the program and of importing modules, in turn: other work on the machine
+    can only add to it.
 
     Compiled modules are kept in `cache`, as those of an installed program are.
     """
@@ -796,14 +803,14 @@ def least_cpu_s(cache, *argv):
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     environment["PYTHONPYCACHEPREFIX"] = str(cache)
 
-    def once():
+    def once(*command):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        command = [sys.executable, "-m", "fusectl", *argv]
-        subprocess.run(command, capture_output=True, timeout=60, check=True, env=environment)
+        subprocess.run([sys.executable, *command], capture_output=True, timeout=60, check=True, env=environment)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    return min(once() for _ in range(7))
+    runs = [(once("-m", "fusectl", *argv), once("-c", f"import {modules}")) for _ in range(7)]
+    return map(min, zip(*runs, strict=True))
 
 
 def test_arguments_after_an_option_are_gathered_until_the_next_option():
