@@ -24,9 +24,9 @@ def diagonals(one: Sequence[Any], other: Sequence[Any]) -> list[Any]:
     return [exhaustive(a, b) if place % step else (a, b) for place, a, b in pairs]
 
 
-def thinned(cases: Iterable[Any], every: int = 2) -> list[Any]:
-    """All cases, exhaustive but for every second one, or so."""
-    return [case if i % every == 0 else _marked(exhaustive, case) for i, case in enumerate(cases)]
+def thinned(cases: Iterable[Any], every: int = 2, mark: Callable[..., Any] = exhaustive) -> list[Any]:
+    """All cases, marked but for every second one, or so."""
+    return [case if i % every == 0 else _marked(mark, case) for i, case in enumerate(cases)]
 
 
 def covered(cases: Iterable[Any], parts: Callable[[Any], Collection[Any]]) -> list[Any]:
@@ -34,27 +34,28 @@ def covered(cases: Iterable[Any], parts: Callable[[Any], Collection[Any]]) -> li
     seen: set[Any] = set()
     found = []
     for case in cases:
-        own = set(parts(case.values if isinstance(case, ParameterSet) else case))
+        own = set(parts(_values(case)))
         found.append(_marked(exhaustive, case) if own <= seen else case)
         seen |= own
     return found
 
 
 def some_soon(cases: Iterable[Any], chosen: Callable[[Any], bool]) -> list[Any]:
-    """All cases, slow but for those chosen. What is exhaustive and not chosen stays so."""
-    found = []
-    for case in cases:
-        marked = isinstance(case, ParameterSet)
-        values = case.values if marked else case
-        if chosen(values[0] if isinstance(values, tuple) and len(values) == 1 else values):
-            found.append(pytest.param(*values) if marked else case)
-        else:
-            found.append(case if marked else _marked(slow, case))
-    return found
+    """All cases, slow but for those chosen. What is marked already and not chosen stays so."""
+    return [
+        _values(case) if chosen(_values(case)) else case if isinstance(case, ParameterSet) else _marked(slow, case)
+        for case in cases
+    ]
+
+
+def _values(case: Any) -> Any:
+    """What a case gives a test, without its marks: a tuple of several values, or the only one."""
+    values = case.values if isinstance(case, ParameterSet) else case
+    return values[0] if isinstance(values, tuple) and len(values) == 1 else values
 
 
 def _marked(mark: Callable[..., Any], case: Any) -> Any:
-    values = case.values if isinstance(case, ParameterSet) else case
+    values = _values(case)
     return mark(*values) if isinstance(values, tuple) else mark(values)
 
 

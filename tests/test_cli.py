@@ -11,6 +11,7 @@ import time
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
+from statistics import median
 
 import numpy as np
 import pytest
@@ -776,25 +777,25 @@ def test_inspecting_a_thousand_tensors_costs_less_than_half_a_second_of_cpu(tmp_
     path = checkpoint(tmp_path / "a", layers={"encoder": 9, "decoder": 9}, format=format)
     assert len(open_checkpoint(path).leaves) >= 1000
 
-    cpu_s, imports_s = least_cpu_s(
+    cpu_s, times_imports = cpu_of(
         tmp_path / "cache", ["inspect", path], "numpy, tensorstore, msgpack, rich.console, typer"
     )
     # Where the machine is slower than that, its libraries alone cost as much: measured 0.525 and 0.446 s side by side.
-    assert cpu_s < max(0.5, 1.4 * imports_s)
+    assert cpu_s < 0.5 or times_imports < 1.3
 
 
 @pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.parametrize("argv", [["--help"], ["fuse", "--help"]])
 def test_help_costs_less_than_150_ms_of_cpu(argv, tmp_path):
-    cpu_s, imports_s = least_cpu_s(tmp_path / "cache", argv, "typer, dataclasses, inspect, typing")
+    cpu_s, times_imports = cpu_of(tmp_path / "cache", argv, "typer, dataclasses, inspect, typing")
     # Measured 0.116 and 0.106 s side by side.
-    assert cpu_s < max(0.150, 1.4 * imports_s)
+    assert cpu_s < 0.150 or times_imports < 1.3
 
 
-def least_cpu_s(cache, argv, modules):
-    """The least CPU times of several runs, of the program and of importing modules, in turn: other work on the machine
-    can only add to it.
+def cpu_of(cache, argv, modules):
+    """The least CPU time of several runs, since other work on the machine can only add to it; and the median of what it
+    is of the CPU time of importing modules, which is measured in turn.
 
     Compiled modules are kept in `cache`, as those of an installed program are.
     """
@@ -810,7 +811,7 @@ def least_cpu_s(cache, argv, modules):
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
     runs = [(once("-m", "fusectl", *argv), once("-c", f"import {modules}")) for _ in range(7)]
-    return map(min, zip(*runs, strict=True))
+    return min(own for own, _ in runs), median(own / imports for own, imports in runs)
 
 
 def test_arguments_after_an_option_are_gathered_until_the_next_option():

@@ -91,15 +91,17 @@ def run(arguments: Sequence[str]) -> int:
         # from 140 to 88 ms of CPU.
         listed = "_FUSECTL_COMPLETE" not in os.environ and not {*argv} - HELP
         # Typer by itself would end with 1 where a pipe is closed.
-        code = _with_only(command, listed=listed)(args=argv, prog_name="fusectl", standalone_mode=False)
+        try:
+            code = _with_only(command, listed=listed)(args=argv, prog_name="fusectl", standalone_mode=False)
+        except SystemExit as error:
+            # Typer exits for a broken pipe, and also once it has completed a word for a shell.
+            if isinstance(error.__context__, OSError):
+                raise
+            code = error.code if isinstance(error.code, int) else error.code is not None
         sys.stdout.flush()
     except typer.TyperException as error:
         return screen.usage_error(error)
-    except (BrokenPipeError, SystemExit) as error:
-        # Typer turns a broken pipe into an exit, and what completes a word in a shell ends with one, too.
-        if isinstance(error, SystemExit) and not isinstance(error.__context__, OSError):
-            sys.stdout.flush()
-            return error.code if isinstance(error.code, int) else int(error.code is not None)
+    except (BrokenPipeError, SystemExit):
         # Python flushes once more at its own exit, and would complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

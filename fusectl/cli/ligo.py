@@ -140,7 +140,7 @@ def ligo(
             final = final_place(writing.output, [opened.checkpoint], plan)
             begun = growing, opened.checkpoint, start
             operator = _learned(screen, begun, lesson, final, operator_out, resume=running.resume, force=writing.force)
-        # The plan is made anew, from the operator as it was kept: its weights of layers decide which layers are read.
+        # Planning starts over from the saved operator, since its layer weights decide which layers are read.
         plan, sources = plan_with_operator(path, open_operator(operator), options)
         write(screen, plan, sources, running, writing)
 

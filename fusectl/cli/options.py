@@ -559,7 +559,7 @@ def path_of(given: str | None) -> str:
     """The checkpoint's path: the argument, or the first line of a pipe."""
     if given is not None:
         return given
-    # A terminal would wait for a line that nobody knows they are to type.
+    # On a terminal this would block for a line that the user does not know to type.
     if sys.stdin is None or sys.stdin.isatty():
         hint = "name it, or pipe its path in; with --sources or --over-time, name it before them"
         raise UsageError("which checkpoint?", hint=hint)

@@ -45,8 +45,7 @@ def write(
     if lr_table is not None and not plan.rates:
         raise UsageError("--lr-table: for copies of one model with equal weights; between others no rate fits all")
     final = final_place(writing.output, opened, plan)
-    # With --resume what stands at the output may be the finished output of this very plan, which carry_out tells by
-    # reading it.
+    # With --resume the output path may hold the finished output of this very plan; carry_out reads it to find out.
     if not running.resume:
         check_output(final, opened, force=writing.force)
     for note in plan.notes:

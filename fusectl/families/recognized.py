@@ -59,6 +59,13 @@ class Recognized:
         return self.told or self.family.network({**self.sizes, "layers": sum(self.depths.values())})
 
     @property
+    def head_dim(self) -> int | None:
+        """How many features a head has, also where an axis joins heads and features; None for models without heads."""
+        if "joined_kv" in self.sizes:
+            return self.sizes["joined_kv"] // self.sizes["heads"]
+        return self.sizes.get("kv")
+
+    @property
     def scanned(self) -> bool:
         """Whether its layers are stacked along an axis."""
         return any("layers" in row.spec.axes for row in self.rows.values())

@@ -108,7 +108,7 @@ def fsck(
         return _of_item(at, arch, budget_bytes, jobs or default_jobs(), progress or Silent())
 
     found = [look(location)]
-    # An item that fusectl does not read is no fault of the step: it becomes a note, and the others are read.
+    # An item that fusectl cannot read is not a fault of the step: it becomes a note, and the other items are read.
     for each in _siblings(location, given) if place(path) != location.index else ():
         try:
             found.append(look(each))
@@ -246,8 +246,8 @@ def _dead_bytes(checkpoint: Checkpoint) -> Iterator[str]:
 
 def _larger_chunks(checkpoint: Checkpoint) -> Iterator[str]:
     """Arrays that are smaller than one of their chunks: such as one whose metadata were changed."""
-    # Readers cut such a chunk without a word. A parameter of 24 x 40 whose zarr.json had been changed to 12 x 40 was
-    # read, converted and found whole with half of its values.
+    # Readers crop such a chunk silently. A parameter of 24 x 40 whose zarr.json said 12 x 40 was read and converted
+    # with half of its values, and passed every check.
     larger = [
         f"{name}, {list(leaf.shape)} in chunks of {list(leaf.chunks)}"
         for name, leaf in checkpoint.leaves.items()

@@ -89,8 +89,8 @@ class Mesh:
         (None, 'model')
         """
         laid: dict[str, str | None] = {}
-        # Flax skips a rule whose mesh axis is taken and goes on with the next one of the same axis; an axis that has
-        # been laid over none by then stays so.
+        # Flax skips a rule whose mesh axis is taken and tries the next rule of the same axis; an axis that a rule has
+        # mapped to no mesh axis by then stays unsharded.
         for axis, to in self.rules:
             if axis in axes and axis not in laid and (to is None or to not in laid.values()):
                 laid[axis] = to

@@ -113,8 +113,7 @@ class Trainer:
         """The mean over batches; a loss that is no number, of a training that has diverged, is infinite."""
         found = [self._measure(parameters, self._split(batch)) for batch in batches]
         loss, accuracy = (float(np.mean([each[i] for each in found])) for i in range(2))
-        # An infinite loss sorts behind every other one when rates are compared; a NaN would stand wherever it was
-        # found.
+        # When rates are compared, an infinite loss sorts after every other one; a NaN would stay wherever it was found.
         return Measured(loss if math.isfinite(loss) else math.inf, accuracy)
 
     def flops_per_step(self, state: State, batch: Tokens) -> float:
@@ -228,13 +227,12 @@ def random_parameters(tree: Recognized, seed: int) -> dict[str, Array]:
     T5 draws queries smaller by the root of head_dim, since it does not divide by that (t5x/examples/t5/layers.py).
     """
     rng, found = np.random.default_rng(seed), {}
-    head_dim = tree.sizes.get("kv", tree.sizes.get("joined_kv", 0) // tree.sizes["heads"])
     for name, row in tree.rows.items():
         shape, axes = tree.shapes[name], row.spec.axes
         reads = math.prod(n for axis, n in zip(axes, shape, strict=True) if axis in row.spec.inputs)
         deviation = 1.0 if row.roles[0] == EMBEDDING else reads**-0.5
-        if tree.family.scales_queries_at_first and row.roles[0].endswith("query"):
-            deviation *= head_dim**-0.5
+        if tree.head_dim and tree.family.scales_queries_at_first and row.roles[0].endswith("query"):
+            deviation *= tree.head_dim**-0.5
         values = rng.normal(0.0, deviation, shape)
         if row.is_norm:
             values = np.full(shape, 0.0 if tree.network.norm_adds_one else 1.0)

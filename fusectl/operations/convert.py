@@ -55,7 +55,7 @@ def plan_conversion(
     source = open_checkpoint(path)
     # For the chunks that several layers are cut from.
     cache_bytes = 0 if layers is None else options.max_memory_bytes // 4
-    # Restacking is a view of the source, so that the plan behind it is one of copies like any other.
+    # Restacking is a view of the source, so the plan that follows only makes copies, like any other.
     seen: Checkpoint = source
     if layers is not None:
         seen = restacked(source, layers, options.arch, options.drop, cache_bytes=cache_bytes)
@@ -250,7 +250,7 @@ def _record(opened: Opened, options: Options, layers: str | None) -> Record:
 
 def _of(own: Record, layers: str | None) -> Original | None:
     """How the source itself was made; of a fusion nothing where its layers stand in the other layout now."""
-    # A copy of a copy says how the first one was made. Of a fusion in another stacking nothing is said, since verify
-    # would hold its blocks against sources whose layers stand otherwise.
+    # A copy of a copy records how the original was made. A restacked fusion records nothing, since verify would compare
+    # its blocks with sources whose layers are stacked differently.
     of = own.made.of if isinstance(own.made, Converted) else own.made
     return None if layers is not None and isinstance(of, Fused) else of

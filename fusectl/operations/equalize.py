@@ -102,9 +102,9 @@ def rms_by_weights(sources: Sequence[Opened], how: Equalize) -> list[dict[str, f
     """
     rows = {name: row for name, row in sources[0].tree.rows.items() if row.writes_stream}
     leaves = [{name: s.checkpoint.leaves[s.full(name)] for name in rows} for s in sources]
-    # By tile, and added up in the tiles' order: threads end in any order, and a sum in theirs had another last bit from
-    # run to run, which made another plan for --resume.
-    squares: dict[tuple[int, str, int], npt.NDArray[np.float64]] = {}
+    # By the number of the tile, and added up in that order: threads end in any order, and a sum in theirs had another
+    # last bit from run to run, which made another plan for --resume.
+    squares: list[dict[str, dict[int, npt.NDArray[np.float64]]]] = [{name: {} for name in each} for each in leaves]
     watched = how.progress or Silent()
     watched.start("measuring weights", sum(leaf.nbytes for each in leaves for leaf in each.values()))
 
@@ -121,7 +121,7 @@ def rms_by_weights(sources: Sequence[Opened], how: Equalize) -> list[dict[str, f
         layers[slice(None) if stacked is None else slice(region[stacked].start, region[stacked].stop)] = np.sum(
             values**2, axis=rest
         )
-        squares[i, name, number] = layers
+        squares[i][name][number] = layers
         watched.advance(name, values.size * leaves[i][name].itemsize)
 
     in_parallel(
@@ -134,13 +134,14 @@ def rms_by_weights(sources: Sequence[Opened], how: Equalize) -> list[dict[str, f
         budget_bytes=how.max_memory_bytes or default_max_memory_bytes(),
         jobs=how.jobs or default_jobs(),
     )
-    found: list[dict[str, float]] = [{} for _ in leaves]
-    for i, each in enumerate(leaves):
-        for name, leaf in each.items():
-            totals = sum(squares[i, name, number] for number, _ in enumerate(tiles(leaf.shape, leaf.chunks)))
-            outputs = _outputs(rows[name], leaf.shape)
-            found[i] |= {f"{name}/{layer}": math.sqrt(total / outputs) for layer, total in enumerate(np.ravel(totals))}
-    return found
+    return [
+        {
+            f"{name}/{layer}": math.sqrt(total / _outputs(rows[name], leaves[i][name].shape))
+            for name, parts in each.items()
+            for layer, total in enumerate(np.ravel(sum(parts[number] for number in sorted(parts))))
+        }
+        for i, each in enumerate(squares)
+    ]
 
 
 def _layers(row: Row, shape: tuple[int, ...]) -> int:

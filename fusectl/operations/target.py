@@ -82,10 +82,9 @@ def read_target(text: str, tree: Recognized) -> Target:
         raise Incompatible(f"{text}: sizes that growing keeps", details=wrong)
     depths = dict.fromkeys(tree.depths, found["layers"]) if "layers" in found else {}
     depths |= {stack: found[stack] for stack in (ENCODER, DECODER) if stack in found}
-    grouped = "kv_heads" in tree.sizes or "kv_heads" not in found
-    if not grouped and found["kv_heads"] == found.get("heads", tree.sizes.get("heads")):
+    if "kv_heads" not in tree.sizes and found.get("kv_heads") == found.get("heads", tree.sizes.get("heads")):
         # Configs count them for all models, trees where they are fewer than heads.
-        del found["kv_heads"]
+        found.pop("kv_heads", None)
     return Target({axis: found[axis] for axis in ("embed", "heads", "kv_heads", "mlp") if axis in found}, depths)
 
 
@@ -123,11 +122,7 @@ def _read(text: str, tree: Recognized) -> dict[str, int]:
 def _sizes_of(tree: Recognized) -> dict[str, int]:
     """The sizes that a target may name; head_dim of models that have heads."""
     sizes = {axis: n for axis, n in tree.sizes.items() if axis in {"embed", "heads", "kv_heads", "mlp", "vocab"}}
-    if "kv" in tree.sizes:
-        sizes["head_dim"] = tree.sizes["kv"]
-    elif "joined_kv" in tree.sizes:
-        sizes["head_dim"] = tree.sizes["joined_kv"] // tree.sizes["heads"]
-    return sizes
+    return sizes if tree.head_dim is None else {**sizes, "head_dim": tree.head_dim}
 
 
 def _pair(text: str, whole: str) -> tuple[str, int]:

@@ -133,8 +133,8 @@ def draw_advice(found: Advice, file: Path) -> None:
 
 
 def _save(figure: Figure, file: Path) -> None:
-    # Drawing goes into memory first: only the writing is a matter of storage, and an error in drawing leaves no file
-    # behind.
+    # The figure is drawn into memory first: only writing it can fail for want of storage, and an error in drawing
+    # leaves no file.
     picture = io.BytesIO()
     figure.savefig(picture, format=file.suffix.lower()[1:], dpi=200)
     with storage_errors(file):

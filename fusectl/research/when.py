@@ -351,8 +351,8 @@ def advise(
         notes=tuple(notes),
     )
     if of_large is None and gap is None:
-        # A small model's curve says nothing of the large one's. So there is no best step without one, only what it
-        # would be for gaps that somebody may think likely.
+        # A small model's curve does not determine the large one's. Without that curve there is no best step, only the
+        # step that would be best for each assumed gap.
         last = float(of_small.fit.loss(np.array(small.last_step)))
         assumed = {share * last: _lower(of_small.fit, share * last) for share in GAPS}
         return replace(advice, gaps={each: _budgeted(of_small.fit, fit, costs, n) for each, fit in assumed.items()})

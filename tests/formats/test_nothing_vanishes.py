@@ -18,7 +18,7 @@ from fusectl.inspection.fsck import fsck
 from fusectl.operations.convert import plan_conversion
 from fusectl.operations.fuse import plan_fusion
 from fusectl.planning.options import Options
-from fusectl.verification import Settings, verify
+from fusectl.verification import verify
 from fusectl.verification.report import FilesResult, FunctionResult, Report
 from fusectl.writing.carrying_out import carry_out
 
@@ -68,7 +68,7 @@ def test_a_t5_with_aggregated_leaves_is_whole(written, tmp_path, which):
     assert all(np.array_equal(opened.read(name), values[name]) for name in values)
     plan, sources = plan_fusion([str(path)] * 2, Options())
     out = carry_out(plan, sources, tmp_path / "wide")
-    report = verify(str(out), settings=Settings(levels=("files", "weights")))
+    report = verify(str(out))
     assert (report.passed, report.weights.slots) == (True, sum("param_states" in name for name in values))
     assert open_checkpoint(str(out)).step == values["state/step"]
 

@@ -588,7 +588,7 @@ def test_killed_at_any_moment_and_resumed(sources, bucket, tmp_path, form, soon)
     took = time.monotonic() - begun
     assert whole.exitcode == 0
     rng, resumed = random.Random(0), 0
-    for i in range(3):
+    for i in range(5):
         out = ObjectPath.parse(f"{bucket.url}/killed-{random.randrange(10**9)}")
         process = start(*words, "-o", out)
         time.sleep(rng.uniform(0.1, 1.0) * took)

@@ -64,7 +64,7 @@ def test_a_sound_checkpoint_has_no_problems(fused, tmp_path, form):
     assert fsck(checkpoint(tmp_path / "foreign", format=form)).problems == ()
 
 
-@pytest.mark.parametrize("files_tried", [6, slow(30)])
+@pytest.mark.parametrize("files_tried", [12, slow(60)])
 @pytest.mark.parametrize("form", some_soon(FORMATS, {"orbax-ocdbt-zarr3"}.__contains__))
 def test_a_flipped_bit_in_each_file_is_found(fused, tmp_path, form, files_tried):
     """In every file that fusectl has written, one at a time, at a random place; the index and the markers, too.

@@ -91,7 +91,7 @@ def test_a_model_fused_with_itself_is_the_same_function(tmp_path, family, copies
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", covered(EVERY, lambda each: parts_of(each[0] if isinstance(each, tuple) else each)))
+@pytest.mark.parametrize("family", covered(EVERY, parts_of))
 def test_models_of_unequal_widths_become_their_mean_with_a_norm_each(tmp_path, family):
     a, b, c = (
         write(tmp_path / "a", family, 1),

@@ -6,12 +6,11 @@ import pytest
 from models import checkpoint
 
 from fusectl.cli import run
-from fusectl.demo import random_parameters
+from fusectl.demo import parameter_shapes
 from fusectl.errors import Incompatible, NotFound, UsageError
 from fusectl.families.recognition import recognize
 from fusectl.families.registry import family_named
 from fusectl.formats.opening import open_checkpoint
-from fusectl.formats.sink import save
 from fusectl.operations.routes import routes
 from fusectl.operations.target import read_target
 from fusectl.verbs import VERBS
@@ -165,12 +164,8 @@ axes = "embed -> vocab"
 def test_a_model_without_heads_has_a_target(tmp_path):
     (tmp_path / "mlp.toml").write_text(HEADLESS)
     family = family_named(str(tmp_path / "mlp.toml"))
-    small = {"vocab": 11, "embed": 4, "mlp": 6}
-    for name, sizes in (("small", small), ("large", {**small, "embed": 8, "mlp": 12})):
-        values = random_parameters(family, sizes, {"blocks": 2}, 0)
-        save(tmp_path / name, {f"params/{n}": v for n, v in values.items()}, "orbax")
-    checkpoint_of = open_checkpoint(str(tmp_path / "small"))
-    tree = recognize(checkpoint_of.shapes, "small", arch=str(tmp_path / "mlp.toml"))
+    shapes = {name: shape for name, _, shape in parameter_shapes(family, {"vocab": 11, "embed": 4, "mlp": 6}, {})}
+    tree = recognize(shapes, "small", family)
 
     assert read_target("emb=8,mlp=12", tree).sizes == {"embed": 8, "mlp": 12}
     with pytest.raises(Incompatible, match="sizes that growing keeps"):

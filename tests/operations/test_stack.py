@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cases import covered, first_soon, slow, some_soon
+from cases import covered, first_soon, slow, some_soon, thinned
 from flax.traverse_util import unflatten_dict
 from models import (
     DECODER_NAMES,
@@ -972,7 +972,7 @@ def deep(tmp_path_factory):
     return at / "b", found
 
 
-@pytest.mark.parametrize("what", [what if i % 2 == 0 else slow(what) for i, what in enumerate(WRONG)])
+@pytest.mark.parametrize("what", thinned(WRONG, mark=slow))
 def test_what_is_wrong_is_noticed(deep, what):
     change, says = WRONG[what]
     at, found = deep

@@ -453,8 +453,8 @@ def finetune(laboratory: Laboratory) -> Report:
         result = of_pretraining[which]
         return lambda seed: Growth("pretrained", (result.arm.make(seed, result.base),))
 
-    # Fine-tuning takes over the optimizer's state of whatever it starts from; the baseline without pre-training has
-    # none.
+    # Fine-tuning resumes with the optimizer's state of the model that it starts from; the baseline without pre-training
+    # has none.
     starts_by: Mapping[tuple[str, str], Callable[[int], Growth | None]] = {
         ("baseline", "0"): lambda _: None,
         ("baseline", "half"): after(("baseline", "half")),
