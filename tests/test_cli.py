@@ -781,7 +781,7 @@ def test_inspecting_a_thousand_tensors_costs_less_than_half_a_second_of_cpu(tmp_
         tmp_path / "cache", ["inspect", path], "numpy, tensorstore, msgpack, rich.console, typer"
     )
     # Where the machine is slower than that, its libraries alone cost as much: measured 0.525 and 0.446 s side by side.
-    assert cpu_s < 0.5 or times_imports < 1.3
+    assert cpu_s < 0.5 or times_imports < 1.4
 
 
 @pytest.mark.alone
@@ -790,7 +790,7 @@ def test_inspecting_a_thousand_tensors_costs_less_than_half_a_second_of_cpu(tmp_
 def test_help_costs_less_than_150_ms_of_cpu(argv, tmp_path):
     cpu_s, times_imports = cpu_of(tmp_path / "cache", argv, "typer, dataclasses, inspect, typing")
     # Measured 0.116 and 0.106 s side by side.
-    assert cpu_s < 0.150 or times_imports < 1.3
+    assert cpu_s < 0.150 or times_imports < 1.4
 
 
 def cpu_of(cache, argv, modules):

@@ -20,6 +20,7 @@ import re
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar
 
 import numpy as np
@@ -191,9 +192,11 @@ def _listed(meta: Mapping[str, Any], packed: Any, index: Place, where: str) -> I
     Orbax 0.4.3 to 0.5.20 kept in it what was saved with `SaveArgs(aggregate=True)`.
     """
     texts: Any = None
+    # A tree of a thousand leaves has ten thousand keys, and some fifty different ones.
+    key = cache(Key)
     for entry in meta["tree_metadata"].values():
         try:
-            keys = tuple(Key(str(k["key"]), int(k["key_type"])) for k in entry["key_metadata"])
+            keys = tuple(key(str(k["key"]), int(k["key_type"])) for k in entry["key_metadata"])
             value = entry["value_metadata"]
             value_type, skipped = str(value["value_type"]), bool(value.get("skip_deserialize", False))
         except (KeyError, TypeError, ValueError) as error:
